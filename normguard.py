@@ -1,0 +1,90 @@
+"""NormGuard: hold the velocity norm of a flow model during RL post-training. One file, torch only: copy it into any repo.
+
+RL fine-tuning (NFT, AWM, DPO) inflates the norm of the velocity v_theta over that of the reference v_ref, and pictures
+degrade (over-sharp, oversaturated, unnaturally lit) where the reward does not see it. NormGuard adds a hinge that acts
+only on samples whose norm exceeds the reference's and leaves every other sample's gradient untouched:
+
+    guard = relu(||v_theta|| / ||v_ref|| - 1 - margin)          loss = base_loss + lam * mean(guard)
+
+In a foreign training loop, with any velocity-local base loss:
+
+    from normguard import norm_hinge, reference
+    v = model(x_t, t, cond)                                     # the forward you already have
+    with reference(model):                                      # LoRA off, eval mode, no gradient
+        v_ref = model(x_t, t, cond)
+    loss = base_loss + 0.05 * norm_hinge(v, v_ref).mean()
+
+The idea: "NormGuard: Reward-Preserving Norm Constraints in Flow-Matching Reinforcement Learning" (arXiv 2606.27771).
+Only its abstract was at hand. The hinge's form here (linear, relative, one norm per sample) is our choice: relative to
+||v_ref||, so that lam means the same at any resolution and latent scale.
+"""
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6  # floor of a norm that divides; a latent of unit variance has a norm of tens to hundreds
+
+
+def velocity_norm(v: Tensor) -> Tensor:
+    """L2 norm of each sample over all its non-batch dims, in fp32. v (b, ...) of any float dtype -> (b,) fp32."""
+    return torch.linalg.vector_norm(v.float().flatten(1), dim=1)
+
+
+def norm_ratio(v: Tensor, v_ref: Tensor) -> Tensor:
+    """||v|| / ||v_ref|| per sample; no gradient to v_ref. v, v_ref (b, ...) of one shape -> (b,) fp32, 1 where equal.
+
+    Raises ValueError if the shapes differ: a broadcast would compare the wrong samples.
+    """
+    if v.shape != v_ref.shape:
+        raise ValueError(f"v {tuple(v.shape)} and v_ref {tuple(v_ref.shape)} must have the same shape")
+    return velocity_norm(v) / velocity_norm(v_ref.detach()).clamp_min(EPS)
+
+
+def norm_hinge(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
+    """The guard: relu(||v|| / ||v_ref|| - 1 - margin) per sample, (b, ...) -> (b,) fp32. Gradient to v only.
+
+    Linear, so its pull is the same for any excess; exactly 0, with exactly 0 gradient, at or under the threshold.
+    margin is a relative excess: 0.02 lets the norm grow by 2 % before the guard acts.
+    """
+    return torch.relu(norm_ratio(v, v_ref) - (1.0 + margin))
+
+
+def renormalize(v: Tensor, v_ref: Tensor, cap: bool = False) -> Tensor:
+    """v rescaled to the reference's norm, per sample: v * ||v_ref|| / ||v||. Same shape and dtype as v.
+
+    cap=True only shrinks: samples at or under the reference's norm stay as they are. This is the inference-time repair
+    (compare diffusers' guidance_rescale) that the paper finds of no use against RL's inflation; here to check that.
+    """
+    scale = velocity_norm(v_ref) / velocity_norm(v).clamp_min(EPS)
+    if cap:
+        scale = scale.clamp_max(1.0)
+    return (v.float() * scale.view(-1, *[1] * (v.ndim - 1))).to(v.dtype)
+
+
+@contextmanager
+def reference(model: torch.nn.Module):
+    """Inside, `model` is the frozen base it was before RL: LoRA adapters off, eval mode, no gradient recorded.
+
+    For diffusers models with adapters and for PeftModel (LoRA and its kin). Touches nothing but two flags of each module
+    and puts both back, also after an exception and when nested: which adapter is active, which parameters train, and
+    each module's train/eval mode come out as they went in.
+    Raises ValueError if the model holds no adapter: with full fine-tuning, keep a frozen copy as the reference.
+    """
+    # every adapter layer of peft reads this flag in its forward; disable_adapters() would also reset requires_grad
+    layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    if not layers:
+        raise ValueError("reference(model) found no adapter to switch off; add a LoRA, or keep a frozen copy as reference")
+    disabled = [m._disable_adapters for m in layers]
+    training = [(m, m.training) for m in model.modules()]
+    try:
+        for m in layers:
+            m._disable_adapters = True
+        model.eval()
+        with torch.no_grad():
+            yield model
+    finally:
+        for m, was in zip(layers, disabled):
+            m._disable_adapters = was
+        for m, was in training:
+            m.training = was
