@@ -55,8 +55,9 @@ def renormalize(v: Tensor, v_ref: Tensor, cap: bool = False) -> Tensor:
 
     cap=True only shrinks: samples at or under the reference's norm stay as they are. This is the inference-time repair
     (compare diffusers' guidance_rescale) that the paper finds of no use against RL's inflation; here to check that.
+    Raises ValueError if the shapes differ.
     """
-    scale = velocity_norm(v_ref) / velocity_norm(v).clamp_min(EPS)
+    scale = norm_ratio(v_ref, v)
     if cap:
         scale = scale.clamp_max(1.0)
     return (v.float() * scale.view(-1, *[1] * (v.ndim - 1))).to(v.dtype)

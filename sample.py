@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -126,8 +127,8 @@ def integrate(pipe, noise: Tensor, text: dict, prompts: list[str], sigmas: Tenso
     renorm of "match" or "cap", the norm ratio to the reference at each step, (n, steps), before any renormalization."""
     model, device, out, ratios = pipe.transformer, pipe.transformer.device, [], []
     for i in tqdm(range(0, len(noise), batch), desc=desc, leave=False):
-        x, inputs = noise[i:i + batch].to(device), stack(text, prompts[i:i + batch], device)
-        null, steps = stack(text, [""] * len(x), device), []
+        x, inputs, steps = noise[i:i + batch].to(device), stack(text, prompts[i:i + batch], device), []
+        null = stack(text, [""] * len(x), device) if guidance > 1 else None
         for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
             t = torch.full((len(x),), now, device=device)
             v = velocity(model, x, t, inputs, guidance, null)
@@ -166,15 +167,14 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int) -> list[torch.nn.Para
 
 
 def save_lora(pipe, folder: Path):
-    """pytorch_lora_weights.safetensors, which `pipe.load_lora_weights(folder)` reads back with its rank and alpha."""
-    tmp = folder.with_name(folder.name + ".tmp")
+    """pytorch_lora_weights.safetensors, which `pipe.load_lora_weights(folder)` reads back with its rank and alpha. Written here,
+    not by `pipe.save_lora_weights`, whose two metadata keys come in random order: equal runs are to give equal files."""
     config = pipe.transformer.peft_config["default"].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])  # peft holds a set, whose order differs between processes
-    pipe.save_lora_weights(tmp, get_peft_model_state_dict(pipe.transformer), transformer_lora_adapter_metadata=config)
+    config["target_modules"] = sorted(config["target_modules"])  # peft holds a set
+    lora = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(pipe.transformer).items()}
     folder.mkdir(exist_ok=True)
-    for file in tmp.iterdir():
-        file.replace(folder / file.name)
-    tmp.rmdir()
+    save_file(lora, folder / "lora.tmp", {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()}, sort_keys=True)})
+    (folder / "lora.tmp").replace(folder / "pytorch_lora_weights.safetensors")
 
 
 def open_run(args, name: str, **recorded) -> tuple[Path, dict | None]:

@@ -54,8 +54,8 @@ class Args:
     """steps of 64 pictures"""
     embed_steps: int = 2_000
     """steps of 64 pictures"""
-    sd3_steps: int = 4_800
-    """steps of 128 latents"""
+    sd3_steps: tuple[int, ...] = (4_800, 4_600)
+    """steps of 128 latents, a cosine each: the second starts warm from the first"""
     wrong: float = 0.35
     """share of sd3's training captions that name another picture"""
 
@@ -97,8 +97,8 @@ def caption_index(factors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 # ---------------------------------------------------------------- one training loop for all parts
 
-def fit(args: Args, name: str, model: torch.nn.Module, loss_fn, steps: int, lr: float):
-    """AdamW, warm-up and cosine, EMA of the weights; carries on from WORK/name.pt. Leaves the EMA weights in `model`.
+def fit(args: Args, name: str, model: torch.nn.Module, loss_fn, cycles: tuple[int, ...], lr: float):
+    """AdamW, warm-up and a cosine for each cycle, EMA of the weights; carries on from WORK/name.pt. Leaves the EMA weights in `model`.
     loss_fn(generator) -> scalar; its generator depends on (seed, step) alone, so a resumed run is the same run."""
     path = Path(args.work) / f"{name}.pt"
     opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -116,13 +116,13 @@ def fit(args: Args, name: str, model: torch.nn.Module, loss_fn, steps: int, lr: 
         torch.save({"args": made_with, "step": step, "model": model.state_dict(), "ema": ema, "opt": opt.state_dict()}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
 
-    saved, mean = time.time(), None
+    saved, mean, steps = time.time(), None, sum(cycles)
+    rates = [lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / n))) for n in cycles for i in range(n)]
     model.train()
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=5)
     for step in bar:
-        now = lr * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in opt.param_groups:
-            group["lr"] = now
+            group["lr"] = rates[step] * min(1, (step + 1) / 200)
         loss = loss_fn(torch.Generator().manual_seed((args.seed + 1) * 10_000_019 + step))
         opt.zero_grad()
         loss.backward()
@@ -188,7 +188,7 @@ def make_vae(args: Args) -> AutoencoderKL:
         edges = e.diff(dim=2).abs().mean() + e.diff(dim=3).abs().mean()
         return e.square().mean() + edges + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
-    fit(args, "vae", vae, loss, args.vae_steps, lr=2e-3)
+    fit(args, "vae", vae, loss, (args.vae_steps,), lr=2e-3)
     with torch.no_grad():  # fold the colour matrix: the encoder takes RGB, the decoder gives RGB
         first, last, back = vae.encoder.conv_in, vae.decoder.conv_out, opponent.inverse()
         first.weight.copy_(torch.einsum("oihw,ij->ojhw", first.weight, opponent))
@@ -237,7 +237,7 @@ def make_pickscore(args: Args) -> CLIPModel:
         per_text = -(F.log_softmax(out.logits_per_text, 1) * same).sum(1) / same.sum(1).clamp(min=1)
         return F.cross_entropy(out.logits_per_image, index[i]) + per_text[same.sum(1) > 0].mean()
 
-    fit(args, "pickscore", clip, loss, args.clip_steps, lr=1.5e-3)
+    fit(args, "pickscore", clip, loss, (args.clip_steps,), lr=1.5e-3)
     clip.half().save_pretrained(f"{args.out}/pickscore")
     processor.save_pretrained(f"{args.out}/pickscore")
     return clip
@@ -265,7 +265,7 @@ def make_embed(args: Args) -> ResNetForImageClassification:
         i = torch.randint(len(pictures), (64,), generator=g)
         return F.mse_loss(net(pixel_values=pictures[i].float() / 127.5 - 1).logits, targets[i])
 
-    fit(args, "embed", net, loss, args.embed_steps, lr=2e-3)
+    fit(args, "embed", net, loss, (args.embed_steps,), lr=2e-3)
     net.half().save_pretrained(f"{args.out}/embed")
     processor.save_pretrained(f"{args.out}/embed")
     return net

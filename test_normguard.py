@@ -1,0 +1,563 @@
+"""The tests. On a CPU, deterministic, a few minutes:  python -m pytest -q
+
+They run the real small models of tiny/, through the paths a user runs. Norms, losses, advantages, schedule, rewards and
+distances are checked against derivations written here in float64 numpy; pictures against plain diffusers.
+"""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
+
+import eval_judge
+import sample
+import train_awm
+from normguard import norm_hinge, norm_ratio, reference, renormalize, velocity_norm
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tiny"))
+import world  # noqa: E402
+
+SMALL = dict(epochs=4, group=4, groups=2, updates=2, batch=8, rank=4, steps=5, timesteps=1, eval_n=4, eval_every=2, save_every=1, lr=2e-3)
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    """Defaults like tiny/sd3 are relative to the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+def small_run(out, **changes) -> Path:
+    """A short training run in this process."""
+    train_awm.main(train_awm.Args(out=str(out), **{**SMALL, **changes}))
+    return Path(out)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """The folder of a finished short run."""
+    os.chdir(ROOT)
+    return small_run(tmp_path_factory.mktemp("awm") / "run")
+
+
+def lora_bytes(out: Path) -> bytes:
+    return (out / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+# ---------------------------------------------------------------- normguard.py
+
+def random_pair(b=5, scale=1.2, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    v_ref = torch.randn(b, 4, 3, 2, generator=g, dtype=dtype)
+    return v_ref * torch.linspace(0.7, scale, b, dtype=dtype).view(-1, 1, 1, 1) + 0.1 * torch.randn(v_ref.shape, generator=g, dtype=dtype), v_ref
+
+
+def test_norm_and_ratio_match_numpy():
+    v, v_ref = random_pair()
+    a, b = (np.sqrt((x.numpy().reshape(5, -1) ** 2).sum(1)) for x in (v, v_ref))
+    np.testing.assert_allclose(velocity_norm(v).numpy(), a, rtol=1e-6)
+    np.testing.assert_allclose(norm_ratio(v, v_ref).numpy(), a / b, rtol=1e-6)
+    assert velocity_norm(v).dtype == torch.float32 and velocity_norm(v).shape == (5,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_upcast_before_the_norm(dtype):
+    v = torch.full((2, 16, 64, 64), 300.0, dtype=dtype)  # the norm, 76800, and the squares overflow fp16
+    np.testing.assert_allclose(velocity_norm(v).numpy(), v[0, 0, 0, 0].item() * 256, rtol=1e-4)
+    assert norm_hinge(v * 1.5, v).allclose(torch.tensor(0.5), atol=1e-2)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.05])
+def test_hinge_value_and_gradient(margin):
+    v, v_ref = random_pair()
+    v.requires_grad_()
+    v_ref.requires_grad_()
+    hinge = norm_hinge(v, v_ref, margin)
+    hinge.sum().backward()
+    x, r = v.detach().numpy().reshape(5, -1), v_ref.detach().numpy().reshape(5, -1)
+    n, m = np.linalg.norm(x, axis=1), np.linalg.norm(r, axis=1)
+    excess = n / m - 1 - margin
+    assert (excess > 0).any() and (excess < 0).any()
+    np.testing.assert_allclose(hinge.detach().numpy(), np.maximum(excess, 0), atol=1e-6)
+    expected = np.where(excess[:, None] > 0, x / (n * m)[:, None], 0)  # d/dv of ||v|| / ||v_ref||
+    np.testing.assert_allclose(v.grad.numpy().reshape(5, -1), expected, atol=1e-7)
+    assert (hinge[excess < 0] == 0).all() and (v.grad[torch.from_numpy(excess < 0)] == 0).all()  # exactly
+    assert v_ref.grad is None
+
+
+def test_hinge_is_silent_on_the_reference_itself():
+    v, _ = random_pair()
+    v = v.float().requires_grad_()
+    norm_hinge(v, v.detach()).sum().backward()
+    assert (norm_ratio(v, v.detach()) == 1).all() and (v.grad == 0).all()
+
+
+def test_zero_velocities_stay_finite():
+    for v, v_ref in [(torch.zeros(2, 3), torch.ones(2, 3)), (torch.ones(2, 3), torch.zeros(2, 3)), (torch.zeros(2, 3), torch.zeros(2, 3))]:
+        v.requires_grad_()
+        norm_hinge(v, v_ref).sum().backward()
+        assert norm_hinge(v, v_ref).isfinite().all() and v.grad.isfinite().all() and renormalize(v, v_ref).isfinite().all()
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="same shape"):
+        norm_hinge(torch.ones(2, 3), torch.ones(1, 3))
+
+
+def test_renormalize():
+    v, v_ref = random_pair()
+    np.testing.assert_allclose(velocity_norm(renormalize(v, v_ref)).numpy(), velocity_norm(v_ref).numpy(), rtol=1e-6)
+    cosine = torch.nn.functional.cosine_similarity(renormalize(v, v_ref).flatten(1), v.flatten(1))
+    np.testing.assert_allclose(cosine.numpy(), 1, rtol=1e-6)
+    capped, ratio = renormalize(v, v_ref, cap=True), norm_ratio(v, v_ref)
+    np.testing.assert_allclose(velocity_norm(capped).numpy(), torch.minimum(velocity_norm(v), velocity_norm(v_ref)).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(capped[ratio <= 1].numpy(), v[ratio <= 1].numpy(), rtol=1e-6)
+    assert renormalize(v.bfloat16(), v_ref.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.fixture()
+def lora_model():
+    """tiny/sd3's transformer with a LoRA that changes its output, and an input."""
+    model = SD3Transformer2DModel.from_pretrained("tiny/sd3", subfolder="transformer", dtype=torch.float32).requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    inputs = dict(hidden_states=torch.randn(2, 16, 8, 8, generator=g), timestep=torch.tensor([900.0, 300.0]), return_dict=False,
+                  encoder_hidden_states=torch.randn(2, 16, 96, generator=g), pooled_projections=torch.randn(2, 80, generator=g))
+    base = model(**inputs)[0]
+    params = sample.add_lora(model, rank=4, seed=0)
+    for p in params:
+        torch.nn.init.normal_(p, std=0.1, generator=g)
+    return model, inputs, base.detach(), params
+
+
+def test_reference_is_the_base_and_puts_everything_back(lora_model):
+    model, inputs, base, params = lora_model
+    model.train()
+    model.transformer_blocks[0].eval()  # a mode that differs inside the model must come back too
+    tuned = model(**inputs)[0]
+    assert not torch.equal(tuned, base)
+    before = [(m, m.training) for m in model.modules()], [p.requires_grad for p in model.parameters()], model.active_adapters()
+    with pytest.raises(RuntimeError, match="inside"):
+        with reference(model):
+            with reference(model):
+                assert torch.equal(model(**inputs)[0], base)
+            out = model(**inputs)[0]  # the inner exit does not switch the adapter on
+            assert torch.equal(out, base) and not out.requires_grad and not model.training
+            raise RuntimeError("inside")
+    assert torch.equal(model(**inputs)[0], tuned) and torch.is_grad_enabled()
+    assert before == ([(m, m.training) for m in model.modules()], [p.requires_grad for p in model.parameters()], model.active_adapters())
+    model(**inputs)[0].sum().backward()
+    assert all(p.grad is not None for p in params)
+
+
+def test_reference_keeps_the_second_adapter_active(lora_model):
+    from peft import LoraConfig
+    model, inputs, base, _ = lora_model
+    model.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"], init_lora_weights=False), adapter_name="old")
+    model.set_adapter("old")
+    tuned = model(**inputs)[0]
+    with reference(model):
+        assert torch.equal(model(**inputs)[0], base)
+    assert model.active_adapters() == ["old"] and torch.equal(model(**inputs)[0], tuned)
+
+
+def test_reference_works_for_peft_models():
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
+    x = torch.randn(3, 4)
+    base = net(x)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, lora_dropout=0.5))
+    with reference(model):
+        assert torch.equal(model(x), base)
+    assert not torch.equal(model(x), base) and model.training
+
+
+def test_reference_refuses_a_model_without_adapter():
+    with pytest.raises(ValueError, match="no adapter"):
+        with reference(torch.nn.Linear(2, 2)):
+            pass
+
+
+# ---------------------------------------------------------------- the loss
+
+def awm_reference(v, v_old, x0, noise, t, adv, power, clip):
+    """AWM's loss of one sample, from the paper and train_sd3_awm.py, in float64 numpy."""
+    def ghuber(v):
+        mse = np.mean((v - (noise - x0)) ** 2)
+        return -((mse + 1e-10) ** power - 1e-10**power) * t / power
+    ratio = math.exp(ghuber(v) - ghuber(v_old))
+    return max(-adv * ratio, -adv * min(max(ratio, 1 - clip), 1 + clip))
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.05])
+def test_awm_loss_value_and_gradient(clip):
+    g = np.random.default_rng(0)
+    v, v_old, x0, noise = (g.normal(size=(8, 2, 3)) for _ in range(4))
+    v_old = v + 0.3 * v_old
+    t, adv = g.uniform(0.1, 1, 8), g.uniform(-1, 1, 8)
+    value = [awm_reference(v[i], v_old[i], x0[i], noise[i], t[i], adv[i], 0.25, clip) for i in range(8)]
+    slope = np.zeros_like(v)
+    for i, j in np.ndindex(8, 6):
+        step = np.zeros(6)
+        step[j] = 1e-6
+        up, down = (awm_reference(v[i] + s * step.reshape(2, 3), v_old[i], x0[i], noise[i], t[i], adv[i], 0.25, clip) for s in (1, -1))
+        slope[i].flat[j] = (up - down) / 2e-6
+    x = torch.from_numpy(v).requires_grad_()
+    loss = train_awm.awm_loss(x, *(torch.from_numpy(a) for a in (v_old, x0, noise, t, adv)), 0.25, clip)
+    loss.sum().backward()
+    assert loss.shape == (8,)
+    np.testing.assert_allclose(loss.detach().numpy(), value, rtol=2e-6)
+    np.testing.assert_allclose(x.grad.numpy(), slope, atol=2e-6)
+    clipped = (slope == 0).reshape(8, -1).all(1)
+    assert clipped.any() == (clip < 1) and not clipped.all()  # both branches are met
+
+
+def test_awm_on_policy_ratio_is_one():
+    v, x0, noise = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0)).unbind(0)
+    adv, t = torch.tensor([1.0, -0.5, 0.25, 0.0]), torch.full((4,), 0.5)
+    assert torch.equal(train_awm.awm_loss(v, v, x0, noise, t, adv), -adv)
+
+
+def test_advantages():
+    reward = np.random.default_rng(0).normal(size=(3, 4)) ** 5  # heavy tails, so that some are clipped
+    expected = np.clip((reward - reward.mean(1, keepdims=True)) / (reward.std() + 1e-4), -1.5, 1.5) / 1.5
+    ours = train_awm.advantages(torch.from_numpy(reward.flatten()), group=4, clip=1.5)
+    np.testing.assert_allclose(ours.numpy(), expected.flatten(), rtol=1e-9)
+    assert (abs(expected) == 1).any()
+
+
+def test_stratified_moments():
+    k = train_awm.stratified(4000, 6, 14, torch.Generator().manual_seed(0))
+    expected = [{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}]  # the official "discrete" ones for 14 steps and 6 moments
+    assert [set(column.tolist()) for column in k.T] == expected
+
+
+# ---------------------------------------------------------------- sampling
+
+@pytest.mark.parametrize("guidance, lora", [(1.0, False), (3.0, True)])
+def test_sample_is_plain_diffusers(run, tmp_path, guidance, lora):
+    args = sample.Args(n=1, prompts="tiny/eval_prompts.txt", steps=6, guidance=guidance, lora=str(run / "lora") if lora else None, seed=5,
+                       batch=5, out=str(tmp_path), reward="tiny/pickscore")
+    sample.main(args)
+    pipe = StableDiffusion3Pipeline.from_pretrained("tiny/sd3", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(run / "lora")
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 and all(math.isfinite(row["reward"]) for row in rows)
+    for row in rows[:4]:
+        theirs = pipe(row["prompt"], generator=torch.Generator("cpu").manual_seed(row["seed"]), **row["pipe"]).images[0]
+        assert np.abs(pixels(tmp_path / row["file"]) - np.asarray(theirs).astype(int)).max() <= 2
+
+
+def test_lora_changes_the_picture(run, tmp_path):
+    for name, lora in (("base", None), ("lora", str(run / "lora"))):
+        sample.main(sample.Args(prompt="a red star", steps=4, lora=lora, out=str(tmp_path / name)))
+    assert np.abs(pixels(tmp_path / "base/00000.png") - pixels(tmp_path / "lora/00000.png")).max() > 2
+
+
+@torch.no_grad()
+def test_norms_and_renorm(run):
+    pipe = sample.load_pipeline("tiny/sd3", torch.device("cpu"))
+    pipe.load_lora_weights(run / "lora")
+    torch.manual_seed(0)
+    for name, p in pipe.transformer.named_parameters():
+        if "lora_B" in name:
+            p.add_(0.03 * torch.randn(p.shape))  # far enough from the base for norms on both sides of it
+    prompts = world.CAPTIONS[:32]
+    text, sigmas, noise = sample.encode_prompts(pipe, prompts), sample.schedule(pipe, 5), sample.draw_noise(list(range(32)), (16, 8, 8))
+    _, ratios = sample.integrate(pipe, noise, text, prompts, sigmas, compare=True)
+    # the first step by hand: from the same noise, with the LoRA and without it
+    embeds = sample.stack(text, prompts, noise.device)
+    v = sample.velocity(pipe.transformer, noise, torch.ones(32), embeds)
+    pipe.disable_lora()
+    v_ref = sample.velocity(pipe.transformer, noise, torch.ones(32), embeds)
+    pipe.enable_lora()
+    np.testing.assert_allclose(ratios[:, 0], np.linalg.norm(v.flatten(1), axis=1) / np.linalg.norm(v_ref.flatten(1), axis=1), rtol=1e-5)
+    assert ratios.shape == (32, 5)
+    matched, _ = sample.integrate(pipe, noise, text, prompts, sigmas[:2], renorm="match")
+    expected = noise + (sigmas[1] - sigmas[0]) * v * (v_ref.flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    np.testing.assert_allclose(matched, expected, atol=1e-5)
+    r = v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1)
+    assert (r > 1).any() and (r < 1).any()  # both sides of the cap
+    capped, _ = sample.integrate(pipe, noise, text, prompts, sigmas[:2], renorm="cap")
+    np.testing.assert_allclose(capped, noise + (sigmas[1] - sigmas[0]) * v / r.clamp_min(1).view(-1, 1, 1, 1), atol=1e-5)
+
+
+def test_schedule_is_the_pipelines_own():
+    """FlowMatchEulerDiscreteScheduler shifts twice with shift = 3: its sigma_min is shifted, then the even schedule down to it."""
+    def shift(s):
+        return 3 * s / (1 + 2 * s)
+    expected = np.append(shift(np.linspace(1, shift(0.001), 8)), 0)
+    np.testing.assert_allclose(sample.schedule(sample.load_pipeline("tiny/sd3", torch.device("cpu")), 8), expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------- rewards and distances
+
+def test_pickscore_formula():
+    from transformers import CLIPModel, CLIPTokenizer
+    pictures = world.render(world.scene(torch.arange(4), torch.Generator().manual_seed(0)))
+    prompts = world.CAPTIONS[:2] + world.CAPTIONS[40:42]
+    clip, tokenizer = CLIPModel.from_pretrained("tiny/pickscore", dtype=torch.float32), CLIPTokenizer.from_pretrained("tiny/pickscore")
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1), torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        image = clip.get_image_features(((pictures * 255).round() / 255 - mean) / std).pooler_output.numpy().astype(np.float64)
+        words = clip.get_text_features(**tokenizer(prompts, padding=True, return_tensors="pt")).pooler_output.numpy().astype(np.float64)
+    cosine = (image * words).sum(1) / np.linalg.norm(image, axis=1) / np.linalg.norm(words, axis=1)
+    ours = eval_judge.load_reward("tiny/pickscore", torch.device("cpu"))(pictures, prompts)
+    np.testing.assert_allclose(ours.numpy(), cosine * math.exp(clip.logit_scale.item()) / 26, rtol=1e-4)
+    assert ours[:2].min() > ours[2:].max()  # renders of the first captions: right ones score above wrong colours
+
+
+def test_reward_from_a_function(tmp_path):
+    (tmp_path / "red.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2)) + len(prompts)\n")
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = eval_judge.load_reward(f"{tmp_path}/red.py:red", torch.device("cpu"), batch=2)(images, ["a"] * 3)
+    np.testing.assert_allclose(ours.numpy(), images[:, 0].numpy().reshape(3, -1).mean(1) + [2, 2, 1], rtol=1e-6)
+
+
+def test_frechet_distance_of_known_gaussians():
+    g = np.random.default_rng(0)
+    a = g.normal(size=(4000, 3))
+    a = (a - a.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(a.T))).T  # zero mean and unit covariance, exactly
+    b = a * [1, 2, 3] + [0, 0, 2]
+    ours = eval_judge.frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
+    assert ours == pytest.approx(2**2 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=1e-9)  # |dm|^2 + sum (s1 - s2)^2
+    turn, _ = np.linalg.qr(g.normal(size=(3, 3)))
+    turned = eval_judge.frechet_distance(torch.from_numpy(a @ turn), torch.from_numpy(b @ turn))
+    assert turned == pytest.approx(ours, rel=1e-9)
+
+
+def test_world_is_deterministic_and_split():
+    f = [world.scene(torch.arange(64), torch.Generator().manual_seed(3)) for _ in range(2)]
+    a, b = (world.render(x) for x in f)
+    assert torch.equal(a, b) and a.shape == (64, 3, 64, 64) and 0 <= a.min() and a.max() <= 1
+    rl, held_out = (Path(p).read_text().splitlines() for p in ("tiny/prompts.txt", "tiny/eval_prompts.txt"))
+    assert not set(rl) & set(held_out) and set(rl) | set(held_out) == set(world.CAPTIONS) and (len(rl), len(held_out)) == (48, 16)
+
+
+# ---------------------------------------------------------------- training
+
+def test_run_writes_what_it_says(run):
+    lines = metrics(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))  # 4 epochs of 2 updates
+    assert {"step", "epoch", "reward", "loss", "base_loss", "guard", "norm_ratio", "active", "grad_norm", "img_per_s"} <= set(steps[0])
+    assert steps[0]["norm_ratio"] == 1 and steps[0]["guard"] == 0  # before its first update the model is its reference
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["base_loss"] + 0.05 * line["guard"] + 1e-4 * line["kl"], abs=1e-6)
+        assert line["grad_norm"] > 0 and line["guard"] >= 0 and 0 <= line["active"] <= 1
+    evals = [line for line in lines if "eval_reward" in line]
+    assert [line["epoch"] for line in evals] == [0, 2, 4] and evals[0]["eval_norm_ratio"] == 1 != evals[-1]["eval_norm_ratio"]
+    assert len(evals[-1]["eval_norm_ratio_steps"]) == SMALL["steps"]
+    assert sorted(p.name for p in run.iterdir()) == ["args.json", "checkpoint", "curves.png", "lora", "metrics.jsonl", "samples"]
+    assert [p.name for p in sorted((run / "samples").iterdir())] == ["00000.png", "00002.png", "00004.png"]
+
+
+def test_killed_runs_resume_bit_for_bit(run, tmp_path):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "out": tmp_path / "run"}.items()]
+    command = [sys.executable, "train_awm.py", *flags]
+    code = f"import torch, runpy, sys; torch.set_num_threads({torch.get_num_threads()}); sys.argv = {command[1:]!r}; runpy.run_path('train_awm.py', run_name='__main__')"
+    for lines in (3, 8):  # killed early in epoch 1, then within epoch 3
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= lines):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (tmp_path / "run" / "lora").exists() or lora_bytes(tmp_path / "run") != lora_bytes(run)
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert end.returncode == 0 and "resumed at epoch" in end.stdout
+    assert lora_bytes(tmp_path / "run") == lora_bytes(run)
+    drop = {"img_per_s"}  # the only number that depends on the clock
+    assert [{k: v for k, v in line.items() if k not in drop} for line in metrics(tmp_path / "run")] == [
+        {k: v for k, v in line.items() if k not in drop} for line in metrics(run)]
+
+
+def test_a_save_cut_short_anywhere_resumes_bit_for_bit(run, tmp_path, monkeypatch):
+    """save_checkpoint fails at each of its own steps in turn, at the end of some epoch; the next start goes on."""
+    for module, name in ((sample, "save_lora"), (sample, "plot_curves"), (torch, "save")):
+        honest, calls = getattr(module, name), []
+
+        def cut(*args, **kwargs):
+            calls.append(None)
+            if len(calls) > 1:
+                raise KeyboardInterrupt
+            return honest(*args, **kwargs)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, cut)
+            small_run(tmp_path / name)
+        assert lora_bytes(small_run(tmp_path / name)) == lora_bytes(run)
+
+
+def test_finished_run_says_so(run, capsys):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    with pytest.raises(SystemExit) as end:
+        small_run(run)
+    assert end.value.code == 0 and "finished" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+
+
+def test_lam_0_is_the_script_without_the_guard(tmp_path):
+    source = Path("train_awm.py").read_text()
+    for old, new in [("loss = base_loss + args.lam * guard + args.kl * kl", "loss = base_loss + args.kl * kl"),
+                     ("                    guard = norm_hinge(v, v_ref, args.margin)\n", ""),
+                     ("from normguard import norm_hinge, norm_ratio, reference", "from normguard import norm_ratio, reference")]:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    assert "norm_hinge" not in source
+    plain = {"__name__": "plain"}
+    sys.modules["plain"] = type(sys)("plain")
+    plain = sys.modules["plain"].__dict__
+    exec(compile(source, "plain.py", "exec"), plain)
+    plain["main"](plain["Args"](out=str(tmp_path / "plain"), lam=0.0, **SMALL))
+    assert lora_bytes(small_run(tmp_path / "zero", lam=0.0)) == lora_bytes(tmp_path / "plain")
+    assert lora_bytes(small_run(tmp_path / "guarded", lam=5.0)) != lora_bytes(tmp_path / "plain")
+
+
+def test_no_reference_forward_is_paid_when_none_is_needed(tmp_path, monkeypatch):
+    def refuse(model):
+        raise AssertionError("a reference forward was paid")
+    monkeypatch.setattr(train_awm, "reference", refuse)
+    monkeypatch.setattr(sample, "reference", refuse)
+    lines = metrics(small_run(tmp_path, lam=0.0, kl=0.0, eval_every=0, epochs=1))
+    assert [line["norm_ratio"] for line in lines] == [None, None]
+
+
+def test_training_raises_a_reward_it_can_raise(tmp_path):
+    """Brightness, in 10 epochs: the sign of the advantage, its pairing with rows, the noising and the accumulation all count."""
+    (tmp_path / "bright.py").write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    lines = metrics(small_run(tmp_path / "run", reward=f"{tmp_path}/bright.py:bright", lam=0.0, epochs=10, groups=4, group=8, batch=32, timesteps=2,
+                              updates=1, eval_n=16, eval_every=10, lr=3e-3, rank=8))
+    first, last = lines[0], lines[-1]
+    assert last["eval_reward"] - first["eval_reward"] > 3 * first["eval_reward_se"]
+
+
+def test_micro_batches_and_gradient_checkpointing_change_nothing(run, tmp_path):
+    from safetensors.torch import load_file
+    name = "lora/pytorch_lora_weights.safetensors"
+    whole, base = load_file(run / name), sample.load_pipeline("tiny/sd3", torch.device("cpu"))
+    sample.add_lora(base.transformer, SMALL["rank"], 0)
+    for changes in (dict(batch=3), dict(checkpointing=True)):
+        other = load_file(small_run(tmp_path / str(len(changes) + changes.get("batch", 0)), **changes) / name)
+        assert max((whole[k] - other[k]).abs().max() for k in whole) < 2e-4  # Adam's first steps magnify rounding; lr is 2e-3
+
+
+def test_guard_holds_the_norm(tmp_path):
+    """A reward that inflates the norm (contrast): with the guard the norm ends lower, and at most at the reference's."""
+    (tmp_path / "contrast.py").write_text("def contrast(images, prompts):\n    return images.std((1, 2, 3))\n")
+    ratio = {}
+    for lam in (0.0, 1.0):
+        lines = metrics(small_run(tmp_path / str(lam), lam=lam, reward=f"{tmp_path}/contrast.py:contrast", epochs=10, groups=4, group=8, batch=32,
+                                  timesteps=2, updates=1, eval_n=16, eval_every=10, lr=3e-3, rank=8))
+        ratio[lam] = lines[-1]["eval_norm_ratio"]
+    assert ratio[0.0] > 1.02 and ratio[1.0] < 1.01
+
+
+def test_nonfinite_steps_are_skipped_and_ten_stop_the_run(tmp_path, monkeypatch, capsys):
+    honest, calls = train_awm.awm_loss, []
+
+    def broken(*args):
+        calls.append(None)
+        return honest(*args) * (float("nan") if len(calls) > 2 else 1)  # the first epoch is sound
+    monkeypatch.setattr(train_awm, "awm_loss", broken)
+    with pytest.raises(SystemExit) as end:
+        small_run(tmp_path / "run", epochs=9, eval_every=0, batch=64)
+    assert end.value.code == 2 and "ten steps" in capsys.readouterr().err
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["skipped"] == 10 and lines[-1]["loss"] is None and len(lines) == 12
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert all(torch.isfinite(p).all() for p in state["lora"].values())
+
+
+# ---------------------------------------------------------------- bad input: one line, exit code 2, nothing overwritten
+
+def refuses(capsys, call, *words):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call()
+    error = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # without progress bars
+    assert end.value.code == 2 and len(error) == 1, error
+    for word in words:
+        assert word in error[0], error[0]
+
+
+def test_bad_flags(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "nan.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3)) * float('nan')\n"
+                                     "def g(images, prompts):\n    return images\ndef h(images, prompts):\n    return 1 / 0\n")
+    (tmp_path / "file").write_text("")
+    for changes, words in [(dict(model="no/such/folder"), ["--model no/such/folder"]), (dict(prompts=f"{tmp_path}/empty.txt"), ["--prompts", "empty.txt"]),
+                           (dict(prompts="missing.txt"), ["--prompts missing.txt"]), (dict(eval_prompts="missing.txt"), ["--eval-prompts missing.txt"]),
+                           (dict(group=1), ["--group 1"]), (dict(groups=3, group=3, updates=2), ["--updates 2"]), (dict(timesteps=9), ["--timesteps 9"]),
+                           (dict(groups=99), ["--groups 99"]), (dict(lam=-1.0), ["--lam"]), (dict(lam=math.nan), ["--lam nan"]), (dict(size=60), ["--size 60"]),
+                           (dict(size=0), ["--size 0"]), (dict(size=256), ["--size 256"]), (dict(epochs=0), ["--epochs 0"]), (dict(seed=-1), ["--seed -1"]),
+                           (dict(adv_clip=0.0), ["--adv-clip"]), (dict(reward=f"{tmp_path}/nan.py:h"), ["--reward", "division"]),
+                           (dict(reward="no/such/clip"), ["--reward no/such/clip"]), (dict(reward="missing.py:f"), ["--reward", "missing.py"]),
+                           (dict(reward=f"{tmp_path}/nan.py:f"), ["--reward", "nan"]), (dict(reward=f"{tmp_path}/nan.py:g"), ["--reward", "shape"]),
+                           (dict(reward=f"{tmp_path}/nan.py:q"), ["--reward", "nan.py:q"]), (dict(out=f"{tmp_path}/file/run"), ["--out"])]:
+        refuses(capsys, lambda: small_run(**{"out": tmp_path / "run", **changes}), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("argv, word", [(["--lamda", "0.05"], "--lamda"), (["--group", "many"], "--group"), (["--lr"], "--lr")])
+def test_command_line_errors_are_one_line(monkeypatch, capsys, argv, word):
+    monkeypatch.setattr(sys, "argv", ["train_awm.py", *argv])
+    refuses(capsys, lambda: eval_judge.parse(train_awm.Args, train_awm.__doc__), word)
+
+
+def test_checkpoint_of_another_run_and_broken_checkpoint(run, tmp_path, capsys):
+    import shutil
+    copy = shutil.copytree(run, tmp_path / "run")
+
+    def files():
+        return {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    before = files()
+    refuses(capsys, lambda: small_run(copy, lr=1e-5, group=6), "--lr", "--group", "0.002", "1e-05")
+    assert before == files()
+    (copy / "checkpoint" / "state.pt").write_bytes(before[copy / "checkpoint" / "state.pt"][:1000])
+    before = files()
+    refuses(capsys, lambda: small_run(copy), "state.pt")
+    assert before == files()
+    (copy / "checkpoint" / "state.pt").unlink()  # killed before its first checkpoint: still not another run's folder
+    refuses(capsys, lambda: small_run(copy, lr=1e-5), "--lr")
+
+
+def test_sample_refuses(run, tmp_path, capsys):
+    for changes, word in [(dict(renorm="both"), "--renorm"), (dict(norms=True), "--lora"), (dict(lora=str(tmp_path)), "--lora"), (dict(n=0), "--n")]:
+        refuses(capsys, lambda: sample.main(sample.Args(**{"out": str(tmp_path / "x"), **changes})), word)
+    assert not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------- comparing folders
+
+def test_eval_judge_compares_folders(run, tmp_path, capsys):
+    for name, lora in (("base", None), ("lora", str(run / "lora"))):
+        sample.main(sample.Args(steps=4, lora=lora, out=str(tmp_path / name), reward="tiny/pickscore"))
+    eval_judge.main(eval_judge.Args(dirs=(f"{tmp_path}/base", f"{tmp_path}/lora"), real=f"{tmp_path}/base", out=f"{tmp_path}/report"))
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    scores = report["metrics"]["reward/pickscore"]
+    rows = [json.loads(line)["reward"] for line in (tmp_path / "lora/samples.jsonl").read_text().splitlines()]
+    mine = scores[f"{tmp_path}/lora"]
+    assert mine["mean"] == pytest.approx(np.mean(rows), abs=2e-3) and mine["lo"] < mine["mean"] < mine["hi"] and report["n"] == 16
+    distance = report["metrics"]["fd/embed"]
+    assert abs(distance[f"{tmp_path}/base"]["mean"]) < 1e-3 < distance[f"{tmp_path}/lora"]["mean"]
+    (tmp_path / "lora/00003.png").write_bytes(b"not a picture")
+    refuses(capsys, lambda: eval_judge.main(eval_judge.Args(dirs=(f"{tmp_path}/base", f"{tmp_path}/lora"), out=f"{tmp_path}/r2")), "lora/00003.png")
