@@ -5,8 +5,9 @@
 Prints a Markdown table and writes report.json and report.png (bars, and the same prompts side by side). All folders must
 hold the same prompts and seeds; means carry 95 % bootstrap intervals over prompts. The training scripts take `load_reward` from here.
 
-Rewards: `pickscore` (yuvalkirstain/PickScore_v1), a CLIPModel folder or hub id scored by PickScore's formula
-(arXiv 2305.01569), or `file.py:function` taking (images (b, 3, h, w) in [0, 1], prompts) and returning (b,).
+Rewards: `pickscore` (yuvalkirstain/PickScore_v1), `hpsv2.1` (xswu/HPSv2), `clipscore` (CLIP ViT-L/14), a CLIPModel folder or
+hub id scored by PickScore's formula, or `file.py:function` taking (images (b, 3, h, w) in [0, 1], prompts) and returning (b,).
+Several make a weighted sum: `pickscore:0.5,hpsv2.1:0.5`.
 """
 import contextlib
 import importlib.util
@@ -25,10 +26,12 @@ import torch
 import transformers
 import tyro
 from einops import rearrange
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -36,7 +39,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-PICKSCORE = ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")  # model, processor
+VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # whose processor PickScore and HPSv2 use
+VIT_H_CONFIG = dict(  # HPSv2.1 is an open_clip ViT-H-14; transformers' default activation, quick_gelu, would be wrong for it
+    text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu"),
+    vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, hidden_act="gelu"),
+    projection_dim=1024)
 
 
 # ---------------------------------------------------------------- command line and files
@@ -53,7 +60,13 @@ def reason(error: Exception) -> str:
 
 
 def parse(args_class, doc: str):
-    """tyro, with its framed errors turned into one line."""
+    """tyro, with its framed errors turned into one line; a GPU that runs out of memory, later, becomes one too."""
+    def last_words(kind, error, trace):
+        if not issubclass(kind, torch.OutOfMemoryError):
+            return sys.__excepthook__(kind, error, trace)
+        tqdm.write(f"error: the GPU is out of memory; lower --batch or --size ({reason(error)})", file=sys.stderr)
+
+    sys.excepthook = last_words
     framed = io.StringIO()
     try:
         with contextlib.redirect_stderr(framed):
@@ -114,64 +127,121 @@ def save_samples(out: str, pictures: Tensor, rows: list[dict]):
 # ---------------------------------------------------------------- rewards
 
 def load_reward(spec: str, device: torch.device, batch: int = 64) -> Callable[[Tensor, list[str]], Tensor]:
-    """spec -> function (images (b, 3, h, w) in [0, 1], prompts) -> (b,) fp32 on the CPU.
+    """spec, or "spec:weight,spec:weight" -> function (images (b, 3, h, w) in [0, 1], prompts) -> (b,) fp32 on the CPU.
 
-    Ends the process with a line that names --reward if the spec cannot be loaded, or later if the reward returns anything
-    but one finite number a picture.
+    Ends the process with a line that names --reward if a spec cannot be loaded, or later if it returns anything but one
+    finite number a picture.
     """
-    if ".py:" in spec:
-        score = load_function(spec)
-    else:
-        score = load_clip(*(PICKSCORE if spec == "pickscore" else (spec, spec)), device, spec)
+    parts = []
+    for part in spec.split(","):
+        name, _, weight = part.rpartition(":")
+        try:
+            weight = float(weight)
+        except ValueError:  # no weight: the colon is file.py:function's
+            name, weight = part, 1.0
+        if not np.isfinite(weight):
+            fail(f"--reward {part}: its weight must be a finite number")
+        try:
+            score = load_function(name) if ".py:" in name else load_hps(device) if name == "hpsv2.1" else load_clip(name, device)
+        except Exception as e:  # a missing folder, no network, another model class, the user's code: each raises its own
+            fail(f"--reward {name}: cannot be loaded ({type(e).__name__}: {reason(e)}); give pickscore, hpsv2.1 or clipscore (they are "
+                 "downloaded from the hub), a CLIPModel folder or hub id, or file.py:function")
+        parts.append((name, weight, score))
 
     @torch.no_grad()
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
-        scores = []
+        total = torch.zeros(len(images))
         for i in range(0, len(images), batch):
-            part = images[i:i + batch]
-            try:
-                r = torch.as_tensor(score(part, prompts[i:i + batch])).detach().float().cpu()
-            except Exception as e:  # a function is the user's code
-                fail(f"--reward {spec}: failed on {tuple(part.shape)} pictures ({type(e).__name__}: {reason(e)})")
-            if r.shape != (len(part),):
-                fail(f"--reward {spec}: returned shape {tuple(r.shape)} for {len(part)} pictures; it must be ({len(part)},)")
-            if not r.isfinite().all():
-                fail(f"--reward {spec}: returned {r[~r.isfinite()][0].item()} for the prompt {prompts[i + int((~r.isfinite()).nonzero()[0])]!r}")
-            scores.append(r)
-        return torch.cat(scores)
+            some, said = images[i:i + batch], prompts[i:i + batch]
+            for name, weight, score in parts:
+                try:
+                    r = torch.as_tensor(score(some, said)).detach().float().cpu()
+                except Exception as e:  # a function is the user's code
+                    fail(f"--reward {name}: failed on {tuple(some.shape)} pictures ({type(e).__name__}: {reason(e)})")
+                if r.shape != (len(some),):
+                    fail(f"--reward {name}: returned shape {tuple(r.shape)} for {len(some)} pictures; it must be ({len(some)},)")
+                if not r.isfinite().all():
+                    fail(f"--reward {name}: returned {r[~r.isfinite()][0].item()} for the prompt {said[int((~r.isfinite()).nonzero()[0])]!r}")
+                total[i:i + batch] += weight * r
+        return total
 
     return reward
 
 
-def load_clip(model: str, processor: str, device: torch.device, spec: str) -> Callable[[Tensor, list[str]], Tensor]:
-    """PickScore's formula on any CLIPModel: exp(logit_scale) cos(image, text) / 26."""
-    try:
-        clip = AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device)
-        prepare = AutoProcessor.from_pretrained(processor)
-        scale = clip.logit_scale.exp() / 26
-    except Exception as e:  # a missing folder, no network, another model class: each raises its own
-        fail(f"--reward {spec}: cannot be loaded ({reason(e)}); give pickscore, a CLIPModel folder or hub id, or file.py:function")
+def load_clip(name: str, device: torch.device) -> Callable[[Tensor, list[str]], Tensor]:
+    """PickScore's formula (arXiv 2305.01569) on any CLIPModel: exp(logit_scale) cos(image, text) / 26. clipscore is the plain cosine."""
+    model = {"pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-large-patch14"}.get(name, name)
+    clip = AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device)
+    prepare = AutoProcessor.from_pretrained(VIT_H if name == "pickscore" else model)
+    scale = 1.0 if name == "clipscore" else clip.logit_scale.exp().item() / 26
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        inputs = prepare(text=prompts, images=[to_image(x) for x in images], padding=True, truncation=True,
-                         max_length=clip.config.text_config.max_position_embeddings, return_tensors="pt").to(device)
-        out = clip(**inputs)  # embeddings come normalised
-        return (out.image_embeds * out.text_embeds).sum(1) * scale
+        pixels = prepare.image_processor([to_image(x) for x in images], return_tensors="pt")
+        return clip_cosine(clip, pixels["pixel_values"], prepare.tokenizer, prompts) * scale
 
     return score
+
+
+def clip_cosine(clip: CLIPModel, pixels: Tensor, tokenizer, prompts: list[str]) -> Tensor:
+    """Cosine of each picture, prepared (b, 3, s, s), and its prompt: (b,)."""
+    words = tokenizer(prompts, padding=True, truncation=True, max_length=clip.config.text_config.max_position_embeddings, return_tensors="pt")
+    out = clip(pixel_values=pixels.to(clip.device), **words.to(clip.device))  # its embeddings come normalised
+    return (out.image_embeds * out.text_embeds).sum(1)
+
+
+def load_hps(device: torch.device) -> Callable[[Tensor, list[str]], Tensor]:
+    """HPSv2.1 (arXiv 2306.09341, github.com/tgxs002/HPSv2): the cosine of an open_clip ViT-H-14, read into transformers' CLIPModel."""
+    file = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
+    tokenizer = AutoTokenizer.from_pretrained(VIT_H)
+    clip = CLIPModel(CLIPConfig(**VIT_H_CONFIG))
+    clip.load_state_dict(from_open_clip(torch.load(file, map_location="cpu", weights_only=True)["state_dict"]))
+    clip.eval().requires_grad_(False).to(device)
+    return lambda images, prompts: clip_cosine(clip, torch.stack([hps_pixels(x) for x in images]), tokenizer, prompts)
+
+
+def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An open_clip CLIP's state dict under the names of transformers' CLIPModel, fp32."""
+    names = (("transformer.resblocks", "encoder.layers"), (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".attn.", ".self_attn."),
+             (".mlp.c_fc.", ".mlp.fc1."), (".mlp.c_proj.", ".mlp.fc2."), ("ln_pre.", "pre_layrnorm."), ("ln_post.", "post_layernorm."),
+             ("ln_final.", "final_layer_norm."), ("conv1.", "embeddings.patch_embedding."), ("class_embedding", "embeddings.class_embedding"),
+             ("token_embedding.", "embeddings.token_embedding."), ("positional_embedding", "embeddings.position_embedding.weight"))
+    out = {}
+    for key, value in state.items():
+        value, side = value.float(), "vision_model." if key.startswith("visual.") else "text_model."
+        if key in ("visual.proj", "text_projection"):
+            out[f"{'visual' if key == 'visual.proj' else 'text'}_projection.weight"] = value.T.contiguous()
+        elif key == "logit_scale":
+            out[key] = value
+        elif key != "attn_mask":
+            key = key.removeprefix("visual.")
+            for theirs, ours in names:
+                key = key.replace(theirs, ours)
+            if "in_proj_" in key:  # q, k and v in one
+                out |= {side + key.replace("in_proj_", f"{n}_proj."): part.contiguous() for n, part in zip("qkv", value.chunk(3))}
+            else:
+                out[side + key] = value
+    return out
+
+
+def hps_pixels(picture: Tensor, side: int = 224) -> Tensor:
+    """HPSv2's preprocessing: longest side to `side`, bicubic, zero-padded to a square, normalised. (3, h, w) in [0, 1] -> (3, side, side)."""
+    image = to_image(picture)
+    scale = side / max(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    x = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
+    return (x - torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
 
 
 def load_function(spec: str) -> Callable:
     """`file.py:function`, imported from its path."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
-        fail(f"--reward {spec}: there is no file {path}")
-    try:
-        module = importlib.util.module_from_spec(s := importlib.util.spec_from_file_location("reward_function", path))
-        s.loader.exec_module(module)
-        return getattr(module, name)
-    except Exception as e:  # it is the user's code
-        fail(f"--reward {spec}: cannot be imported ({type(e).__name__}: {reason(e)})")
+        raise FileNotFoundError(f"there is no file {path}")
+    module = importlib.util.module_from_spec(s := importlib.util.spec_from_file_location("reward_function", path))
+    s.loader.exec_module(module)
+    return getattr(module, name)
 
 
 # ---------------------------------------------------------------- Frechet distance
@@ -233,7 +303,7 @@ def read_folder(folder: str) -> tuple[list[dict], Tensor]:
             row["prompt"], row["seed"]  # both are needed to pair folders
             pictures.append(torch.from_numpy(np.array(Image.open(Path(folder) / row["file"]).convert("RGB"))).permute(2, 0, 1) / 255)
         return rows, torch.stack(pictures)
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
         name = f"{folder}/{rows[len(pictures)].get('file', 'samples.jsonl')}" if len(pictures) < len(rows) else folder
         fail(f"{name}: cannot be read as pictures that sample.py wrote ({type(e).__name__}: {reason(e)})")
 
@@ -274,6 +344,8 @@ def draw_report(path: Path, dirs: tuple[str, ...], metrics: dict, folders: dict,
 
 def main(args: Args):
     """Compare folders."""
+    if args.bootstrap < 1:
+        fail(f"--bootstrap {args.bootstrap}: must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folders = {d: read_folder(d) for d in args.dirs}
     keys = {d: [(r["prompt"], r["seed"]) for r in rows] for d, (rows, _) in folders.items()}
@@ -282,8 +354,9 @@ def main(args: Args):
             fail(f"{d}: holds other prompts and seeds than {args.dirs[0]}; sample both with the same --prompts, --n and --seed")
     prompts = [p for p, _ in keys[args.dirs[0]]]
     metrics = {}
-    for spec in args.reward:
-        reward, name = load_reward(spec, device), f"reward/{spec.rstrip('/').split('/')[-1]}"
+    short = [spec.rstrip("/").split("/")[-1] for spec in args.reward]
+    for spec, name in zip(args.reward, short if len(set(short)) == len(short) else args.reward):
+        reward, name = load_reward(spec, device), f"reward/{name}"
         metrics[name] = {}
         for d, (_, pictures) in tqdm(folders.items(), desc=name, leave=False):
             r = reward(pictures, prompts)

@@ -14,6 +14,7 @@ are what the training scripts share.
 """
 import json
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from einops import rearrange
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,9 +34,11 @@ from normguard import norm_ratio, reference, renormalize
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT has two adapters and means it
 
 LORA_TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",  # as DiffusionNFT, AWM and Flow-GRPO on SD3.5
                 "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+FLUX_GUIDANCE = 3.5  # what FLUX.1-dev's guidance embedding is told, as in diffusers and Flow-GRPO
 
 
 # ---------------------------------------------------------------- model
@@ -46,10 +51,8 @@ def load_pipeline(model: str, device: torch.device) -> diffusers.DiffusionPipeli
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
     except Exception as e:  # a missing folder, no network, a gated repository, a broken file: each library raises its own
         fail(f"--model {model}: cannot be loaded ({reason(e)}); give a diffusers folder, or a hub id that you can download")
-    if not isinstance(pipe, diffusers.StableDiffusion3Pipeline):
-        fail(f"--model {model}: is a {type(pipe).__name__}; StableDiffusion3Pipeline is supported")
-    if pipe.scheduler.config.get("use_dynamic_shifting"):
-        fail(f"--model {model}: its scheduler shifts by resolution, which is not supported")
+    if not isinstance(pipe, (diffusers.StableDiffusion3Pipeline, diffusers.FluxPipeline)):
+        fail(f"--model {model}: is a {type(pipe).__name__}; StableDiffusion3Pipeline and FluxPipeline are supported")
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -58,24 +61,38 @@ def load_pipeline(model: str, device: torch.device) -> diffusers.DiffusionPipeli
     return pipe
 
 
+def is_flux(model: torch.nn.Module) -> bool:
+    """A FLUX transformer: packed latents, position ids and a guidance embedding, where SD3's takes a picture of latents."""
+    return "guidance_embeds" in model.config
+
+
 def max_tokens(pipe) -> int:
-    """T5's padded length. Padding is attended to, so it is part of the model's input: diffusers' 256, or all a tokenizer has."""
-    return min(256, pipe.tokenizer_3.model_max_length) if pipe.tokenizer_3 else 256
+    """T5's padded length. Padding is attended to, so it is part of the model's input: diffusers' default, or all a tokenizer has."""
+    tokenizer, most = (pipe.tokenizer_2, 512) if is_flux(pipe.transformer) else (pipe.tokenizer_3, 256)
+    return min(most, tokenizer.model_max_length) if tokenizer else most
 
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each unique prompt, and "" for guidance, once: prompt -> (embeds (l, d), pooled (p,)) on the CPU."""
+    """Each unique prompt, and "" for guidance, once: prompt -> (embeds (l, d), pooled (p,)) on the CPU (SD3.5: 2.7 MB each)."""
     unique, device, text = list(dict.fromkeys([*prompts, ""])), pipe.transformer.device, {}
-    encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
+    encoders = [e for name, e in pipe.components.items() if name.startswith("text_encoder") and e is not None]
+    for part in (pipe.transformer, pipe.vae):
+        part.to("cpu")  # makes room on the GPU: T5 alone takes 9 GB
     for e in encoders:
         e.to(device)
     for i in tqdm(range(0, len(unique), 16), desc="encode prompts", leave=False):
-        embeds, _, pooled, _ = pipe.encode_prompt(unique[i:i + 16], None, None, device=device, do_classifier_free_guidance=False,
-                                                  max_sequence_length=max_tokens(pipe))
+        some = (unique[i:i + 16] + [""] * 16)[:16]  # always 16: a batch's size can change its last bits, and a resumed run has others
+        if is_flux(pipe.transformer):
+            embeds, pooled, _ = pipe.encode_prompt(some, device=device, max_sequence_length=max_tokens(pipe))
+        else:
+            embeds, _, pooled, _ = pipe.encode_prompt(some, None, None, device=device, do_classifier_free_guidance=False,
+                                                      max_sequence_length=max_tokens(pipe))
         text.update(zip(unique[i:i + 16], zip(embeds.cpu(), pooled.cpu())))
     for e in encoders:
         e.to("cpu")
+    for part in (pipe.transformer, pipe.vae):
+        part.to(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # peak_gb is to tell what training takes
@@ -88,31 +105,48 @@ def stack(text: dict[str, tuple[Tensor, Tensor]], prompts: list[str], device: to
     return torch.stack(embeds).to(device), torch.stack(pooled).to(device)
 
 
-def velocity(model: torch.nn.Module, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor], guidance: float = 1.0,
+def velocity(model: torch.nn.Module, x: Tensor, t: Tensor, text: tuple[Tensor, Tensor], guidance: float | None = None,
              null: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """v(x_t, t | text), fp32. x (b, c, h, w), t (b,) in [0, 1], text as from `stack`; guidance > 1 mixes in v(x_t, t | null)."""
-    if guidance > 1:
+    """v(x_t, t | text), fp32. x (b, c, h, w) for both bases, t (b,) in [0, 1], text as from `stack`. guidance > 1 mixes in
+    v(x_t, t | null) on SD3; on FLUX it is what its guidance embedding is told. None: no guidance on SD3, 3.5 on FLUX."""
+    if is_flux(model):
+        h, w = x.shape[2] // 2, x.shape[3] // 2
+        place = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).to(x)  # (h w, 3): 0, row, column
+        told = torch.ones_like(t) * (FLUX_GUIDANCE if guidance is None else guidance) if model.config.guidance_embeds else None
+        with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):  # fp32 LoRA on a bf16 base
+            v = model(hidden_states=rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2), timestep=t, guidance=told,
+                      encoder_hidden_states=text[0], pooled_projections=text[1], img_ids=place, txt_ids=place.new_zeros(text[0].shape[1], 3),
+                      return_dict=False)[0].float()
+        return rearrange(v, "b (h w) (c p q) -> b c (h p) (w q)", h=h, p=2, q=2)
+    if guidance is not None and guidance > 1:
         text = tuple(torch.cat(pair) for pair in zip(null, text))
         v_null, v = velocity(model, torch.cat([x, x]), torch.cat([t, t]), text).chunk(2)
         return v_null + guidance * (v - v_null)
-    with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):  # fp32 LoRA on a bf16 base
+    with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
         return model(hidden_states=x, timestep=1000 * t, encoder_hidden_states=text[0], pooled_projections=text[1],
                      return_dict=False)[0].float()
 
 
-def schedule(pipe, steps: int) -> Tensor:
-    """The pipeline's own noise levels, shift included: (steps + 1,), from 1 down to 0."""
-    pipe.scheduler.set_timesteps(steps)
+def schedule(pipe, steps: int, shape: tuple[int, int, int]) -> Tensor:
+    """The pipeline's own noise levels for latents (c, h, w), its shift (by resolution on FLUX) included: (steps + 1,), from 1 down to 0."""
+    config, kwargs = pipe.scheduler.config, {"num_inference_steps": steps}
+    if is_flux(pipe.transformer) and not config.get("use_flow_sigmas"):
+        kwargs = {"sigmas": np.linspace(1, 1 / steps, steps)}
+    if config.get("use_dynamic_shifting"):
+        kwargs["mu"] = calculate_shift(shape[1] * shape[2] // 4, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+                                       config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+    pipe.scheduler.set_timesteps(**kwargs)
     return pipe.scheduler.sigmas.cpu()
 
 
 def latent_shape(pipe, size: int | None) -> tuple[int, int, int]:
     """(c, h, w) of the latents of a square picture with `size` pixels a side (None: the model's own size)."""
-    f, patch = pipe.vae_scale_factor, pipe.transformer.config.patch_size
-    size, most = pipe.default_sample_size * f if size is None else size, pipe.transformer.config.pos_embed_max_size * f * patch
+    f, config = 2 ** (len(pipe.vae.config.block_out_channels) - 1), pipe.transformer.config
+    patch = 2 if is_flux(pipe.transformer) else config.patch_size
+    size, most = pipe.vae.config.sample_size if size is None else size, config.get("pos_embed_max_size", 1024) * f * patch
     if not 0 < size <= most or size % (f * patch):
         fail(f"--size {size}: must be a multiple of {f * patch}, at most {most}")
-    return pipe.transformer.config.in_channels, size // f, size // f
+    return pipe.vae.config.latent_channels, size // f, size // f
 
 
 def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
@@ -121,14 +155,14 @@ def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def integrate(pipe, noise: Tensor, text: dict, prompts: list[str], sigmas: Tensor, *, guidance: float = 1.0, renorm: str = "none",
+def integrate(pipe, noise: Tensor, text: dict, prompts: list[str], sigmas: Tensor, *, guidance: float | None = None, renorm: str = "none",
               compare: bool = False, batch: int = 64, desc: str = "sample") -> tuple[Tensor, Tensor | None]:
     """Euler from noise (n, c, h, w) down `sigmas` (steps + 1,). Returns x0 (n, c, h, w) on the CPU and, with `compare` or a
     renorm of "match" or "cap", the norm ratio to the reference at each step, (n, steps), before any renormalization."""
     model, device, out, ratios = pipe.transformer, pipe.transformer.device, [], []
     for i in tqdm(range(0, len(noise), batch), desc=desc, leave=False):
         x, inputs, steps = noise[i:i + batch].to(device), stack(text, prompts[i:i + batch], device), []
-        null = stack(text, [""] * len(x), device) if guidance > 1 else None
+        null = stack(text, [""] * len(x), device)
         for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
             t = torch.full((len(x),), now, device=device)
             v = velocity(model, x, t, inputs, guidance, null)
@@ -144,11 +178,12 @@ def integrate(pipe, noise: Tensor, text: dict, prompts: list[str], sigmas: Tenso
 
 
 @torch.no_grad()
-def decode(pipe, x0: Tensor, batch: int = 16) -> Tensor:
-    """Latents (n, c, h, w) -> pictures (n, 3, h, w) fp32 in [0, 1] on the CPU, a slice at a time."""
+def decode(pipe, x0: Tensor) -> Tensor:
+    """Latents (n, c, h, w) -> pictures (n, 3, h, w) fp32 in [0, 1] on the CPU, a megapixel at a time."""
+    batch = max(1, 2**20 // (x0.shape[2] * x0.shape[3] * 64))
     z = x0 / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     pictures = [pipe.vae.decode(s.to(pipe.vae.device, pipe.vae.dtype), return_dict=False)[0].float().cpu() for s in z.split(batch)]
-    return (torch.cat(pictures) / 2 + 0.5).clamp(0, 1)
+    return torch.cat(pictures).div_(2).add_(0.5).clamp_(0, 1)
 
 
 # ---------------------------------------------------------------- what the training scripts share
@@ -158,12 +193,56 @@ def rng(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
-def add_lora(model: torch.nn.Module, rank: int, seed: int) -> list[torch.nn.Parameter]:
+def check_numbers(args):
+    """Refuse numbers that cannot work, naming the flag. What only one method has is checked in its script."""
+    for flags, least in (("epochs groups rank updates batch timesteps save_every eval_n", 1), ("group steps", 2), ("seed eval_every lam margin kl", 0)):
+        for flag in flags.split():
+            if not least <= getattr(args, flag) < float("inf"):
+                fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    for flag in ("lr", "max_grad_norm", "adv_clip", "power", "clip", "nft_beta", "dpo_beta"):
+        if not 0 < getattr(args, flag, 1) < float("inf"):
+            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
+
+
+def draw_prompts(args) -> tuple[list[str], list[str]]:
+    """The run's prompts, epochs * groups of them, each pass over the file a shuffle of its own; and eval_n held-out prompts."""
+    prompts, held_out = read_prompts(args.prompts, "--prompts"), read_prompts(args.eval_prompts, "--eval-prompts")
+    if args.groups > len(prompts):
+        fail(f"--groups {args.groups}: more than the {len(prompts)} prompts in {args.prompts}")
+    n = args.epochs * args.groups
+    order = torch.cat([torch.randperm(len(prompts), generator=rng(args.seed, 0, i)) for i in range(n // len(prompts) + 1)])
+    return [prompts[i] for i in order[:n]], [held_out[i % len(held_out)] for i in range(args.eval_n)]
+
+
+def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default") -> list[torch.nn.Parameter]:
     """A LoRA with alpha = 2 rank on the attention projections of a diffusers transformer; returns its fp32 parameters."""
     torch.manual_seed(seed)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS))
+    before = {id(p) for p in model.parameters()}
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS), name)
     diffusers.training_utils.cast_training_params(model, torch.float32)
-    return [p for p in model.parameters() if p.requires_grad]
+    return [p for p in model.parameters() if id(p) not in before]
+
+
+def group_advantages(reward: Tensor, group: int, clip: float) -> Tensor:
+    """Group mean, global std, clipped at +- clip and scaled to +- 1. reward (prompts * group,), groups contiguous -> same shape."""
+    by_group = rearrange(reward, "(p k) -> p k", k=group)
+    centred = (by_group - by_group.mean(1, keepdim=True)).flatten()
+    return (centred / (reward.std(correction=0) + 1e-4)).clamp(-clip, clip) / clip
+
+
+def stratified(n: int, strata: int, usable: int, g: torch.Generator) -> Tensor:
+    """One of the schedule's first `usable` steps from each stratum, for each of n pictures: (n, strata) long."""
+    bounds = torch.linspace(0, usable, strata + 1).long()
+    return bounds[:-1] + (torch.rand(n, strata, generator=g) * (bounds[1:] - bounds[:-1])).long()
+
+
+def clipped_step(opt: torch.optim.Optimizer, loss: float, max_norm: float) -> tuple[float, bool]:
+    """Clip the gradients and step, unless the loss or a gradient is not finite. Returns the norm before clipping, and whether it stepped."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(opt.param_groups[0]["params"], max_norm).item()
+    if finite := bool(np.isfinite([loss, grad_norm]).all()):
+        opt.step()
+    opt.zero_grad()
+    return grad_norm, finite
 
 
 def save_lora(pipe, folder: Path):
@@ -181,7 +260,7 @@ def open_run(args, name: str, **recorded) -> tuple[Path, dict | None]:
     """The run's folder and the state to resume from, if any; args.json holds the args and what else is `recorded`. A run with
     other args, an unreadable checkpoint or a folder that cannot be written ends the process before anything is touched; a
     finished run says so and exits 0."""
-    reward = Path(args.reward.partition(":")[0]).name.removesuffix(".py")
+    reward = "+".join(Path(r.partition(":")[0]).name.removesuffix(".py") for r in args.reward.split(","))
     default = f"runs/{name}-{Path(args.model).name}-{reward}-lam{args.lam:g}-s{args.seed}"
     out = Path(args.out or default)
     mine, state = {k: v for k, v in asdict(args).items() if k != "out"}, None
@@ -214,13 +293,13 @@ def open_run(args, name: str, **recorded) -> tuple[Path, dict | None]:
     return out, state
 
 
-def save_checkpoint(out: Path, pipe, opt: torch.optim.Optimizer, **counters: int):
+def save_checkpoint(out: Path, pipe, opt: torch.optim.Optimizer, **extra):
     """lora/ and curves.png, then all that the next epoch depends on, to a temporary name and renamed: a run killed in between
     does the epochs since the checkpoint again and writes the same files."""
     save_lora(pipe, out / "lora")
     plot_curves(out)
     tmp = out / "checkpoint" / "state.tmp"
-    torch.save({"lora": get_peft_model_state_dict(pipe.transformer), "opt": opt.state_dict(), **counters,
+    torch.save({"lora": get_peft_model_state_dict(pipe.transformer), "opt": opt.state_dict(), **extra,
                 "log_bytes": (out / "metrics.jsonl").stat().st_size}, tmp)
     tmp.replace(out / "checkpoint" / "state.pt")
 
@@ -233,7 +312,7 @@ def load_checkpoint(state: dict, pipe, opt: torch.optim.Optimizer):
 
 def log_line(out: Path, line: dict):
     """Append a line to metrics.jsonl; a non-finite number becomes null, since JSON has none."""
-    line = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in line.items()}
+    line = json.loads(json.dumps(line), parse_constant=lambda _: None)
     with open(out / "metrics.jsonl", "a") as log:
         log.write(json.dumps(line) + "\n")
 
@@ -291,8 +370,8 @@ class Args:
     """pictures a prompt"""
     steps: int = 28
     """Euler steps"""
-    guidance: float = 1.0
-    """classifier-free guidance scale; 1 is none"""
+    guidance: float | None = None
+    """classifier-free guidance scale (default: none), or what FLUX's guidance embedding is told (default: 3.5)"""
     size: int | None = None
     """pixels a side (default: the model's own)"""
     seed: int = 0
@@ -351,12 +430,14 @@ def main(args: Args):
         except Exception as e:  # of another rank, model or library: peft, diffusers and safetensors each raise their own
             fail(f"--lora {args.lora}: does not fit --model {args.model} ({reason(e)})")
     reward_fn = load_reward(args.reward, device) if args.reward else None
-    shape, sigmas, text = latent_shape(pipe, args.size), schedule(pipe, args.steps), encode_prompts(pipe, prompts)
+    shape, text = latent_shape(pipe, args.size), encode_prompts(pipe, prompts)
+    sigmas = schedule(pipe, args.steps, shape)
     x0, ratios = integrate(pipe, draw_noise(seeds, shape), text, prompts, sigmas, guidance=args.guidance, renorm=args.renorm,
                            compare=args.norms, batch=args.batch)
     pictures = decode(pipe, x0)
 
-    settings = {"num_inference_steps": args.steps, "guidance_scale": args.guidance, "height": pictures.shape[2], "width": pictures.shape[3],
+    guidance = (FLUX_GUIDANCE if is_flux(pipe.transformer) else 1.0) if args.guidance is None else args.guidance
+    settings = {"num_inference_steps": args.steps, "guidance_scale": guidance, "height": pictures.shape[2], "width": pictures.shape[3],
                 "max_sequence_length": max_tokens(pipe)}
     rows = [{"prompt": p, "seed": s, "model": args.model, "lora": args.lora, "renorm": args.renorm,
              "pipe": settings if args.renorm == "none" else None} for p, s in zip(prompts, seeds)]  # diffusers cannot renormalize

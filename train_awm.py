@@ -23,14 +23,14 @@ import time
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from eval_judge import fail, grid, load_reward, parse, read_prompts
+from eval_judge import fail, grid, load_reward, parse
 from normguard import norm_hinge, norm_ratio, reference
-from sample import (add_lora, decode, draw_noise, encode_prompts, evaluate, integrate, latent_shape, load_checkpoint, load_pipeline,
-                    log_line, max_tokens, open_run, rng, save_checkpoint, schedule, stack, velocity)
+from sample import (add_lora, check_numbers, clipped_step, decode, draw_noise, draw_prompts, encode_prompts, evaluate, group_advantages, integrate,
+                    latent_shape, load_checkpoint, load_pipeline, log_line, max_tokens, open_run, rng, save_checkpoint, schedule, stack,
+                    stratified, velocity)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Args:
     model: str = "tiny/sd3"
     """diffusers folder or hub id"""
     reward: str = "tiny/pickscore"
-    """pickscore, a CLIPModel folder or hub id, or file.py:function"""
+    """pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, or a sum of such: A:0.5,B:0.5"""
     prompts: str = "tiny/prompts.txt"
     """text file, one training prompt a line"""
     eval_prompts: str = "tiny/eval_prompts.txt"
@@ -106,111 +106,82 @@ def awm_loss(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Tensor, adv
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip))
 
 
-def advantages(reward: Tensor, group: int, clip: float) -> Tensor:
-    """Group mean, global std, clipped at +- clip and scaled to +- 1. reward (prompts * group,), groups contiguous -> same shape."""
-    by_group = rearrange(reward, "(p k) -> p k", k=group)
-    centred = (by_group - by_group.mean(1, keepdim=True)).flatten()
-    return (centred / (reward.std(correction=0) + 1e-4)).clamp(-clip, clip) / clip
-
-
-def stratified(n: int, strata: int, steps: int, g: torch.Generator) -> Tensor:
-    """One rollout step from each stratum for each of n pictures, (n, strata) long; the last tenth of the steps is left out."""
-    bounds = torch.linspace(0, int(0.9 * steps), strata + 1).long()
-    return bounds[:-1] + (torch.rand(n, strata, generator=g) * (bounds[1:] - bounds[:-1])).long()
-
-
-def check(args: Args):
-    """Refuse numbers that cannot work, naming the flag."""
-    n = args.groups * args.group
-    for flags, least in (("epochs groups rank updates batch timesteps save_every eval_n", 1), ("group steps", 2),
-                         ("seed eval_every lam margin kl", 0), ("lr power clip adv_clip max_grad_norm", 1e-12)):
-        for flag in flags.split():
-            if not least <= getattr(args, flag) < float("inf"):
-                fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be {'at least ' + str(least) if least != 1e-12 else 'positive'}")
-    if n % args.updates:
-        fail(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
-    if args.timesteps > int(0.9 * args.steps):
-        fail(f"--timesteps {args.timesteps}: more than the {int(0.9 * args.steps)} steps that --steps {args.steps} offers")
-
-
 def main(args: Args):
     """Train: roll out, score, update; evaluate and save now and then."""
-    check(args)
-    prompts, held_out = read_prompts(args.prompts, "--prompts"), read_prompts(args.eval_prompts, "--eval-prompts")
-    if args.groups > len(prompts):
-        fail(f"--groups {args.groups}: more than the {len(prompts)} prompts in {args.prompts}")
+    check_numbers(args)
+    n, usable = args.groups * args.group, int(0.9 * args.steps)  # pictures an epoch; steps of the schedule that train
+    if n % args.updates:
+        fail(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
+    if args.timesteps > usable:
+        fail(f"--timesteps {args.timesteps}: more than the {usable} steps that --steps {args.steps} offers")
+    used, eval_prompts = draw_prompts(args)
 
     # ---- model, reward, run folder
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe, reward_fn = load_pipeline(args.model, device), load_reward(args.reward, device)
-    model, shape, sigmas = pipe.transformer, latent_shape(pipe, args.size), schedule(pipe, args.steps)
-    reward_fn(torch.full((2, 3, shape[1] * pipe.vae_scale_factor, shape[2] * pipe.vae_scale_factor), 0.5), prompts[:1] * 2)  # does it work?
+    model, shape = pipe.transformer, latent_shape(pipe, args.size)
+    sigmas = schedule(pipe, args.steps, shape)
+    reward_fn(decode(pipe, torch.zeros(2, *shape)), used[:1] * 2)  # does it work? before anything is written
     out, state = open_run(args, "awm", max_sequence_length=max_tokens(pipe))
     params = add_lora(model, args.rank, args.seed)
     opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
-    step, first, skipped = 0, 0, 0
+    step, first, skipped, bad = 0, 0, 0, 0  # bad: non-finite steps in a row
     if state:
         load_checkpoint(state, pipe, opt)
-        step, first, skipped = state["step"], state["epoch"], state["skipped"]
+        step, first, skipped, bad = state["step"], state["epoch"], state["skipped"], state["bad"]
         print(f"{out}: resumed at epoch {first}")
     if args.checkpointing or (args.checkpointing is None and device.type == "cuda"):
         model.enable_gradient_checkpointing()
     if args.compile:
         model.compile()
 
-    # ---- prompts: each pass over the file is a shuffle of its own; encoded once, before the loop
-    passes = args.epochs * args.groups // len(prompts) + 1
-    order = torch.cat([torch.randperm(len(prompts), generator=rng(args.seed, 0, i)) for i in range(passes)]).tolist()
-    used = [prompts[i] for i in order[:args.epochs * args.groups]]
-    eval_prompts = [held_out[i % len(held_out)] for i in range(args.eval_n)]
-    eval_noise = draw_noise(list(range(args.eval_n)), shape)  # the same for every run and seed
+    # ---- prompts, encoded once
     text = encode_prompts(pipe, used[first * args.groups:] + eval_prompts)
+    eval_noise = draw_noise(list(range(args.eval_n)), shape)  # the same for every run and seed
 
     def look(epoch: int):
+        """Evaluate on the held-out prompts; keep the pictures and the numbers."""
         numbers, pictures = evaluate(pipe, reward_fn, text, eval_prompts, eval_noise, sigmas, args.batch)
         grid(pictures, 8).save(out / "samples" / f"{epoch:05d}.png")
         log_line(out, {"step": step, "epoch": epoch, **numbers})
 
     if first == 0 and args.eval_every:
         look(0)
-    bad = 0  # non-finite steps in a row
     bar = tqdm(range(first, args.epochs), desc="train", initial=first, total=args.epochs)
     for epoch in bar:
         start, g = time.time(), rng(args.seed, 1, epoch)
 
         # ---- rollout: `group` pictures of each prompt from the policy as it stands
         batch_prompts = [p for p in used[epoch * args.groups:(epoch + 1) * args.groups] for _ in range(args.group)]
-        n = len(batch_prompts)
         x0, _ = integrate(pipe, torch.randn(n, *shape, generator=g), text, batch_prompts, sigmas, batch=args.batch, desc="rollout")
 
         # ---- reward and advantage
         reward = reward_fn(decode(pipe, x0), batch_prompts)
-        adv = advantages(reward, args.group, args.adv_clip)  # (n,) in [-1, 1]
+        adv = group_advantages(reward, args.group, args.adv_clip)  # (n,) in [-1, 1]
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` moments
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)
-        t = sigmas[stratified(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
+        t = sigmas[stratified(n, args.timesteps, usable, g).flatten()]  # (rows,)
         noise = torch.randn(len(t), *shape, generator=g)  # (rows, c, h, w)
-        x0, adv = x0[picture], adv[picture]
-        xt = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))  # (1 - t) x0 + t eps
         row_prompts = [batch_prompts[i] for i in picture]
         updates = torch.arange(len(t)).split(len(t) // args.updates)
 
         # ---- the policy's velocities before this epoch's first update, for the updates after it
-        v_old = torch.zeros_like(x0)
+        v_old = torch.zeros_like(noise)
         for b in [b for update in updates[1:] for b in update.split(args.batch)]:
+            xt_b = torch.lerp(x0[picture[b]], noise[b], t[b].view(-1, 1, 1, 1)).to(device)
             with torch.no_grad():
-                v_old[b] = velocity(model, xt[b].to(device), t[b].to(device), stack(text, [row_prompts[i] for i in b], device)).cpu()
+                v_old[b] = velocity(model, xt_b, t[b].to(device), stack(text, [row_prompts[i] for i in b], device)).cpu()
 
         # ---- updates
         for u, update in enumerate(updates):
             sums = torch.zeros(6)
             for b in update.split(args.batch):
-                x0_b, noise_b, xt_b, t_b, adv_b, old = (a[b].to(device) for a in (x0, noise, xt, t, adv, v_old))
+                x0_b, adv_b, noise_b, t_b = (a.to(device) for a in (x0[picture[b]], adv[picture[b]], noise[b], t[b]))
+                xt_b = torch.lerp(x0_b, noise_b, t_b.view(-1, 1, 1, 1))  # (1 - t) x0 + t eps
                 text_b = stack(text, [row_prompts[i] for i in b], device)
                 v = velocity(model, xt_b, t_b, text_b)
-                if u == 0:
-                    old = v.detach()  # on policy
+                old = v.detach() if u == 0 else v_old[b].to(device)  # on policy in the first update
                 base_loss = awm_loss(v, old, x0_b, noise_b, t_b, adv_b, args.power, args.clip)
                 guard = kl = ratio = torch.zeros_like(base_loss)
                 if args.lam > 0 or args.kl > 0:
@@ -224,14 +195,8 @@ def main(args: Args):
                 active = (ratio > 1 + args.margin).float()
                 sums += torch.stack([x.detach().sum() for x in (loss, base_loss, guard, kl, ratio, active)]).cpu()
             loss, base_loss, guard, kl, ratio, active = (sums / len(update)).tolist()
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
-            if torch.isfinite(torch.tensor([loss, grad_norm])).all():
-                opt.step()
-                bad = 0
-            else:
-                bad, skipped = bad + 1, skipped + 1
-            opt.zero_grad()
-            step += 1
+            grad_norm, finite = clipped_step(opt, loss, args.max_grad_norm)
+            bad, skipped, step = (0, skipped, step + 1) if finite else (bad + 1, skipped + 1, step + 1)
             known = args.lam > 0 or args.kl > 0  # otherwise only the evaluation measures the norm
             line = {"step": step, "epoch": epoch, "reward": reward.mean().item(), "reward_std": reward.std().item(), "loss": loss,
                     "base_loss": base_loss, "guard": guard, "kl": kl, "norm_ratio": ratio if known else None,
@@ -241,7 +206,7 @@ def main(args: Args):
                 line["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
             log_line(out, line)
             if bad == 10:
-                fail(f"{out}: ten steps in a row had a non-finite loss or gradient; checkpoint/ is as it was before them. Try a lower --lr in another --out")
+                fail(f"{out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try a lower --lr in another --out")
         bar.set_postfix(reward=f"{line['reward']:.3f}", norm_ratio=f"{ratio:.3f}" if known else "-")
 
         # ---- look and save
@@ -249,7 +214,7 @@ def main(args: Args):
         if args.eval_every and (done % args.eval_every == 0 or done == args.epochs):
             look(done)
         if done % args.save_every == 0 or done == args.epochs:
-            save_checkpoint(out, pipe, opt, epoch=done, step=step, skipped=skipped)
+            save_checkpoint(out, pipe, opt, epoch=done, step=step, skipped=skipped, bad=bad)
     print(f"done: {out}/ holds lora/, samples/, curves.png and metrics.jsonl")
 
 

@@ -3,37 +3,43 @@
     python tiny/make.py                 # all parts, in order; a part that is trained is not trained again
     python tiny/make.py --parts sd3     # one part (it needs those before it)
 
-vae        AutoencoderKL, f8c16 like SD3's, on renders; latents centred and scaled per channel (folded into its 1x1 convs)
+vae        AutoencoderKL, f8c16 like SD3's, on renders; latents centred and scaled per channel (folded into its 1x1 convs),
+           then its decoder alone for longer: it, not the latents, sets how crisp an edge can be
 pickscore  CLIPModel + CLIPProcessor, contrastive on clean captioned renders: the reward
-embed      ResNetForImageClassification that reads every factor of a render: its features serve the Frechet distance
+hps        a second, smaller CLIPModel of other data, fine-tuned on preference pairs: the other reward
+embed      ResNetForImageClassification that reads the factors of a render: its features serve the Frechet distance
 sd3        StableDiffusion3Pipeline by flow matching on latents. A share of its captions is wrong, so that the
            base follows its caption weakly, as SD3.5 does without guidance: that is the room RL has to work in
+flux       FluxPipeline on the same latents; the guidance it is told says how often captions are wrong
 
 Interrupted, the same command carries on from WORK/. Weights are saved in fp16. It ends by saying what each part reached.
 """
+import copy
 import json
 import math
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (CLIPConfig, CLIPImageProcessorPil as CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModelWithProjection,
-                          CLIPTokenizer, ResNetConfig, ResNetForImageClassification, T5Config, T5EncoderModel, T5Tokenizer)
+from transformers import (CLIPConfig, CLIPImageProcessorPil as CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel,
+                          CLIPTextModelWithProjection, CLIPTokenizer, ResNetConfig, ResNetForImageClassification, T5Config, T5EncoderModel, T5Tokenizer)
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from eval_judge import fail, parse  # noqa: E402
+from eval_judge import embed_images, fail, frechet_distance, load_embed, parse  # noqa: E402
+from sample import decode, draw_noise, encode_prompts, integrate, latent_shape, load_pipeline, schedule, stack, velocity  # noqa: E402
 from world import CAPTIONS, COLOURS, COMBOS, HELD_OUT, SHAPES, SIZE, caption, render, scene  # noqa: E402
 
 TOKENS = 8  # length of an encoded caption, for CLIP and T5
-PARTS = ["vae", "pickscore", "embed", "sd3"]
+PARTS = ["vae", "pickscore", "hps", "embed", "sd3", "flux"]
 
 
 @dataclass
@@ -50,12 +56,18 @@ class Args:
     """pictures in the training set"""
     vae_steps: int = 4_500
     """steps of 8 pictures"""
-    clip_steps: int = 5_000
+    decoder_steps: int = 6_000
+    """then so many of 16 for its decoder alone"""
+    clip_steps: int = 4_000
     """steps of 64 pictures"""
+    hps_steps: int = 4_000
+    """steps of 64 pictures, then half as many of 32 pairs"""
     embed_steps: int = 2_000
     """steps of 64 pictures"""
-    sd3_steps: tuple[int, ...] = (4_800, 4_600)
-    """steps of 128 latents, a cosine each: the second starts warm from the first"""
+    sd3_steps: int = 20_000
+    """steps of 64 latents"""
+    flux_steps: int = 14_000
+    """steps of 64 latents"""
     wrong: float = 0.35
     """share of sd3's training captions that name another picture"""
 
@@ -97,13 +109,13 @@ def caption_index(factors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 # ---------------------------------------------------------------- one training loop for all parts
 
-def fit(args: Args, name: str, model: torch.nn.Module, loss_fn, cycles: tuple[int, ...], lr: float):
-    """AdamW, warm-up and a cosine for each cycle, EMA of the weights; carries on from WORK/name.pt. Leaves the EMA weights in `model`.
+def fit(args: Args, name: str, model: torch.nn.Module, loss_fn, steps: int, lr: float):
+    """AdamW, warm-up and a cosine, EMA of the weights; carries on from WORK/name.pt. Leaves the EMA weights in `model`.
     loss_fn(generator) -> scalar; its generator depends on (seed, step) alone, so a resumed run is the same run."""
     path = Path(args.work) / f"{name}.pt"
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    first, made_with = 0, {k: v for k, v in asdict(args).items() if k not in ("parts", "out", "work")}
+    first, made_with = 0, {"seed": args.seed, "renders": args.renders, "wrong": args.wrong, "steps": steps}
     if path.exists():
         state = torch.load(path, weights_only=True)
         if state["args"] != made_with:
@@ -116,13 +128,12 @@ def fit(args: Args, name: str, model: torch.nn.Module, loss_fn, cycles: tuple[in
         torch.save({"args": made_with, "step": step, "model": model.state_dict(), "ema": ema, "opt": opt.state_dict()}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
 
-    saved, mean, steps = time.time(), None, sum(cycles)
-    rates = [lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * i / n))) for n in cycles for i in range(n)]
+    saved, mean = time.time(), None
     model.train()
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=5)
     for step in bar:
         for group in opt.param_groups:
-            group["lr"] = rates[step] * min(1, (step + 1) / 200)
+            group["lr"] = lr * min(1, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         loss = loss_fn(torch.Generator().manual_seed((args.seed + 1) * 10_000_019 + step))
         opt.zero_grad()
         loss.backward()
@@ -149,9 +160,10 @@ def clip_tokenizer() -> CLIPTokenizer:
     raw = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     raw.normalizer = normalizers.Lowercase()
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    last = sorted({word[-1] + "</w>" for c in CAPTIONS for word in c.split()})  # given here, or the trainer numbers them at random
     raw.train_from_iterator(CAPTIONS, trainers.BpeTrainer(
-        vocab_size=640, show_progress=False, end_of_word_suffix="</w>", special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=640, show_progress=False, end_of_word_suffix="</w>", special_tokens=["<|startoftext|>", "<|endoftext|>", *last],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     learned = json.loads(raw.to_str())["model"]
     return CLIPTokenizer(vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], model_max_length=TOKENS)
 
@@ -188,14 +200,40 @@ def make_vae(args: Args) -> AutoencoderKL:
         edges = e.diff(dim=2).abs().mean() + e.diff(dim=3).abs().mean()
         return e.square().mean() + edges + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
-    fit(args, "vae", vae, loss, (args.vae_steps,), lr=2e-3)
+    fit(args, "vae", vae, loss, args.vae_steps, lr=2e-3)
     with torch.no_grad():  # fold the colour matrix: the encoder takes RGB, the decoder gives RGB
         first, last, back = vae.encoder.conv_in, vae.decoder.conv_out, opponent.inverse()
         first.weight.copy_(torch.einsum("oihw,ij->ojhw", first.weight, opponent))
         last.weight.copy_(torch.einsum("ij,jchw->ichw", back, last.weight))
         last.bias.copy_(back @ last.bias)
     fold_statistics(vae, pictures[:2000])
+    moments = latents(args, vae)
+
+    def sharpen(g):
+        i = torch.randint(len(pictures), (16,), generator=g)
+        e = vae.decode(draw_latents(moments[i], g)).sample - (pictures[i].float() / 127.5 - 1)
+        e = torch.einsum("ij,bjhw->bihw", opponent, e)
+        return e.square().mean() + 2 * (e.diff(dim=2).abs().mean() + e.diff(dim=3).abs().mean())
+
+    fit(args, "decoder", vae.decoder, sharpen, args.decoder_steps, lr=1e-3)
     return vae
+
+
+def draw_latents(moments: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """A draw from the posteriors whose mean and log variance are in moments (n, 32, 8, 8): (n, 16, 8, 8)."""
+    mean, logvar = moments.float().chunk(2, 1)
+    return mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=g)
+
+
+@torch.no_grad()
+def latents(args: Args, vae: AutoencoderKL) -> torch.Tensor:
+    """The encoder's (mean, log variance) of the training renders, (n, 32, 8, 8) fp16, cached in WORK/."""
+    path = Path(args.work) / f"latents-{args.renders}-s{args.seed}-{args.vae_steps}.pt"
+    if not path.exists():
+        parts = [vae.encode(p.float() / 127.5 - 1).latent_dist.parameters.half() for p in tqdm(dataset(args)[0].split(500), desc="latents")]
+        torch.save(torch.cat(parts), path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+    return torch.load(path, weights_only=True)
 
 
 @torch.no_grad()
@@ -213,47 +251,89 @@ def fold_statistics(vae: AutoencoderKL, pictures: torch.Tensor):
     dec.weight.mul_(std.view(1, -1, 1, 1))
 
 
-def make_pickscore(args: Args) -> CLIPModel:
-    """A CLIP whose every batch is told apart from all 64 captions; it sees clean renders only, and only their captions."""
-    torch.manual_seed(args.seed + 1)
+def build_clip(width: int, layers: int, patch: int, text_width: int) -> tuple[CLIPModel, CLIPProcessor]:
+    """A CLIP of that size for the world's pictures and captions, and its processor."""
     tokenizer = clip_tokenizer()
     clip = CLIPModel(CLIPConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=text_width, intermediate_size=4 * text_width, num_hidden_layers=2, num_attention_heads=2,
                          max_position_embeddings=TOKENS, eos_token_id=1, bos_token_id=0, pad_token_id=1),
-        vision_config=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=SIZE, patch_size=8),
+        vision_config=dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=4, image_size=SIZE, patch_size=patch),
         projection_dim=64))
-    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}), tokenizer)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (processor.image_processor.image_mean, processor.image_processor.image_std))
-    text = tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
+    return clip, CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}), tokenizer)
+
+
+def clip_pixels(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures in [0, 1] as CLIP takes them."""
+    return (pictures - torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
+
+
+def fit_clip(args: Args, name: str, clip: CLIPModel, processor: CLIPProcessor, steps: int):
+    """Contrastive: every batch is told apart from all 64 captions. It sees clean renders only, and only their captions."""
+    text = processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
     pictures, factors = dataset(args)
     index = caption_index(factors)
 
     def loss(g):
         i = torch.randint(len(pictures), (64,), generator=g)
-        x = (pictures[i].float() / 255 - mean) / std
         clip.logit_scale.data.clamp_(max=math.log(100))
-        out = clip(pixel_values=x, **text)  # logits_per_image (64, 64 captions)
+        out = clip(pixel_values=clip_pixels(pictures[i].float() / 255), **text)  # logits_per_image (64, 64 captions)
         same = (index[i][None] == torch.arange(len(CAPTIONS))[:, None]).float()  # (captions, pictures): a caption may have none
         per_text = -(F.log_softmax(out.logits_per_text, 1) * same).sum(1) / same.sum(1).clamp(min=1)
         return F.cross_entropy(out.logits_per_image, index[i]) + per_text[same.sum(1) > 0].mean()
 
-    fit(args, "pickscore", clip, loss, (args.clip_steps,), lr=1.5e-3)
+    fit(args, name, clip, loss, steps, lr=1.5e-3)
+
+
+def make_pickscore(args: Args):
+    """The first reward: a CLIP of captions."""
+    torch.manual_seed(args.seed + 1)
+    clip, processor = build_clip(width=96, layers=4, patch=8, text_width=64)
+    fit_clip(args, "pickscore", clip, processor, args.clip_steps)
     clip.half().save_pretrained(f"{args.out}/pickscore")
     processor.save_pretrained(f"{args.out}/pickscore")
-    return clip
+
+
+def make_hps(args: Args):
+    """The second reward: a CLIP of another width, patch, seed and data, then, as HPS is, fine-tuned on pairs of which one is
+    preferred: the picture that its caption names over one that it does not, and the clean one over its own blurred, noisy or dim copy."""
+    torch.manual_seed(args.seed + 5)
+    own = replace(args, seed=args.seed + 77, renders=args.renders // 2)
+    clip, processor = build_clip(width=80, layers=3, patch=16, text_width=48)
+    fit_clip(own, "hps-clip", clip, processor, args.hps_steps)
+    text = processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
+    pictures, factors = dataset(own)
+    index = caption_index(factors)
+
+    def loss(g, n=32):
+        i, other = torch.randint(len(pictures), (2, n), generator=g)
+        better, worse = pictures[i].float() / 255, pictures[other].float() / 255
+        blurred = F.interpolate(F.avg_pool2d(better, 4), SIZE, mode="bilinear")
+        strength, kind = torch.rand(n, 1, 1, 1, generator=g), torch.randint(6, (n, 1, 1, 1), generator=g)  # 3, 4 and 5: another picture
+        worse = torch.where(kind == 0, torch.lerp(better, blurred, 0.3 + 0.7 * strength), worse)
+        worse = torch.where(kind == 1, better + (0.05 + 0.15 * strength) * torch.randn(better.shape, generator=g), worse)
+        worse = torch.where(kind == 2, better * (0.8 - 0.5 * strength), worse)
+        out = clip(pixel_values=clip_pixels(torch.cat([better, worse]).clamp(0, 1)), **text)
+        better, worse = out.logits_per_image.gather(1, index[i].repeat(2)[:, None]).chunk(2)
+        counts = ((index[i] != index[other]) | (kind.flatten() < 3)).float()  # two pictures of one caption: no preference
+        return (F.softplus(worse - better)[:, 0] * counts).sum() / counts.sum()
+
+    fit(own, "hps", clip, loss, args.hps_steps // 2, lr=3e-4)
+    clip.half().save_pretrained(f"{args.out}/hps")
+    processor.save_pretrained(f"{args.out}/hps")
 
 
 def factor_targets(f: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Every factor of a scene as numbers of about unit size, (n, k): what the embedding must know."""
+    """Every factor of a scene but texture and grain, as numbers of about unit size, (n, k): what the embedding must know."""
     hue = [torch.stack([(2 * math.pi * h).cos(), (2 * math.pi * h).sin()], 1) for h in (f["wall"][:, 0], f["floor"][:, 0])]
-    flat = [f[k][:, None] for k in ("x", "y", "r", "angle", "sat", "val", "horizon", "light", "fall", "warm", "gloss", "shade", "texture", "grain")]
+    flat = [f[k][:, None] for k in ("x", "y", "r", "angle", "sat", "val", "horizon", "light", "fall", "warm", "gloss", "shade")]
     flat = torch.cat(flat + [f["wall"][:, 1:], f["floor"][:, 1:]], 1)
     flat = (flat - flat.mean(0)) / flat.std(0)
     return torch.cat([3 * F.one_hot(f["colour"], len(COLOURS)), 3 * F.one_hot(f["shape"], len(SHAPES)), *hue, flat], 1).float()
 
 
 def make_embed(args: Args) -> ResNetForImageClassification:
-    """Regresses all factors at once: what is in the picture, where, and under which light, with which grain."""
+    """Regresses all factors at once: what is in the picture, where, of which colours and under which light; blind to grain, which
+    the VAE does not keep: its training pictures carry more or less of it at random."""
     torch.manual_seed(args.seed + 2)
     pictures, factors = dataset(args)
     targets = factor_targets(factors)
@@ -263,23 +343,35 @@ def make_embed(args: Args) -> ResNetForImageClassification:
 
     def loss(g):
         i = torch.randint(len(pictures), (64,), generator=g)
-        return F.mse_loss(net(pixel_values=pictures[i].float() / 127.5 - 1).logits, targets[i])
+        grain = 0.04 * torch.rand(64, 1, 1, 1, generator=g) * torch.randn(64, 3, SIZE, SIZE, generator=g)
+        return F.mse_loss(net(pixel_values=pictures[i].float() / 127.5 - 1 + grain).logits, targets[i])
 
-    fit(args, "embed", net, loss, (args.embed_steps,), lr=2e-3)
+    fit(args, "embed", net, loss, args.embed_steps, lr=2e-3)
     net.half().save_pretrained(f"{args.out}/embed")
     processor.save_pretrained(f"{args.out}/embed")
     return net
+
+
+def clip_text(tokenizer: CLIPTokenizer, width: int, kind=CLIPTextModelWithProjection):
+    """A CLIP text encoder, as drawn."""
+    encoder = kind(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=TOKENS, projection_dim=width, eos_token_id=1, bos_token_id=0, pad_token_id=1))
+    encoder.get_input_embeddings().weight.data.mul_(50)  # CLIP starts at 0.02; a trained one is of order 1
+    return encoder
+
+
+def t5_text(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """A T5 encoder, as drawn."""
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4,
+                                   feed_forward_proj="gated-gelu", dropout_rate=0.0))
 
 
 def build_sd3(args: Args, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
     """SD3's parts at toy size: two CLIP text encoders, T5, and a 4-block MMDiT of width 128 on 16 tokens."""
     torch.manual_seed(args.seed + 3)
     tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
-    text = [CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=TOKENS, projection_dim=width, eos_token_id=1, bos_token_id=0, pad_token_id=1)) for width in (32, 48)]
-    t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer_3), d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4,
-                                 feed_forward_proj="gated-gelu", dropout_rate=0.0))
+    text, t5 = [clip_text(tokenizer, width) for width in (32, 48)], t5_text(tokenizer_3)
     transformer = SD3Transformer2DModel(sample_size=SIZE // 8, patch_size=2, in_channels=16, out_channels=16, num_layers=4, attention_head_dim=32,
                                         num_attention_heads=4, joint_attention_dim=96, caption_projection_dim=128, pooled_projection_dim=80,
                                         pos_embed_max_size=8, qk_norm="rms_norm")
@@ -288,72 +380,95 @@ def build_sd3(args: Args, vae: AutoencoderKL) -> StableDiffusion3Pipeline:
         text_encoder_2=text[1], tokenizer_2=clip_tokenizer(), text_encoder_3=t5, tokenizer_3=tokenizer_3)
 
 
-def make_sd3(args: Args) -> StableDiffusion3Pipeline:
-    """Flow matching with logit-normal t; the text encoders learn along, there being no web to pretrain them on."""
-    vae = make_vae(args)
-    pipe = build_sd3(args, vae)
-    pictures, factors = dataset(args)
-    index = caption_index(factors)
-    with torch.no_grad():
-        moments = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.parameters for p in tqdm(pictures.split(500), desc="latents")])
-    parts = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3])
+def build_flux(args: Args, vae: AutoencoderKL) -> FluxPipeline:
+    """FLUX's parts at toy size: CLIP's pooled caption, T5, 2 dual and 3 single blocks of width 128, a guidance embedding, a shift by resolution."""
+    torch.manual_seed(args.seed + 4)
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    transformer = FluxTransformer2DModel(patch_size=1, in_channels=64, num_layers=2, num_single_layers=3, attention_head_dim=32, num_attention_heads=4,
+                                         joint_attention_dim=96, pooled_projection_dim=48, guidance_embeds=True, axes_dims_rope=(8, 12, 12))
+    return FluxPipeline(
+        transformer=transformer, vae=vae, text_encoder=clip_text(tokenizer, 48, CLIPTextModel), tokenizer=tokenizer, text_encoder_2=t5_text(tokenizer_2),
+        tokenizer_2=tokenizer_2, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
+                                                                           base_image_seq_len=256, max_image_seq_len=4096))
 
-    def loss(g, n=128):
+
+def train_base(args: Args, name: str, vae: AutoencoderKL, pipe, steps: int):
+    """Flow matching with logit-normal t, saved to OUT/name. The text encoders stay as drawn, there being no web to pretrain them
+    on: random features keep words apart, and the transformer learns what they mean. FLUX's guidance embedding is told
+    how far to trust the caption, which is what guidance distillation teaches it: at 1 most are wrong, at 6 none is."""
+    pictures, factors = dataset(args)
+    index, moments = caption_index(factors), latents(args, vae)
+    text = encode_prompts(pipe, CAPTIONS)
+    embeds, pooled = stack(text, [*CAPTIONS, ""], pipe.transformer.device)
+
+    def loss(g, n=64):
         i = torch.randint(len(index), (n,), generator=g)
-        mean, logvar = moments[i].chunk(2, 1)
-        z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=g)
-        x0 = (z - vae.config.shift_factor) * vae.config.scaling_factor
-        c = index[i]
-        swap = torch.rand(n, generator=g)
-        c = torch.where(swap < args.wrong, torch.randint(len(CAPTIONS), (n,), generator=g), c)
+        x0 = (draw_latents(moments[i], g) - vae.config.shift_factor) * vae.config.scaling_factor
+        told = 1 + 5 * torch.rand(n, generator=g)
+        wrong = args.wrong * (6 - told) / 2.5 if name == "flux" else args.wrong  # at FLUX's usual 3.5, as on SD3
+        c, swap = index[i], torch.rand(n, generator=g)
+        c = torch.where(swap < wrong, torch.randint(len(CAPTIONS), (n,), generator=g), c)
         c = torch.where(swap > 0.9, len(CAPTIONS), c)  # the empty caption, for guidance
-        embeds, _, pooled, _ = pipe.encode_prompt([*CAPTIONS, ""], None, None, do_classifier_free_guidance=False, max_sequence_length=TOKENS)
         t = torch.sigmoid(0.3 + 1.2 * torch.randn(n, generator=g))
         noise = torch.randn(x0.shape, generator=g)
-        xt = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise
-        v = pipe.transformer(xt, embeds[c], pooled[c], 1000 * t, return_dict=False)[0]
-        return F.mse_loss(v, noise - x0)
+        xt = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+        return F.mse_loss(velocity(pipe.transformer, xt, t, (embeds[c], pooled[c]), told if name == "flux" else None), noise - x0)
 
-    fit(args, "sd3", parts, loss, args.sd3_steps, lr=1.5e-3)
-    pipe.to(torch.float16).save_pretrained(f"{args.out}/sd3")
-    return pipe
+    fit(args, name, pipe.transformer, loss, steps, lr=1.2e-3)
+    pipe.to(torch.float16).save_pretrained(f"{args.out}/{name}")
+
+
+def make_sd3(args: Args):
+    """The SD3 base."""
+    vae = make_vae(args)
+    train_base(args, "sd3", vae, build_sd3(args, vae), args.sd3_steps)
+
+
+def make_flux(args: Args):
+    """The FLUX base, on the same latents."""
+    vae = make_vae(args)
+    own = copy.deepcopy(vae)  # the same latents under FLUX's own scale and shift
+    own.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)
+    fold_statistics(own, dataset(args)[0][:2000])
+    train_base(args, "flux", vae, build_flux(args, own), args.flux_steps)
 
 
 # ---------------------------------------------------------------- what they reached
 
 @torch.no_grad()
 def report(args: Args) -> dict[str, float]:
-    """Numbers on renders no part has seen, from the saved fp16 folders."""
-    from eval_judge import embed_images, frechet_distance, load_embed
-    from sample import decode, draw_noise, encode_prompts, integrate, latent_shape, load_pipeline, schedule
-
+    """Numbers on renders no part has seen, from the saved fp16 folders; of the parts that are there."""
     pictures, factors = held_out(args)
-    index, said = caption_index(factors), {}
-    if (Path(args.out) / "pickscore").exists():
-        clip = CLIPModel.from_pretrained(f"{args.out}/pickscore", dtype=torch.float32)
-        processor = CLIPProcessor.from_pretrained(f"{args.out}/pickscore")
-        inputs = processor(text=CAPTIONS, images=list(pictures), do_rescale=False, padding=True, return_tensors="pt")
-        said["pickscore: right caption of 64"] = (clip(**inputs).logits_per_image.argmax(1) == index).float().mean().item()
-    if (Path(args.out) / "sd3").exists():
-        pipe = load_pipeline(f"{args.out}/sd3", torch.device("cpu"))
-        z = pipe.vae.encode(pictures * 2 - 1).latent_dist.mean
-        decoded = (pipe.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
-        said["vae: PSNR, dB"] = -10 * (decoded - pictures).square().mean((1, 2, 3)).log10().mean().item()
-    if all((Path(args.out) / part).exists() for part in ("pickscore", "embed", "sd3")):
-        net = load_embed(f"{args.out}/embed", torch.device("cpu"))
+    index, said, have = caption_index(factors), {}, {part for part in PARTS if (Path(args.out) / part).exists()}
+
+    def right_caption(reward, x):
+        """Share of pictures for which a reward ranks their own caption first of the 64."""
+        clip, processor = CLIPModel.from_pretrained(f"{args.out}/{reward}", dtype=torch.float32), CLIPProcessor.from_pretrained(f"{args.out}/{reward}")
+        inputs = processor(text=CAPTIONS, images=list(x), do_rescale=False, padding=True, return_tensors="pt")
+        return (clip(**inputs).logits_per_image.argmax(1) == index).float().mean().item()
+
+    rewards = sorted(have & {"pickscore", "hps"}, reverse=True)
+    for reward in rewards:
+        said[f"{reward}: right caption of 64, renders"] = right_caption(reward, pictures)
+    if "embed" in have:
+        embed = load_embed(f"{args.out}/embed", torch.device("cpu"))
         logits = ResNetForImageClassification.from_pretrained(f"{args.out}/embed", dtype=torch.float32).eval()(pixel_values=pictures * 2 - 1).logits
         said["embed: right colour"] = (logits[:, :8].argmax(1) == factors["colour"]).float().mean().item()
         said["embed: right shape"] = (logits[:, 8:16].argmax(1) == factors["shape"]).float().mean().item()
-        other, _ = held_out(args, 1024)
-        real = embed_images(net, other[512:])
-        captions = [CAPTIONS[i] for i in index.tolist()]
-        noise = draw_noise(list(range(len(captions))), latent_shape(pipe, None))
-        drawn = decode(pipe, integrate(pipe, noise, encode_prompts(pipe, captions), captions, schedule(pipe, 28))[0])
-        said["Frechet distance: fresh renders"] = frechet_distance(embed_images(net, pictures), real)
-        said["Frechet distance: renders through the vae"] = frechet_distance(embed_images(net, decoded), real)
-        said["Frechet distance: sd3, 28 steps, no guidance"] = frechet_distance(embed_images(net, drawn), real)
-        said["sd3: right caption of 64 (by pickscore)"] = (clip(**processor(
-            text=CAPTIONS, images=list(drawn), do_rescale=False, padding=True, return_tensors="pt")).logits_per_image.argmax(1) == index).float().mean().item()
+        real = embed_images(embed, held_out(args, 1024)[0][512:])
+        said["Frechet distance: fresh renders"] = frechet_distance(embed_images(embed, pictures), real)
+    for base in sorted(have & {"sd3", "flux"}, reverse=True):
+        pipe = load_pipeline(f"{args.out}/{base}", torch.device("cpu"))
+        decoded = (pipe.vae.decode(pipe.vae.encode(pictures * 2 - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
+        said[f"{base}: PSNR of its vae, dB"] = -10 * (decoded - pictures).square().mean((1, 2, 3)).log10().mean().item()
+        captions, shape = [CAPTIONS[i] for i in index.tolist()], latent_shape(pipe, None)
+        noise = draw_noise(list(range(len(captions))), shape)
+        drawn = decode(pipe, integrate(pipe, noise, encode_prompts(pipe, captions), captions, schedule(pipe, 28, shape))[0])
+        if "embed" in have:
+            said[f"Frechet distance: renders through {base}'s vae"] = frechet_distance(embed_images(embed, decoded), real)
+            said[f"Frechet distance: {base}, 28 steps"] = frechet_distance(embed_images(embed, drawn), real)
+        for reward in rewards:
+            said[f"{reward}: right caption of 64, {base}"] = right_caption(reward, drawn)
     return said
 
 

@@ -44,13 +44,13 @@ def scene(index: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Te
     f = {"colour": index // len(SHAPES), "shape": index % len(SHAPES)}
     f["hue"] = (hues[f["colour"]] + uniform(-8, 8)) / 360
     f["sat"], f["val"] = uniform(0.30, 0.64), uniform(0.45, 0.85)
-    f["x"], f["y"], f["r"] = uniform(-0.38, 0.38), uniform(-0.30, 0.34), uniform(0.30, 0.52)
-    f["angle"] = uniform(-0.30, 0.30)
+    f["x"], f["y"], f["r"] = uniform(-0.12, 0.12), uniform(-0.10, 0.10), uniform(0.56, 0.68)
+    f["angle"] = uniform(-0.15, 0.15)
     f["wall"] = torch.stack([uniform(0, 1), uniform(0.02, 0.28), uniform(0.40, 0.88)], 1)  # HSV
     f["floor"] = torch.stack([uniform(0, 1), uniform(0.02, 0.28), uniform(0.25, 0.75)], 1)
     f["horizon"], f["light"], f["fall"] = uniform(-0.20, 0.65), uniform(-1, 1), uniform(0.05, 0.30)
     f["warm"], f["gloss"], f["shade"] = uniform(-0.05, 0.05), uniform(0.0, 0.25), uniform(0.25, 0.55)
-    f["texture"], f["grain"] = uniform(0.01, 0.04), uniform(0.003, 0.012)
+    f["texture"], f["grain"] = uniform(0.0, 0.02), uniform(0.002, 0.006)
     f["noise"] = torch.randint(2**31, (n,), generator=generator)  # seeds the texture and the grain
     return f
 

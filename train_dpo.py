@@ -1,0 +1,215 @@
+r"""Flow-DPO, online, + NormGuard for flow-matching text-to-image models, on one GPU.
+
+    python train_dpo.py --lam 0.05                              # the miniature world, two minutes on a CPU
+    python train_dpo.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE --eval-prompts FILE \
+        --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --batch 4 --lr 3e-4
+
+Diffusion-DPO (arXiv 2311.12908) on velocities, as Flow-DPO (arXiv 2501.13918) and Flow-GRPO's train_sd3_dpo.py
+(github.com/yifan123/flow_grpo): of a prompt's pictures the best by reward, w, is preferred to the worst, l. Both get the same
+noise eps and moment t, x_t = (1 - t) x0 + t eps, and with e(v) = mean ||v - (eps - x0)||^2
+
+    base_loss = -log sigmoid(-beta / 2 * [(e(v_w) - e(v_ref,w)) - (e(v_l) - e(v_ref,l))])
+    loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2      guard: normguard.py, the mean over w and l
+
+As there: the reference is the base model, t is logit-normal in the schedule's own (shifted) noise levels. Not as there: the
+pictures come from the policy as it stands (there from the reference, which moves along only if told to), several pairs a
+prompt with --pairs (i-th best against i-th worst), a pair of equal reward counts as zero loss, no guidance in the rollout (4.5
+there), Euler steps, diffusers' T5 length of 256 instead of 128, no EMA of the weights.
+
+To resume, run the same command again.
+"""
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from eval_judge import fail, grid, load_reward, parse
+from normguard import norm_hinge, norm_ratio, reference
+from sample import (add_lora, check_numbers, clipped_step, decode, draw_noise, draw_prompts, encode_prompts, evaluate, integrate,
+                    latent_shape, load_checkpoint, load_pipeline, log_line, max_tokens, open_run, rng, save_checkpoint, schedule, stack, velocity)
+
+
+@dataclass
+class Args:
+    lam: float = 0.05
+    """weight of NormGuard's hinge; 0 is plain DPO"""
+    margin: float = 0.0
+    """relative excess of the velocity norm that the hinge lets pass"""
+    model: str = "tiny/sd3"
+    """diffusers folder or hub id"""
+    reward: str = "tiny/pickscore"
+    """pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, or a sum of such: A:0.5,B:0.5"""
+    prompts: str = "tiny/prompts.txt"
+    """text file, one training prompt a line"""
+    eval_prompts: str = "tiny/eval_prompts.txt"
+    """text file of held-out prompts"""
+    out: str | None = None
+    """the run's folder (default: runs/dpo-MODEL-REWARD-lamLAM-sSEED)"""
+    seed: int = 0
+    """seed of the LoRA, the prompts and all noise"""
+    epochs: int = 40
+    """rounds of rollouts and their updates"""
+    lr: float = 5e-4
+    """AdamW's learning rate, constant"""
+    rank: int = 32
+    """LoRA rank; alpha is twice that"""
+    group: int = 16
+    """pictures a prompt"""
+    groups: int = 6
+    """prompts an epoch"""
+    steps: int = 8
+    """Euler steps of a rollout and of an evaluation"""
+    pairs: int = 1
+    """pairs a prompt: the best against the worst picture, the second best against the second worst, ..."""
+    timesteps: int = 2
+    """moments t a pair is trained at, logit-normal in the schedule's noise levels"""
+    updates: int = 1
+    """optimizer steps an epoch, each on its share of the pairs"""
+    batch: int = 64
+    """pictures at once in a forward pass (at least a pair); what is left of a step is accumulated"""
+    dpo_beta: float = 100.0
+    """beta: how sharply a pair's margin over the reference counts"""
+    kl: float = 0.0
+    """weight of an additional velocity KL to the reference"""
+    max_grad_norm: float = 1.0
+    """gradient clipping"""
+    size: int | None = None
+    """pixels a side (default: the model's own)"""
+    eval_n: int = 64
+    """held-out pictures an evaluation"""
+    eval_every: int = 10
+    """epochs between evaluations; 0 is never"""
+    save_every: int = 5
+    """epochs between checkpoints"""
+    checkpointing: bool | None = None
+    """gradient checkpointing (default: on a GPU)"""
+    compile: bool = False
+    """torch.compile the transformer"""
+
+
+def dpo_loss(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor, beta: float = 100.0) -> Tensor:
+    """Diffusion-DPO's loss per pair on velocities, in fp32; all (b, ...) -> (b,). Gradient to v_w and v_l."""
+    def error(v, target):
+        return (v.float() - target.float()).square().flatten(1).mean(1)
+
+    margin = (error(v_w, target_w) - error(v_ref_w.detach(), target_w)) - (error(v_l, target_l) - error(v_ref_l.detach(), target_l))
+    return -F.logsigmoid(-beta / 2 * margin)
+
+
+def best_and_worst(reward: Tensor, group: int, pairs: int) -> tuple[Tensor, Tensor]:
+    """Indices of each prompt's i-th best and i-th worst picture, i < pairs. reward (prompts * group,) -> two of (prompts * pairs,)."""
+    order = rearrange(reward, "(p k) -> p k", k=group).argsort(dim=1, descending=True, stable=True)
+    order += torch.arange(0, len(reward), group)[:, None]
+    return order[:, :pairs].flatten(), order.flip(1)[:, :pairs].flatten()
+
+
+def main(args: Args):
+    """Train: roll out, score, update; evaluate and save now and then."""
+    check_numbers(args)
+    n, pairs = args.groups * args.group, args.groups * args.pairs  # pictures and pairs an epoch
+    if not 1 <= args.pairs <= args.group // 2:
+        fail(f"--pairs {args.pairs}: from 1 to {args.group // 2}, half of --group {args.group}")
+    if pairs % args.updates:
+        fail(f"--updates {args.updates}: must divide the epoch's {pairs} pairs (--groups x --pairs)")
+    used, eval_prompts = draw_prompts(args)
+
+    # ---- model, reward, run folder
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipe, reward_fn = load_pipeline(args.model, device), load_reward(args.reward, device)
+    model, shape = pipe.transformer, latent_shape(pipe, args.size)
+    levels, sigmas = schedule(pipe, 1000, shape), schedule(pipe, args.steps, shape)
+    reward_fn(decode(pipe, torch.zeros(2, *shape)), used[:1] * 2)  # does it work? before anything is written
+    out, state = open_run(args, "dpo", max_sequence_length=max_tokens(pipe))
+    params = add_lora(model, args.rank, args.seed)
+    opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
+    step, first, skipped, bad = 0, 0, 0, 0  # bad: non-finite steps in a row
+    if state:
+        load_checkpoint(state, pipe, opt)
+        step, first, skipped, bad = state["step"], state["epoch"], state["skipped"], state["bad"]
+        print(f"{out}: resumed at epoch {first}")
+    if args.checkpointing or (args.checkpointing is None and device.type == "cuda"):
+        model.enable_gradient_checkpointing()
+    if args.compile:
+        model.compile()
+
+    # ---- prompts, encoded once
+    text = encode_prompts(pipe, used[first * args.groups:] + eval_prompts)
+    eval_noise = draw_noise(list(range(args.eval_n)), shape)  # the same for every run and seed
+
+    def look(epoch: int):
+        """Evaluate on the held-out prompts; keep the pictures and the numbers."""
+        numbers, pictures = evaluate(pipe, reward_fn, text, eval_prompts, eval_noise, sigmas, args.batch)
+        grid(pictures, 8).save(out / "samples" / f"{epoch:05d}.png")
+        log_line(out, {"step": step, "epoch": epoch, **numbers})
+
+    if first == 0 and args.eval_every:
+        look(0)
+    bar = tqdm(range(first, args.epochs), desc="train", initial=first, total=args.epochs)
+    for epoch in bar:
+        start, g = time.time(), rng(args.seed, 1, epoch)
+
+        # ---- rollout: `group` pictures of each prompt from the policy as it stands
+        batch_prompts = [p for p in used[epoch * args.groups:(epoch + 1) * args.groups] for _ in range(args.group)]
+        x0, _ = integrate(pipe, torch.randn(n, *shape, generator=g), text, batch_prompts, sigmas, batch=args.batch, desc="rollout")
+
+        # ---- reward and pairs
+        reward = reward_fn(decode(pipe, x0), batch_prompts)
+        w, l = best_and_worst(reward, args.group, args.pairs)  # (pairs,) each
+        differ = (reward[w] > reward[l]).float()
+
+        # ---- training rows (pair, t): each pair, in random order, at `timesteps` moments
+        pair = torch.randperm(pairs, generator=g).repeat_interleave(args.timesteps)
+        t = levels[(1000 * torch.sigmoid(torch.randn(len(pair), generator=g))).long()]  # (rows,)
+        noise = torch.randn(len(t), *shape, generator=g)  # (rows, c, h, w)
+        x_w, x_l, differ = x0[w[pair]], x0[l[pair]], differ[pair]
+        row_prompts = [batch_prompts[i] for i in w[pair]]
+        updates = torch.arange(len(t)).split(len(t) // args.updates)
+
+        # ---- updates
+        for u, update in enumerate(updates):
+            sums = torch.zeros(6)
+            for b in update.split(max(1, args.batch // 2)):
+                x0_b, noise_b = torch.cat([x_w[b], x_l[b]]).to(device), noise[b].repeat(2, 1, 1, 1).to(device)  # (w and l, c, h, w)
+                t_b, differ_b = t[b].repeat(2).to(device), differ[b].to(device)
+                xt_b = torch.lerp(x0_b, noise_b, t_b.view(-1, 1, 1, 1))  # (1 - t) x0 + t eps
+                text_b = stack(text, [row_prompts[i] for i in b] * 2, device)
+                v = velocity(model, xt_b, t_b, text_b)
+                with reference(model):
+                    v_ref = velocity(model, xt_b, t_b, text_b)
+                base_loss = differ_b * dpo_loss(*v.chunk(2), *v_ref.chunk(2), *(noise_b - x0_b).chunk(2), args.dpo_beta)
+                guard = rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)
+                kl = rearrange((v - v_ref).square().flatten(1).mean(1), "(two b) -> two b", two=2).mean(0)
+                ratio = rearrange(norm_ratio(v.detach(), v_ref), "(two b) -> two b", two=2)
+                loss = base_loss + args.lam * guard + args.kl * kl
+                (loss.sum() / len(update)).backward()
+                active = (ratio > 1 + args.margin).float().mean(0)
+                sums += torch.stack([x.detach().sum() for x in (loss, base_loss, guard, kl, ratio.mean(0), active)]).cpu()
+            loss, base_loss, guard, kl, ratio, active = (sums / len(update)).tolist()
+            grad_norm, finite = clipped_step(opt, loss, args.max_grad_norm)
+            bad, skipped, step = (0, skipped, step + 1) if finite else (bad + 1, skipped + 1, step + 1)
+            line = {"step": step, "epoch": epoch, "reward": reward.mean().item(), "reward_std": reward.std().item(), "loss": loss,
+                    "base_loss": base_loss, "guard": guard, "kl": kl, "norm_ratio": ratio,
+                    "active": active, "grad_norm": grad_norm, "skipped": skipped,
+                    "img_per_s": n * (u + 1) / args.updates / (time.time() - start)}
+            if device.type == "cuda":
+                line["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            log_line(out, line)
+            if bad == 10:
+                fail(f"{out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try a lower --lr in another --out")
+        bar.set_postfix(reward=f"{line['reward']:.3f}", norm_ratio=f"{ratio:.3f}")
+
+        # ---- look and save
+        done = epoch + 1
+        if args.eval_every and (done % args.eval_every == 0 or done == args.epochs):
+            look(done)
+        if done % args.save_every == 0 or done == args.epochs:
+            save_checkpoint(out, pipe, opt, epoch=done, step=step, skipped=skipped, bad=bad)
+    print(f"done: {out}/ holds lora/, samples/, curves.png and metrics.jsonl")
+
+
+if __name__ == "__main__":
+    main(parse(Args, __doc__))
