@@ -66,7 +66,7 @@ class Args:
     """steps of 64 pictures"""
     sd3_steps: int = 20_000
     """steps of 64 latents"""
-    flux_steps: int = 14_000
+    flux_steps: int = 12_000
     """steps of 64 latents"""
     wrong: float = 0.35
     """share of sd3's training captions that name another picture"""
