@@ -418,7 +418,7 @@ def main(args: Args):
     prompts = [p for p in prompts for _ in range(args.n)]
     seeds = list(range(args.seed, args.seed + len(prompts)))
     if args.lora and not (Path(args.lora) / "pytorch_lora_weights.safetensors").is_file():
-        fail(f"--lora {args.lora}: holds no pytorch_lora_weights.safetensors")
+        fail(f"--lora {args.lora}: holds no pytorch_lora_weights.safetensors; a run keeps it in its lora/ folder")
     make_dir(args.out, "--out")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,14 +9,14 @@ bad. A picture x0 of the old policy is good with probability r; with x_t = (1 - 
 
     v+ = (1 - beta) v_old + beta v_theta,   v- = (1 + beta) v_old - beta v_theta
     L(v) = mean ||x0(v) - x0||^2 / stopgrad(mean |x0(v) - x0|)                             r = 1/2 + A / 2, A in [-1, 1]
-    base_loss = adv_clip * (r L(v+) + (1 - r) L(v-)) / beta
+    base_loss = (r L(v+) + (1 - r) L(v-)) / beta
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2                       guard: normguard.py
 
 As in the official PickScore recipe: the old policy is an EMA of the trained LoRA, and it is the old policy that draws the
 pictures, without guidance; group mean and global std for A, clipped at adv_clip and scaled to 1; one update an epoch, at
 moments t of the rollout's schedule. Not as there: those are one from each of --timesteps strata (there a random nine of ten), Euler
 instead of a second-order sampler, diffusers' T5 length of 256 instead of 128, a bf16 VAE on a GPU (there fp32), no second EMA
-for evaluation, and lora/ holds the trained LoRA.
+for evaluation, lora/ holds the trained LoRA, and no factor 5 on base_loss: Adam does not see it, but lam and kl would.
 
 To resume, run the same command again.
 """
@@ -80,7 +80,7 @@ class Args:
     old_decay: float = 0.5
     """up to this"""
     adv_clip: float = 5.0
-    """advantages are clipped to +- this many standard deviations, then scaled to +- 1; also the base loss's factor"""
+    """advantages are clipped to +- this many standard deviations, then scaled to +- 1"""
     kl: float = 1e-4
     """weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass"""
     max_grad_norm: float = 1.0
@@ -207,7 +207,7 @@ def main(args: Args):
                 else:
                     with torch.no_grad(), old_policy(model):
                         v_old = velocity(model, xt_b, t_b, text_b)
-                base_loss = args.adv_clip * nft_loss(v, v_old, x0_b, xt_b, t_b, r_b, args.nft_beta)
+                base_loss = nft_loss(v, v_old, x0_b, xt_b, t_b, r_b, args.nft_beta)
                 guard = kl = ratio = torch.zeros_like(base_loss)
                 if args.lam > 0 or args.kl > 0:
                     with reference(model):
