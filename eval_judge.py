@@ -62,6 +62,7 @@ def reason(error: Exception) -> str:
 def parse(args_class, doc: str):
     """tyro, with its framed errors turned into one line; a GPU that runs out of memory, later, becomes one too."""
     def last_words(kind, error, trace):
+        """The interpreter's excepthook, but for a GPU out of memory."""
         if not issubclass(kind, torch.OutOfMemoryError):
             return sys.__excepthook__(kind, error, trace)
         tqdm.write(f"error: the GPU is out of memory; lower --batch or --size ({reason(error)})", file=sys.stderr)
@@ -150,6 +151,7 @@ def load_reward(spec: str, device: torch.device, batch: int = 64) -> Callable[[T
 
     @torch.no_grad()
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        """images (n, 3, h, w) in [0, 1] and n prompts -> the weighted sum, (n,) fp32."""
         total = torch.zeros(len(images))
         for i in range(0, len(images), batch):
             some, said = images[i:i + batch], prompts[i:i + batch]
@@ -176,6 +178,7 @@ def load_clip(name: str, device: torch.device) -> Callable[[Tensor, list[str]], 
     scale = 1.0 if name == "clipscore" else clip.logit_scale.exp().item() / 26
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
+        """(b, 3, h, w) in [0, 1] and b prompts -> (b,)."""
         pixels = prepare.image_processor([to_image(x) for x in images], return_tensors="pt")
         return clip_cosine(clip, pixels["pixel_values"], prepare.tokenizer, prompts) * scale
 

@@ -162,7 +162,7 @@ def integrate(pipe, noise: Tensor, text: dict, prompts: list[str], sigmas: Tenso
     model, device, out, ratios = pipe.transformer, pipe.transformer.device, [], []
     for i in tqdm(range(0, len(noise), batch), desc=desc, leave=False):
         x, inputs, steps = noise[i:i + batch].to(device), stack(text, prompts[i:i + batch], device), []
-        null = stack(text, [""] * len(x), device)
+        null = stack(text, [""] * len(x), device) if guidance is not None and not is_flux(model) else None
         for now, then in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
             t = torch.full((len(x),), now, device=device)
             v = velocity(model, x, t, inputs, guidance, null)
@@ -194,7 +194,7 @@ def rng(*key: int) -> torch.Generator:
 
 
 def check_numbers(args):
-    """Refuse numbers that cannot work, naming the flag. What only one method has is checked in its script."""
+    """Refuse numbers that cannot work, naming the flag. A flag that a script does not have is passed over."""
     for flags, least in (("epochs groups rank updates batch timesteps save_every eval_n", 1), ("group steps", 2), ("seed eval_every lam margin kl", 0)):
         for flag in flags.split():
             if not least <= getattr(args, flag) < float("inf"):

@@ -99,6 +99,7 @@ def awm_loss(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Tensor, adv
     On policy where v_old is v.detach(): the ratio is 1 and the gradient is that of -adv log p.
     """
     def log_prob(v):
+        """log p(x0; t, eps) under the velocity v (b, ...), (b,)."""
         error = (v.float() - (noise.float() - x0.float())).square().flatten(1).mean(1)
         return -t.float() / power * (error + 1e-10) ** power
 

@@ -94,6 +94,7 @@ class Args:
 def dpo_loss(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor, beta: float = 100.0) -> Tensor:
     """Diffusion-DPO's loss per pair on velocities, in fp32; all (b, ...) -> (b,). Gradient to v_w and v_l."""
     def error(v, target):
+        """e(v): mean squared error, (b, ...) -> (b,)."""
         return (v.float() - target.float()).square().flatten(1).mean(1)
 
     margin = (error(v_w, target_w) - error(v_ref_w.detach(), target_w)) - (error(v_l, target_l) - error(v_ref_l.detach(), target_l))

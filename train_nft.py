@@ -104,6 +104,7 @@ def nft_loss(v: Tensor, v_old: Tensor, x0: Tensor, xt: Tensor, t: Tensor, r: Ten
     v, v_old, x0, xt, t, r = (a.float() for a in (v, v_old.detach(), x0, xt, t, r))
 
     def matching(v):
+        """L(v): (b, ...) -> (b,)."""
         error = (xt - t.view(-1, *[1] * (xt.ndim - 1)) * v - x0).flatten(1)  # in x0-space
         return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
 
