@@ -40,6 +40,8 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # whose processor PickScore and HPSv2 use
+HUB = {"pickscore": ("yuvalkirstain/PickScore_v1", VIT_H), "hpsv2.1": ("xswu/HPSv2", VIT_H),  # reward: (its model, its processor)
+       "clipscore": ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14")}
 VIT_H_CONFIG = dict(  # HPSv2.1 is an open_clip ViT-H-14; transformers' default activation, quick_gelu, would be wrong for it
     text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu"),
     vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, hidden_act="gelu"),
@@ -59,10 +61,28 @@ def reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def check_model(flag: str, name: str, or_else: str = ""):
+    """End the process if `name` is no folder and cannot be a hub id either: to ask the hub would take a minute."""
+    if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
+        fail(f"{flag} {name}: there is no such folder; give {or_else}a folder or a hub id")
+
+
+def cannot_load(flag: str, name: str, error: Exception):
+    """End the process: why a model cannot be loaded, and what to do about it."""
+    why = f"{flag} {name}: cannot be loaded ({type(error).__name__}: {reason(error.__cause__ or error)})"
+    if Path(name).is_dir():
+        fail(f"{why}; the folder is of another kind of model, or broken")
+    needs = " and ".join(dict.fromkeys(HUB.get(name, (name,))))
+    away = "copy $HF_HOME from a machine that has them" if name in HUB else f"`hf download {name} --local-dir DIR` elsewhere and give {flag} DIR"
+    fail(f"{why}; it needs {needs} from huggingface.co: if gated, accept the licence there and `hf auth login`; if offline, {away}")
+
+
 def parse(args_class, doc: str):
-    """tyro, with its framed errors turned into one line; a GPU that runs out of memory, later, becomes one too."""
+    """tyro, with its framed errors turned into one line; Ctrl-C and a GPU that runs out of memory, later, become one too."""
     def last_words(kind, error, trace):
-        """The interpreter's excepthook, but for a GPU out of memory."""
+        """The interpreter's excepthook, but for these two."""
+        if issubclass(kind, KeyboardInterrupt):
+            return tqdm.write("interrupted", file=sys.stderr)
         if not issubclass(kind, torch.OutOfMemoryError):
             return sys.__excepthook__(kind, error, trace)
         tqdm.write(f"error: the GPU is out of memory; lower --batch or --size ({reason(error)})", file=sys.stderr)
@@ -118,6 +138,8 @@ def grid(pictures: Tensor, columns: int) -> Image.Image:
 def save_samples(out: str, pictures: Tensor, rows: list[dict]):
     """PNGs, grid.png and samples.jsonl for (n, 3, h, w) in [0, 1] and n dicts that hold at least prompt and seed."""
     folder = make_dir(out, "--out")
+    for old in folder.glob("[0-9]" * 5 + ".png"):
+        old.unlink()  # an earlier sample's, of which there may have been more
     for i, picture in enumerate(pictures):
         to_image(picture).save(folder / f"{i:05d}.png")
     (folder / "samples.jsonl").write_text("".join(json.dumps({"file": f"{i:05d}.png", **row}) + "\n" for i, row in enumerate(rows)))
@@ -142,11 +164,15 @@ def load_reward(spec: str, device: torch.device, batch: int = 64) -> Callable[[T
             name, weight = part, 1.0
         if not np.isfinite(weight):
             fail(f"--reward {part}: its weight must be a finite number")
-        try:
-            score = load_function(name) if ".py:" in name else load_hps(device) if name == "hpsv2.1" else load_clip(name, device)
-        except Exception as e:  # a missing folder, no network, another model class, the user's code: each raises its own
-            fail(f"--reward {name}: cannot be loaded ({type(e).__name__}: {reason(e)}); give pickscore, hpsv2.1 or clipscore (they are "
-                 "downloaded from the hub), a CLIPModel folder or hub id, or file.py:function")
+        if ".py:" in name:
+            score = load_function(name)
+        else:
+            if name not in HUB:
+                check_model("--reward", name, f"{', '.join(HUB)}, file.py:function, ")
+            try:
+                score = load_hps(device) if name == "hpsv2.1" else load_clip(name, device)
+            except Exception as e:  # no network, another model class, a broken file: each raises its own
+                cannot_load("--reward", name, e)
         parts.append((name, weight, score))
 
     @torch.no_grad()
@@ -172,9 +198,9 @@ def load_reward(spec: str, device: torch.device, batch: int = 64) -> Callable[[T
 
 def load_clip(name: str, device: torch.device) -> Callable[[Tensor, list[str]], Tensor]:
     """PickScore's formula (arXiv 2305.01569) on any CLIPModel: exp(logit_scale) cos(image, text) / 26. clipscore is the plain cosine."""
-    model = {"pickscore": "yuvalkirstain/PickScore_v1", "clipscore": "openai/clip-vit-large-patch14"}.get(name, name)
+    model, processor = HUB.get(name, (name, name))
     clip = AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device)
-    prepare = AutoProcessor.from_pretrained(VIT_H if name == "pickscore" else model)
+    prepare = AutoProcessor.from_pretrained(processor)
     scale = 1.0 if name == "clipscore" else clip.logit_scale.exp().item() / 26
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
@@ -194,8 +220,8 @@ def clip_cosine(clip: CLIPModel, pixels: Tensor, tokenizer, prompts: list[str]) 
 
 def load_hps(device: torch.device) -> Callable[[Tensor, list[str]], Tensor]:
     """HPSv2.1 (arXiv 2306.09341, github.com/tgxs002/HPSv2): the cosine of an open_clip ViT-H-14, read into transformers' CLIPModel."""
-    file = hf_hub_download("xswu/HPSv2", "HPS_v2.1_compressed.pt")
-    tokenizer = AutoTokenizer.from_pretrained(VIT_H)
+    model, processor = HUB["hpsv2.1"]
+    file, tokenizer = hf_hub_download(model, "HPS_v2.1_compressed.pt"), AutoTokenizer.from_pretrained(processor)
     clip = CLIPModel(CLIPConfig(**VIT_H_CONFIG))
     clip.load_state_dict(from_open_clip(torch.load(file, map_location="cpu", weights_only=True)["state_dict"]))
     clip.eval().requires_grad_(False).to(device)
@@ -241,20 +267,24 @@ def load_function(spec: str) -> Callable:
     """`file.py:function`, imported from its path."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        fail(f"--reward {spec}: there is no file {path}")
     module = importlib.util.module_from_spec(s := importlib.util.spec_from_file_location("reward_function", path))
-    s.loader.exec_module(module)
-    return getattr(module, name)
+    try:
+        s.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as e:  # the user's code
+        fail(f"--reward {spec}: cannot be imported ({type(e).__name__}: {reason(e)})")
 
 
 # ---------------------------------------------------------------- Frechet distance
 
 def load_embed(model: str, device: torch.device):
     """(network, processor): a CLIPModel, or a vision model whose output has a pooler_output (ResNet, DINOv2, SigLIP, ...)."""
+    check_model("--embed", model)
     try:
         return AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device), AutoImageProcessor.from_pretrained(model)
     except Exception as e:  # a missing folder, no network, another kind of file: each raises its own
-        fail(f"--embed {model}: cannot be loaded ({reason(e)})")
+        cannot_load("--embed", model, e)
 
 
 @torch.no_grad()

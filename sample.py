@@ -22,14 +22,13 @@ import diffusers
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from einops import rearrange
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from eval_judge import fail, load_reward, make_dir, parse, read_prompts, reason, save_samples
+from eval_judge import cannot_load, check_model, fail, load_reward, make_dir, parse, read_prompts, reason, save_samples
 from normguard import norm_ratio, reference, renormalize
 
 diffusers.utils.logging.set_verbosity_error()
@@ -47,10 +46,11 @@ def load_pipeline(model: str, device: torch.device) -> diffusers.DiffusionPipeli
     """A frozen pipeline from a diffusers folder or hub id: transformer and VAE on `device` (bf16 on a GPU, fp32 on a CPU),
     text encoders on the CPU until `encode_prompts` borrows the device for them."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    check_model("--model", model)
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
-    except Exception as e:  # a missing folder, no network, a gated repository, a broken file: each library raises its own
-        fail(f"--model {model}: cannot be loaded ({reason(e)}); give a diffusers folder, or a hub id that you can download")
+    except Exception as e:  # no network, a gated repository, a broken file: each library raises its own
+        cannot_load("--model", model, e)
     if not isinstance(pipe, (diffusers.StableDiffusion3Pipeline, diffusers.FluxPipeline)):
         fail(f"--model {model}: is a {type(pipe).__name__}; StableDiffusion3Pipeline and FluxPipeline are supported")
     for part in pipe.components.values():
@@ -133,8 +133,9 @@ def schedule(pipe, steps: int, shape: tuple[int, int, int]) -> Tensor:
     if is_flux(pipe.transformer) and not config.get("use_flow_sigmas"):
         kwargs = {"sigmas": np.linspace(1, 1 / steps, steps)}
     if config.get("use_dynamic_shifting"):
-        kwargs["mu"] = calculate_shift(shape[1] * shape[2] // 4, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
-                                       config.get("base_shift", 0.5), config.get("max_shift", 1.15))
+        tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)  # at so many tokens; linear between and beyond
+        kwargs["mu"] = shifts[0] + (shifts[1] - shifts[0]) * (shape[1] * shape[2] // 4 - tokens[0]) / (tokens[1] - tokens[0])
     pipe.scheduler.set_timesteps(**kwargs)
     return pipe.scheduler.sigmas.cpu()
 
@@ -283,6 +284,8 @@ def open_run(args, name: str, **recorded) -> tuple[Path, dict | None]:
             sys.exit(0)
         if not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").stat().st_size < state["log_bytes"]:
             fail(f"{out}/metrics.jsonl: is shorter than the checkpoint knows it; restore it, or give another --out")
+    elif args_file.exists():
+        print(f"{out}: holds no checkpoint yet; starts over")
     make_dir(out / "checkpoint", "--out")
     make_dir(out / "samples", "--out")
     if not args_file.exists():
@@ -381,15 +384,15 @@ class Args:
     renorm: str = "none"
     """rescale each velocity to the reference's norm: none, match, or cap (only shrink)"""
     norms: bool = False
-    """measure the norm ratio to the reference at each step: norms.json, norms.png"""
+    """measure the norm ratio to the reference at each step (before any --renorm): norms.json, norms.png"""
     reward: str | None = None
     """also score the pictures, as in training"""
     out: str = "runs/samples"
     """folder for the results"""
 
 
-def write_norms(out: Path, sigmas: Tensor, ratios: Tensor):
-    """norms.json and norms.png: mean, spread and extremes of (n, steps) norm ratios at each step's t."""
+def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
+    """norms.json and norms.png: mean, spread and extremes of (n, steps) norm ratios at each step's t, as the model gives them."""
     t = sigmas[:-1].tolist()
     rows = {"t": t, "mean": ratios.mean(0).tolist(), "std": ratios.std(0, correction=0).tolist(), "min": ratios.amin(0).tolist(),
             "max": ratios.amax(0).tolist(), "n": len(ratios), "overall": ratios.mean().item()}
@@ -403,7 +406,7 @@ def write_norms(out: Path, sigmas: Tensor, ratios: Tensor):
     axis.legend(fontsize=8)
     figure.savefig(out / "norms.png", dpi=130)
     plt.close(figure)
-    print(f"norm ratio to the reference: mean {rows['overall']:.4f}, worst step {max(rows['mean']):.4f}")
+    print(f"norm ratio to the reference{', before --renorm' if renormed else ''}: mean {rows['overall']:.4f}, worst step {max(rows['mean']):.4f}")
 
 
 def main(args: Args):
@@ -447,7 +450,7 @@ def main(args: Args):
         print(f"reward: {np.mean([row['reward'] for row in rows]):.4f}")
     save_samples(args.out, pictures, rows)
     if args.norms:
-        write_norms(Path(args.out), sigmas, ratios)
+        write_norms(Path(args.out), sigmas, ratios, args.renorm != "none")
 
 
 if __name__ == "__main__":

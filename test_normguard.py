@@ -42,7 +42,8 @@ def at_home(monkeypatch):
 
 def small_run(out, script=train_awm, **changes) -> Path:
     """A short training run in this process."""
-    script.main(script.Args(out=str(out), **{**SMALL, **changes}))
+    pairs = {"pairs": 2} if script is train_dpo else {}
+    script.main(script.Args(out=str(out), **{**SMALL, **pairs, **changes}))
     return Path(out)
 
 
@@ -389,6 +390,7 @@ def test_flux_trains_and_samples_as_plain_diffusers(tmp_path, script):
 
 
 def test_lora_changes_the_picture(run, tmp_path):
+    sample.main(sample.Args(steps=1, n=2, out=str(tmp_path / "base")))  # more pictures than the next sample into that folder has
     for name, lora in (("base", None), ("lora", str(run / "lora"))):
         sample.main(sample.Args(prompt="a red star", steps=4, lora=lora, out=str(tmp_path / name)))
     assert np.abs(pixels(tmp_path / "base/00000.png") - pixels(tmp_path / "lora/00000.png")).max() > 2
@@ -520,6 +522,18 @@ def test_hps_pixels():
     np.testing.assert_allclose(x[:, :56].amax((1, 2)), black, rtol=1e-5)
     np.testing.assert_allclose(x[:, 168:].amax((1, 2)), black, rtol=1e-5)
     np.testing.assert_allclose(x[:, 56:168].amin((1, 2)), white, rtol=1e-5)
+
+
+def test_the_two_proxies_differ():
+    """Both follow the caption; one is blind to a dimmed or blurred picture, the other was tuned on preferences and is not."""
+    pictures = world.render(world.scene(torch.arange(64), torch.Generator().manual_seed(5)))
+    dim, blurred = 0.65 * pictures, torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(pictures, 4), 64, mode="bilinear")
+    pick, hps = (eval_judge.load_reward(f"tiny/{name}", torch.device("cpu")) for name in ("pickscore", "hps"))
+    for reward in (pick, hps):
+        assert reward(pictures, world.CAPTIONS).mean() > reward(pictures, world.CAPTIONS[9:] + world.CAPTIONS[:9]).mean() + 0.7
+    for worse in (dim, blurred):
+        assert (pick(pictures, world.CAPTIONS) - pick(worse, world.CAPTIONS)).mean().abs() < 0.05
+        assert (hps(pictures, world.CAPTIONS) - hps(worse, world.CAPTIONS)).mean() > 0.15
 
 
 def test_reward_from_a_function(tmp_path):
@@ -722,14 +736,14 @@ def test_bad_flags(tmp_path, capsys):
     (tmp_path / "nan.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3)) * float('nan')\n"
                                      "def g(images, prompts):\n    return images\ndef h(images, prompts):\n    return 1 / 0\n")
     (tmp_path / "file").write_text("")
-    for changes, words in [(dict(model="no/such/folder"), ["--model no/such/folder"]), (dict(prompts=f"{tmp_path}/empty.txt"), ["--prompts", "empty.txt"]),
+    for changes, words in [(dict(model="no/such/folder"), ["--model no/such/folder"]), (dict(model="tiny/hps"), ["--model tiny/hps"]), (dict(prompts=f"{tmp_path}/empty.txt"), ["--prompts", "empty.txt"]),
                            (dict(prompts="missing.txt"), ["--prompts missing.txt"]), (dict(eval_prompts="missing.txt"), ["--eval-prompts missing.txt"]),
                            (dict(group=1), ["--group 1"]), (dict(groups=3, group=3, updates=2), ["--updates 2"]), (dict(timesteps=9), ["--timesteps 9"]),
                            (dict(groups=99), ["--groups 99"]), (dict(lam=-1.0), ["--lam"]), (dict(lam=math.nan), ["--lam nan"]), (dict(size=60), ["--size 60"]),
                            (dict(size=0), ["--size 0"]), (dict(size=256), ["--size 256"]), (dict(epochs=0), ["--epochs 0"]), (dict(seed=-1), ["--seed -1"]),
                            (dict(adv_clip=0.0), ["--adv-clip"]), (dict(reward="tiny/pickscore:nan"), ["--reward", "weight"]),
                            (dict(reward=f"{tmp_path}/nan.py:h"), ["--reward", "division"]),
-                           (dict(reward="no/such/clip"), ["--reward no/such/clip"]), (dict(reward="missing.py:f"), ["--reward", "missing.py"]),
+                           (dict(reward="no/such/clip"), ["--reward no/such/clip", "folder"]), (dict(reward="pickscor"), ["--reward pickscor", "pickscore,"]), (dict(reward="missing.py:f"), ["--reward", "missing.py"]),
                            (dict(reward=f"{tmp_path}/nan.py:f"), ["--reward", "nan"]), (dict(reward=f"{tmp_path}/nan.py:g"), ["--reward", "shape"]),
                            (dict(reward=f"{tmp_path}/nan.py:q"), ["--reward", "nan.py:q"]), (dict(out=f"{tmp_path}/file/run"), ["--out"])]:
         refuses(capsys, lambda: small_run(**{"out": tmp_path / "run", **changes}), *words)
@@ -759,6 +773,17 @@ def test_checkpoint_of_another_run_and_broken_checkpoint(run, tmp_path, capsys):
     refuses(capsys, lambda: small_run(copy, lr=1e-5), "--lr")
 
 
+def test_a_model_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys):
+    """A hub id without network and without a cache: what to accept or download, and how to point the flag to a folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for flag, call, name in [("--model", lambda n: sample.load_pipeline(n, torch.device("cpu")), "stabilityai/stable-diffusion-3.5-medium"),
+                             ("--embed", lambda n: eval_judge.load_embed(n, torch.device("cpu")), "facebook/dinov2-base")]:
+        refuses(capsys, lambda: call(name), f"{flag} {name}", "licence", f"hf download {name} --local-dir DIR", f"{flag} DIR")
+    for name, needs in (("pickscore", "yuvalkirstain/PickScore_v1"), ("hpsv2.1", "xswu/HPSv2"), ("clipscore", "openai/clip-vit-large-patch14")):
+        refuses(capsys, lambda: eval_judge.load_reward(name, torch.device("cpu")), f"--reward {name}", needs, "HF_HOME")
+
+
 def test_sample_refuses(run, tmp_path, capsys):
     for changes, word in [(dict(renorm="both"), "--renorm"), (dict(norms=True), "--lora"), (dict(lora=str(tmp_path)), "--lora"), (dict(n=0), "--n")]:
         refuses(capsys, lambda: sample.main(sample.Args(**{"out": str(tmp_path / "x"), **changes})), word)
@@ -768,11 +793,13 @@ def test_sample_refuses(run, tmp_path, capsys):
 # ---------------------------------------------------------------- comparing folders
 
 def test_eval_judge_compares_folders(run, tmp_path, capsys):
+    sample.main(sample.Args(steps=1, n=2, out=str(tmp_path / "base")))  # more pictures than the next sample into that folder has
     for name, lora in (("base", None), ("lora", str(run / "lora"))):
         sample.main(sample.Args(steps=4, lora=lora, out=str(tmp_path / name), reward="tiny/pickscore"))
     eval_judge.main(eval_judge.Args(dirs=(f"{tmp_path}/base", f"{tmp_path}/lora"), real=f"{tmp_path}/base", out=f"{tmp_path}/report"))
     report = json.loads((tmp_path / "report/report.json").read_text())
     scores = report["metrics"]["reward/pickscore"]
+    assert sorted(p.name for p in (tmp_path / "base").glob("0*.png")) == [f"{i:05d}.png" for i in range(16)]
     rows = [json.loads(line)["reward"] for line in (tmp_path / "lora/samples.jsonl").read_text().splitlines()]
     mine = scores[f"{tmp_path}/lora"]
     assert mine["mean"] == pytest.approx(np.mean(rows), abs=2e-3) and mine["lo"] < mine["mean"] < mine["hi"] and report["n"] == 16

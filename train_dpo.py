@@ -2,19 +2,20 @@ r"""Flow-DPO, online, + NormGuard for flow-matching text-to-image models, on one
 
     python train_dpo.py --lam 0.05                              # the miniature world, a minute and a half on two cores
     python train_dpo.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE --eval-prompts FILE \
-        --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --batch 4 --lr 3e-4
+        --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --pairs 1 --dpo-beta 100 --batch 4 --lr 3e-4
 
 Diffusion-DPO (arXiv 2311.12908) on velocities, as Flow-DPO (arXiv 2501.13918) and Flow-GRPO's train_sd3_dpo.py
 (github.com/yifan123/flow_grpo): of a prompt's pictures the best by reward, w, is preferred to the worst, l. Both get the same
 noise eps and moment t, x_t = (1 - t) x0 + t eps, and with e(v) = mean ||v - (eps - x0)||^2
 
-    base_loss = -log sigmoid(-beta / 2 * [(e(v_w) - e(v_ref,w)) - (e(v_l) - e(v_ref,l))])
+    base_loss = -2 / beta * log sigmoid(-beta / 2 * [(e(v_w) - e(v_ref,w)) - (e(v_l) - e(v_ref,l))])
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2      guard: normguard.py, the mean over w and l
 
 As there: the reference is the base model, t is logit-normal in the schedule's own (shifted) noise levels. Not as there: the
 pictures come from the policy as it stands (there from the reference, which moves along only if told to), several pairs a
-prompt with --pairs (i-th best against i-th worst), a pair of equal reward counts as zero loss, no guidance in the rollout (4.5
-there), Euler steps, diffusers' T5 length of 256 instead of 128, no EMA of the weights.
+prompt with --pairs (i-th best against i-th worst), a pair of equal reward counts as zero loss, the factor 2 / beta, which Adam
+does not see and by which lam and kl weigh as in the other methods, no guidance in the rollout (4.5 there), Euler steps,
+diffusers' T5 length of 256 instead of 128, no EMA of the weights.
 
 To resume, run the same command again.
 """
@@ -53,7 +54,7 @@ class Args:
     """seed of the LoRA, the prompts and all noise"""
     epochs: int = 40
     """rounds of rollouts and their updates"""
-    lr: float = 5e-4
+    lr: float = 1e-3
     """AdamW's learning rate, constant"""
     rank: int = 32
     """LoRA rank; alpha is twice that"""
@@ -63,7 +64,7 @@ class Args:
     """prompts an epoch"""
     steps: int = 8
     """Euler steps of a rollout and of an evaluation"""
-    pairs: int = 1
+    pairs: int = 4
     """pairs a prompt: the best against the worst picture, the second best against the second worst, ..."""
     timesteps: int = 2
     """moments t a pair is trained at, logit-normal in the schedule's noise levels"""
@@ -71,8 +72,8 @@ class Args:
     """optimizer steps an epoch, each on its share of the pairs"""
     batch: int = 64
     """pictures at once in a forward pass (at least a pair); what is left of a step is accumulated"""
-    dpo_beta: float = 100.0
-    """beta: how sharply a pair's margin over the reference counts"""
+    dpo_beta: float = 10.0
+    """beta: the larger, the sooner a pair that is told apart stops to pull (official: 100)"""
     kl: float = 0.0
     """weight of an additional velocity KL to the reference"""
     max_grad_norm: float = 1.0
@@ -181,7 +182,7 @@ def main(args: Args):
                 v = velocity(model, xt_b, t_b, text_b)
                 with reference(model):
                     v_ref = velocity(model, xt_b, t_b, text_b)
-                base_loss = differ_b * dpo_loss(*v.chunk(2), *v_ref.chunk(2), *(noise_b - x0_b).chunk(2), args.dpo_beta)
+                base_loss = 2 / args.dpo_beta * differ_b * dpo_loss(*v.chunk(2), *v_ref.chunk(2), *(noise_b - x0_b).chunk(2), args.dpo_beta)
                 guard = rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)
                 kl = rearrange((v - v_ref).square().flatten(1).mean(1), "(two b) -> two b", two=2).mean(0)
                 ratio = rearrange(norm_ratio(v.detach(), v_ref), "(two b) -> two b", two=2)
