@@ -40,10 +40,14 @@ def at_home(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def small(script, **changes) -> dict:
+    """The args of a short training run."""
+    return {**SMALL, **({"pairs": 2} if script is train_dpo else {}), **changes}
+
+
 def small_run(out, script=train_awm, **changes) -> Path:
     """A short training run in this process."""
-    pairs = {"pairs": 2} if script is train_dpo else {}
-    script.main(script.Args(out=str(out), **{**SMALL, **pairs, **changes}))
+    script.main(script.Args(out=str(out), **small(script, **changes)))
     return Path(out)
 
 
@@ -657,10 +661,10 @@ def test_lam_0_is_the_script_without_the_guard(tmp_path, script):
     plain = types.ModuleType("plain")
     sys.modules["plain"] = plain
     exec(compile(source, "plain.py", "exec"), plain.__dict__)
-    short = {**SMALL, "epochs": 2, "eval_every": 0}
-    plain.main(plain.Args(out=str(tmp_path / "plain"), lam=0.0, **short))
-    assert lora_bytes(small_run(tmp_path / "zero", script, lam=0.0, epochs=2, eval_every=0)) == lora_bytes(tmp_path / "plain")
-    assert lora_bytes(small_run(tmp_path / "guarded", script, lam=5.0, epochs=2, eval_every=0)) != lora_bytes(tmp_path / "plain")
+    short = dict(epochs=2, eval_every=0)
+    plain.main(plain.Args(out=str(tmp_path / "plain"), **small(script, lam=0.0, **short)))
+    assert lora_bytes(small_run(tmp_path / "zero", script, lam=0.0, **short)) == lora_bytes(tmp_path / "plain")
+    assert lora_bytes(small_run(tmp_path / "guarded", script, lam=5.0, **short)) != lora_bytes(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("script", [train_nft, train_awm])
