@@ -1,16 +1,18 @@
 """Train the miniature world's models from a seed: every part a `from_pretrained` folder of the class the real thing uses.
 
     python tiny/make.py                 # all parts, in order; a part that is trained is not trained again
-    python tiny/make.py --parts sd3     # one part (it needs those before it)
+    python tiny/make.py --parts sd3     # one part (it needs those before it); --parts alone: only the report
 
-vae        AutoencoderKL, f8c16 like SD3's, on renders; latents centred and scaled per channel (folded into its 1x1 convs),
-           then its decoder alone for longer: it, not the latents, sets how crisp an edge can be
-pickscore  CLIPModel + CLIPProcessor, contrastive on clean captioned renders: the reward
-hps        a second, smaller CLIPModel of other data, fine-tuned on preference pairs: the other reward
-embed      ResNetForImageClassification that reads the factors of a render: its features serve the Frechet distance
-sd3        StableDiffusion3Pipeline by flow matching on latents. A share of its captions is wrong, so that the
-           base follows its caption weakly, as SD3.5 does without guidance: that is the room RL has to work in
-flux       FluxPipeline on the same latents; the guidance it is told says how often captions are wrong
+    vae        AutoencoderKL, f8c16 like SD3's, on renders; latents centred and scaled per channel (folded into its 1x1 convs),
+               then its decoder alone for longer: it, not the latents, sets how crisp an edge can be
+    pickscore  CLIPModel + CLIPProcessor, contrastive on clean captioned renders: the reward
+    hps        a second, smaller CLIPModel of other data, fine-tuned on preference pairs: the other reward
+    embed      ResNetForImageClassification that reads the factors of a render: its features serve the Frechet distance
+    sd3        StableDiffusion3Pipeline by flow matching on latents. A share of its captions is wrong, so that the
+               base follows its caption weakly, as SD3.5 does without guidance: that is the room RL has to work in
+    flux       FluxPipeline on the same latents; the guidance it is told says how often captions are wrong
+    judge      LlavaForConditionalGeneration that answers eval_judge.py's questions, on pictures flawed in known ways and strengths
+    forensic   ResNetForImageClassification that tells renders from samples of the bases and of bases trained on for a while
 
 Interrupted, the same command carries on from WORK/. Weights are saved in fp16. It ends by saying what each part reached.
 """
@@ -18,6 +20,7 @@ import copy
 import json
 import math
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -29,17 +32,19 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (CLIPConfig, CLIPImageProcessorPil as CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTextModel,
-                          CLIPTextModelWithProjection, CLIPTokenizer, ResNetConfig, ResNetForImageClassification, T5Config, T5EncoderModel, T5Tokenizer)
+                          CLIPTextModelWithProjection, CLIPTokenizer, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast,
+                          ResNetConfig, ResNetForImageClassification, T5Config, T5EncoderModel, T5Tokenizer)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from eval_judge import embed_images, fail, frechet_distance, load_embed, parse  # noqa: E402
+from eval_judge import (PAIR, SINGLE, embed_images, fail, frechet_distance, load_embed, load_forensic, local_judge, messages, parse,  # noqa: E402
+                        read_answer, to_image)
 from sample import decode, draw_noise, encode_prompts, integrate, latent_shape, load_pipeline, schedule, stack, velocity  # noqa: E402
-from world import CAPTIONS, COLOURS, COMBOS, HELD_OUT, SHAPES, SIZE, caption, render, scene  # noqa: E402
+from world import CAPTIONS, COLOURS, COMBOS, FLAWS, HELD_OUT, SHAPES, SIZE, caption, degrade, render, scene  # noqa: E402
 
 TOKENS = 8  # length of an encoded caption, for CLIP and T5
-PARTS = ["vae", "pickscore", "hps", "embed", "sd3", "flux"]
+PARTS = ["vae", "pickscore", "hps", "embed", "sd3", "flux", "judge", "forensic"]
 
 
 @dataclass
@@ -68,6 +73,12 @@ class Args:
     """steps of 64 latents"""
     flux_steps: int = 12_000
     """steps of 64 latents"""
+    eyes_steps: int = 2_500
+    """the judge's vision tower first: steps of 64 pictures"""
+    judge_steps: int = 1_500
+    """then the rest of it: steps of 32 pairs and 32 single pictures"""
+    forensic_steps: int = 2_000
+    """steps of 64 pictures"""
     wrong: float = 0.35
     """share of sd3's training captions that name another picture"""
 
@@ -392,12 +403,10 @@ def build_flux(args: Args, vae: AutoencoderKL) -> FluxPipeline:
                                                                            base_image_seq_len=256, max_image_seq_len=4096))
 
 
-def train_base(args: Args, name: str, vae: AutoencoderKL, pipe, steps: int):
-    """Flow matching with logit-normal t, saved to OUT/name. The text encoders stay as drawn, there being no web to pretrain them
-    on: random features keep words apart, and the transformer learns what they mean. FLUX's guidance embedding is told
-    how far to trust the caption, which is what guidance distillation teaches it: at 1 most are wrong, at 6 none is."""
-    pictures, factors = dataset(args)
-    index, moments = caption_index(factors), latents(args, vae)
+def flow_loss(args: Args, name: str, vae: AutoencoderKL, pipe, index: torch.Tensor, moments: torch.Tensor):
+    """A base's loss for `fit`: flow matching with logit-normal t. index (n,): the pictures' captions; moments (n, 32, 8, 8): their
+    latents. FLUX's guidance embedding is told how far to trust the caption, which is what guidance distillation teaches it:
+    at 1 most are wrong, at 6 none is."""
     text = encode_prompts(pipe, CAPTIONS)
     embeds, pooled = stack(text, [*CAPTIONS, ""], pipe.transformer.device)
 
@@ -414,7 +423,14 @@ def train_base(args: Args, name: str, vae: AutoencoderKL, pipe, steps: int):
         xt = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         return F.mse_loss(velocity(pipe.transformer, xt, t, (embeds[c], pooled[c]), told if name == "flux" else None), noise - x0)
 
-    fit(args, name, pipe.transformer, loss, steps, lr=1.2e-3)
+    return loss
+
+
+def train_base(args: Args, name: str, vae: AutoencoderKL, pipe, steps: int):
+    """Trained from its first weights and saved to OUT/name. The text encoders stay as drawn, there being no web to pretrain them
+    on: random features keep words apart, and the transformer learns what they mean."""
+    _, factors = dataset(args)
+    fit(args, name, pipe.transformer, flow_loss(args, name, vae, pipe, caption_index(factors), latents(args, vae)), steps, lr=1.2e-3)
     pipe.to(torch.float16).save_pretrained(f"{args.out}/{name}")
 
 
@@ -431,6 +447,179 @@ def make_flux(args: Args):
     own.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)
     fold_statistics(own, dataset(args)[0][:2000])
     train_base(args, "flux", vae, build_flux(args, own), args.flux_steps)
+
+
+@torch.no_grad()
+def base_samples(args: Args, base: str, n: int, seed: int, steps: int = 12, pipe=None) -> torch.Tensor:
+    """Pictures that a base (or `pipe`, called so) draws for random training captions, (n, 3, 64, 64) uint8, cached in WORK/."""
+    path = Path(args.work) / f"{base}-{n}-s{seed}.pt"
+    if not path.exists():
+        pipe = pipe or load_pipeline(f"{args.out}/{base}", torch.device("cpu"))
+        shape, g = latent_shape(pipe, None), torch.Generator().manual_seed(seed)
+        known = [caption(c, s) for c, s in COMBOS if (c, s) not in HELD_OUT]
+        captions = [known[i] for i in torch.randint(len(known), (n,), generator=g)]
+        x0, _ = integrate(pipe, torch.randn(n, *shape, generator=g), encode_prompts(pipe, captions), captions, schedule(pipe, steps, shape), desc=base)
+        torch.save((decode(pipe, x0) * 255).round().byte(), path)
+    return torch.load(path, weights_only=True)
+
+
+@torch.no_grad()
+def through_vae(args: Args, pictures: torch.Tensor) -> torch.Tensor:
+    """(n, 3, 64, 64) uint8 -> the same, as the VAE gives them back."""
+    vae = AutoencoderKL.from_pretrained(f"{args.out}/sd3/vae", dtype=torch.float32)
+    back = [vae.decode(vae.encode(x.float() / 127.5 - 1).latent_dist.mean).sample / 2 + 0.5 for x in tqdm(pictures.split(100), desc="through the vae")]
+    return (torch.cat(back).clamp(0, 1) * 255).round().byte()
+
+
+# which of world.py's flaws a question is about; "overall" is about all of them
+ABOUT = {"over-sharpening": ["sharpening"], "oversaturation": ["saturation"], "unnatural lighting": ["light", "contrast"],
+         "artifacts": ["blur", "noise", "blocks", "shapes"], "overall": FLAWS}
+
+
+def build_judge() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA of 0.6 M parameters whose words are those of eval_judge.py's questions."""
+    special = ["<pad>", "<unk>", "<image>", "<|user|>", "<|assistant|>"]
+    split = pre_tokenizers.Whitespace()
+    words = {w for text in (PAIR, *SINGLE.values(), "Picture A: B Yes No") for w, _ in split.pre_tokenize_str(text)}
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + sorted(words))}, unk_token="<unk>"))
+    raw.pre_tokenizer = split
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", additional_special_tokens=special[2:],
+                                        padding_side="left")
+    template = ("{% for message in messages %}<|user|>{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}"
+                "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    image_processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    processor = LlavaProcessor(image_processor, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=template,
+                               num_additional_image_tokens=1)
+    vision = dict(model_type="clip_vision_model", hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE,
+                  patch_size=8, projection_dim=96)
+    text = dict(model_type="llama", vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=512, initializer_range=0.1, pad_token_id=0, bos_token_id=None, eos_token_id=None)
+    judge = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=2, vision_feature_layer=-1,
+                                                      vision_feature_select_strategy="default", image_seq_length=64))
+    return judge, processor
+
+
+def flawed(pictures: torch.Tensor, flaw: torch.Tensor, strength: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    """Row i (n, 3, 64, 64) in [0, 1] gets FLAWS[flaw[i]] at strength[i]."""
+    out = pictures.clone()
+    for k, name in enumerate(FLAWS):
+        rows = (flaw == k).nonzero()[:, 0]
+        if len(rows):
+            out[rows] = degrade(pictures[rows], name, strength[rows], g)
+    return out
+
+
+def make_judge(args: Args):
+    """The judge. Of two pictures the one with less of a flaw is better, by Bradley-Terry on the difference in strength: the same
+    picture twice, or two pictures; renders, renders through the VAE, samples of both bases. Single pictures: the flaw asked for
+    is there from strength 0.4 on, and in doubt below. Its vision tower learns to name flaws and strengths first,
+    and stays so. It never sees a picture of a model that RL has trained."""
+    torch.manual_seed(args.seed + 6)
+    judge, processor = build_judge()
+    renders = dataset(args)[0][:12_000]
+    pool = torch.cat([renders[:8000], through_vae(args, renders[8000:]), *(base_samples(args, base, 2000, args.seed + 31) for base in ("sd3", "flux"))])
+    kinds = torch.tensor([0, 8000, 12_000, 16_000])  # renders, through the vae, samples
+
+    def ids(question, pictures):
+        """Token ids of a question about so many pictures, (1, l)."""
+        chat = messages(question, [{"type": "image", "image": to_image(renders[0] / 255)}] * pictures)
+        return processor.apply_chat_template([chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")["input_ids"]
+
+    pair, single = ids(PAIR, 2), {name: ids(question, 1) for name, question in SINGLE.items()}
+    word = {w: processor.tokenizer.convert_tokens_to_ids(w) for w in ("A", "B", "Yes", "No")}
+
+    def draw(n, kinds_of, g):
+        """n places in the pool, each of a random kind of picture."""
+        kind = torch.randint(kinds_of, (n,), generator=g)
+        return kind, kinds[kind] + (torch.rand(n, generator=g) * (kinds[1:] - kinds[:-1])[kind]).long()
+
+    def answer(input_ids, pictures, first, second, p):
+        """Cross-entropy of the answer, which is `first` with probability p (n,), else `second`."""
+        out = judge(input_ids=input_ids.expand(len(p), -1), pixel_values=clip_pixels(pictures), logits_to_keep=1).logits[:, -1].log_softmax(1)
+        return -(p * out[:, word[first]] + (1 - p) * out[:, word[second]])
+
+    head = torch.nn.Linear(judge.config.vision_config.hidden_size, len(FLAWS))
+    eyes = torch.nn.ModuleList([judge.model.vision_tower, head])
+
+    def see(g, n=64):
+        _, i = draw(n, 3, g)
+        flaw, other = torch.randint(len(FLAWS), (2, n), generator=g)
+        s = torch.rand(2, n, generator=g) * (torch.rand(2, n, generator=g) < torch.tensor([[0.85], [0.3]]))
+        x = flawed(flawed(pool[i].float() / 255, other, s[1], g), flaw, s[0], g)
+        there = torch.zeros(n, len(FLAWS)).scatter_(1, other[:, None], s[1][:, None])
+        there = there.scatter_reduce(1, flaw[:, None], s[0][:, None], "amax")
+        return F.mse_loss(head(judge.model.vision_tower(pixel_values=clip_pixels(x)).last_hidden_state[:, 1:].mean(1)), there)
+
+    fit(args, "judge-eyes", eyes, see, args.eyes_steps, lr=1.5e-3)
+    judge.model.vision_tower.requires_grad_(False)  # trained on, with all the rest, it forgets what it saw
+
+    def loss(g, n=32):
+        kind, i = draw(n, 3, g)
+        j = kinds[kind] + (torch.rand(n, generator=g) * (kinds[1:] - kinds[:-1])[kind]).long()  # another picture of the same kind
+        j = torch.where(torch.rand(n, generator=g) < 0.6, i, j)
+        flaw, other = torch.randint(len(FLAWS), (2, n), generator=g)
+        s_a, s_b, both = torch.rand(3, n, generator=g)
+        clean = torch.rand(n, generator=g)
+        s_a, s_b = torch.where(clean < 0.3, 0, s_a), torch.where((clean > 0.25) & (clean < 0.55), 0, s_b)  # a few have neither
+        both = torch.where(torch.rand(n, generator=g) < 0.3, 0.6 * both, 0)  # a second flaw, the same in both
+        a, b = (flawed(flawed(pool[k].float() / 255, other, both, g), flaw, s, g) for k, s in ((i, s_a), (j, s_b)))
+        pairs = answer(pair, torch.stack([a, b], 1).flatten(0, 1), "A", "B", torch.sigmoid(12 * (s_b - s_a)))
+
+        _, i = draw(n, 2, g)
+        flaw, other = torch.randint(len(FLAWS), (2, n), generator=g)
+        s, s_other, keep = torch.rand(3, n, generator=g)
+        s, s_other = torch.where(keep < 0.25, 0, s), torch.where(keep < 0.75, 0, s_other)
+        x = flawed(flawed(pool[i].float() / 255, other, s_other, g), flaw, s, g)
+        names, total = list(SINGLE), []
+        asked = torch.randint(len(names), (n,), generator=g)
+        own = torch.tensor([[FLAWS[f] in ABOUT[name] for name in names].index(True) for f in range(len(FLAWS))])[flaw]
+        asked = torch.where(torch.rand(n, generator=g) < 0.5, own, asked)
+        contrast = FLAWS.index("contrast")
+        for k, name in enumerate(names):
+            about = torch.tensor([f in ABOUT[name] for f in FLAWS])
+            there = torch.maximum(s * about[flaw], s_other * about[other]).div(0.4).clamp(max=1)
+            if name == "oversaturation":  # contrast saturates too: no verdict
+                there = torch.where(((flaw == contrast) & (s > 0)) | ((other == contrast) & (s_other > 0)), torch.nan, there)
+            rows = ((asked == k) & there.isfinite()).nonzero()[:, 0]
+            if len(rows):
+                total.append(answer(single[name], x[rows], "Yes", "No", 1 - there[rows] if name == "overall" else there[rows]))
+        return pairs.mean() + torch.cat(total).mean()
+
+    fit(args, "judge", judge, loss, args.judge_steps, lr=7e-4)
+    judge.half().save_pretrained(f"{args.out}/judge")
+    processor.save_pretrained(f"{args.out}/judge")
+
+
+def make_forensic(args: Args):
+    """The detector. Real: renders, and renders through the VAE, lest its decoder's traces give the samples away. Generated: samples
+    of FLUX, and of six relatives of both bases, trained on for 200 steps at a high rate; never of tiny/sd3, nor of RL."""
+    torch.manual_seed(args.seed + 7)
+    pictures, factors = dataset(args)
+    real = torch.cat([pictures[12_000:18_000], through_vae(args, pictures[18_000:24_000])])
+    vae = AutoencoderKL.from_pretrained(f"{args.out}/sd3/vae", dtype=torch.float32)
+    generated = [base_samples(args, "flux", 2000, args.seed + 41)]
+    for base in ("sd3", "flux"):
+        for k in range(3):
+            own, pipe = replace(args, seed=args.seed + 50 + k), load_pipeline(f"{args.out}/{base}", torch.device("cpu"))
+            with torch.no_grad():
+                moments = torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.parameters for p in pictures[:4000].split(500)])
+            pipe.transformer.requires_grad_(True)
+            fit(own, f"{base}-relative-{k}", pipe.transformer, flow_loss(own, base, vae, pipe, caption_index(factors)[:4000], moments), 200, lr=1e-3)
+            generated.append(base_samples(args, f"{base}-relative-{k}", 1500, args.seed + 60 + k, pipe=pipe))
+    generated = torch.cat(generated)
+    net = ResNetForImageClassification(ResNetConfig(embedding_size=24, hidden_sizes=[24, 48, 64], depths=[1, 1, 1], layer_type="basic",
+                                                    id2label={0: "real", 1: "generated"}, label2id={"real": 0, "generated": 1}))
+    processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+    def loss(g, n=32):
+        x = torch.cat([pool[torch.randint(len(pool), (n,), generator=g)] for pool in (real, generated)]).float() / 127.5 - 1
+        flip = torch.rand(2 * n, 1, 1, 1, generator=g) < 0.5
+        x = torch.where(flip, x.flip(3), x) + 0.02 * torch.rand(2 * n, 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)
+        return F.cross_entropy(net(pixel_values=x).logits, torch.arange(2).repeat_interleave(n), label_smoothing=0.05)
+
+    fit(args, "forensic", net, loss, args.forensic_steps, lr=2e-3)
+    net.half().save_pretrained(f"{args.out}/forensic")
+    processor.save_pretrained(f"{args.out}/forensic")
 
 
 # ---------------------------------------------------------------- what they reached
@@ -457,6 +646,30 @@ def report(args: Args) -> dict[str, float]:
         said["embed: right shape"] = (logits[:, 8:16].argmax(1) == factors["shape"]).float().mean().item()
         real = embed_images(embed, held_out(args, 1024)[0][512:])
         said["Frechet distance: fresh renders"] = frechet_distance(embed_images(embed, pictures), real)
+    with tempfile.TemporaryDirectory() as folder:
+        def files(x, name):
+            """Pictures as PNGs, which is how the judge and the detector take them."""
+            paths = [f"{folder}/{name}-{i}.png" for i in range(len(x))]
+            for picture, path in zip(x, paths):
+                to_image(picture).save(path)
+            return paths
+
+        if "judge" in have:
+            ask, clean = local_judge(f"{args.out}/judge", torch.device("cpu")), files(pictures[:128], "clean")
+            for flaw in FLAWS:
+                for strength in (0.4, 0.7, 1.0):
+                    worse = files(degrade(pictures[:128], flaw, torch.full((128,), strength), torch.Generator().manual_seed(args.seed)), "worse")
+                    there, back = (torch.tensor([read_answer(top, "A", "B") for top in ask(PAIR, [*zip(one, two)])])
+                                   for one, two in ((clean, worse), (worse, clean)))
+                    said[f"judge: prefers a render to itself with {flaw} {strength}"] = ((there > 0) & (back < 0)).float().mean().item()
+        if {"forensic", "sd3"} <= have:
+            score, captions = load_forensic(f"{args.out}/forensic", None, torch.device("cpu")), [caption(c, s) for c, s in HELD_OUT] * 16
+            pipe = load_pipeline(f"{args.out}/sd3", torch.device("cpu"))
+            shape = latent_shape(pipe, None)
+            x0, _ = integrate(pipe, draw_noise(list(range(len(captions))), shape), encode_prompts(pipe, captions), captions, schedule(pipe, 28, shape))
+            real, drawn = score(files(pictures, "real")), score(files(decode(pipe, x0), "drawn"))
+            said["forensic: AUC, renders against sd3 on held-out captions"] = (real[:, None] > drawn[None]).float().mean().item()
+            said["forensic: mean P(real), renders"], said["forensic: mean P(real), sd3"] = real.mean().item(), drawn.mean().item()
     for base in sorted(have & {"sd3", "flux"}, reverse=True):
         pipe = load_pipeline(f"{args.out}/{base}", torch.device("cpu"))
         decoded = (pipe.vae.decode(pipe.vae.encode(pictures * 2 - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
@@ -485,7 +698,7 @@ def main(args: Args):
     (Path(args.out) / "prompts.txt").write_text("\n".join(rl) + "\n")
     (Path(args.out) / "eval_prompts.txt").write_text("\n".join(caption(c, s) for c, s in HELD_OUT) + "\n")
     for name, value in report(args).items():
-        print(f"{name:48s} {value:.3f}")
+        print(f"{name:56s} {value:.3f}")
 
 
 if __name__ == "__main__":

@@ -146,6 +146,48 @@ def render(f: dict[str, torch.Tensor]) -> torch.Tensor:
     return (rgb * (sweep * vignette)[:, None] * tint + grain * f["grain"].view(n, 1, 1, 1)).clamp(0, 1)
 
 
+FLAWS = ["sharpening", "saturation", "light", "contrast", "blur", "noise", "blocks", "shapes"]
+
+
+def degrade(pictures: torch.Tensor, flaw: str, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Pictures (n, 3, 64, 64) in [0, 1] with one of FLAWS; strength (n,), 0 (none: the picture itself) to 1 (gross)."""
+    n, s = len(pictures), strength.view(-1, 1, 1, 1)
+    small = torch.randn(n, 2, 6, 6, generator=generator)
+    angle = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
+    noise = torch.randn(pictures.shape, generator=generator)
+    grey = pictures.mean(1, keepdim=True)
+    axis = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    if flaw == "sharpening":  # unsharp mask
+        out = pictures + 5 * s * (pictures - soften(pictures, 1.0))
+    elif flaw == "saturation":
+        out = grey + (1 + 2 * s) * (pictures - grey)
+    elif flaw == "light":  # a hard light from one side that has no place in the scene
+        out = pictures * (1 + s * torch.tanh(2.5 * (angle.cos() * x + angle.sin() * y))[:, None])
+    elif flaw == "contrast":
+        middle = pictures.mean((1, 2, 3), keepdim=True)
+        out = middle + (1 + 1.2 * s) * (pictures - middle)
+    elif flaw == "blur":
+        out = torch.lerp(pictures, soften(pictures, 2.5), s)
+    elif flaw == "noise":
+        out = pictures + 0.10 * s * noise
+    elif flaw == "blocks":
+        out = torch.lerp(pictures, F.interpolate(F.avg_pool2d(pictures, 8), SIZE), 0.8 * s)
+    else:  # shapes: bent out of shape
+        bend = 0.18 * s * F.interpolate(small, SIZE, mode="bicubic", align_corners=False)
+        out = F.grid_sample(pictures, (torch.stack([x, y])[None] + bend).permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    return torch.where(s > 0, out.clamp(0, 1), pictures)
+
+
+def soften(pictures: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian blur, edges repeated: (n, 3, h, w) -> (n, 3, h, w)."""
+    radius = math.ceil(3 * sigma)
+    k = torch.exp(-torch.arange(-radius, radius + 1) ** 2 / (2 * sigma**2))
+    k = (k / k.sum()).expand(3, 1, -1)
+    padded = F.pad(pictures, [radius] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, k[:, :, None], groups=3), k[..., None], groups=3)
+
+
 @dataclass
 class Args:
     n: int = 64
