@@ -178,13 +178,48 @@ def integrate(pipe, noise: Tensor, text: dict, prompts: list[str], sigmas: Tenso
     return torch.cat(out), torch.cat(ratios) if ratios else None
 
 
+def decode_batch(pipe, x0: Tensor) -> Tensor:
+    """Latents (b, c, h, w) -> pictures (b, 3, h, w) fp32 in [0, 1], with a gradient where it is recorded."""
+    z = (x0 / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).to(pipe.vae.device, pipe.vae.dtype)
+    return (pipe.vae.decode(z, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+
 @torch.no_grad()
 def decode(pipe, x0: Tensor) -> Tensor:
     """Latents (n, c, h, w) -> pictures (n, 3, h, w) fp32 in [0, 1] on the CPU, a megapixel at a time."""
     batch = max(1, 2**20 // (x0.shape[2] * x0.shape[3] * 64))
-    z = x0 / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    pictures = [pipe.vae.decode(s.to(pipe.vae.device, pipe.vae.dtype), return_dict=False)[0].float().cpu() for s in z.split(batch)]
-    return torch.cat(pictures).div_(2).add_(0.5).clamp_(0, 1)
+    return torch.cat([decode_batch(pipe, z).cpu() for z in x0.split(batch)])
+
+
+def adjoint(pipe, noise: Tensor, text: dict, prompts: list[str], sigmas: Tensor, rewards: list, *, guidance: float | None = None,
+            batch: int = 8) -> list[Tensor]:
+    """How each reward would change if one step's velocity were scaled: in x_{k+1} = x_k + dt_k (1 + s_k) v_k, dR/ds_k at s = 0.
+
+    rewards: differentiable functions (images (b, 3, h, w) in [0, 1], prompts) -> (b,). Returns (n, steps) for each. By the
+    discrete adjoint a_k = a_{k+1} + dt_k (dv_k/dx_k)^T a_{k+1}, a_N = dR/dx_N, and dR/ds_k = <a_{k+1}, dt_k v_k>: one
+    step's graph is held at a time, so its memory is that of one training step.
+    """
+    model, device, out = pipe.transformer, pipe.transformer.device, [[] for _ in rewards]
+    for i in tqdm(range(0, len(noise), batch), desc="adjoint", leave=False):
+        said, x = prompts[i:i + batch], noise[i:i + batch].to(device)
+        inputs, null = stack(text, said, device), None if guidance is None or is_flux(model) else stack(text, [""] * len(said), device)
+        path = [x]
+        for now, dt in zip(sigmas.tolist(), sigmas.diff().tolist()):
+            with torch.no_grad():
+                path.append(path[-1] + dt * velocity(model, path[-1], torch.full((len(x),), now, device=device), inputs, guidance, null))
+        last = path[-1].requires_grad_()
+        pictures = decode_batch(pipe, last)
+        a = [torch.autograd.grad(reward(pictures, said).sum(), last, retain_graph=True)[0] for reward in rewards]
+        s = [[] for _ in rewards]
+        for x, now, dt in reversed(list(zip(path, sigmas.tolist(), sigmas.diff().tolist()))):
+            x = x.detach().requires_grad_()
+            v = velocity(model, x, torch.full((len(x),), now, device=device), inputs, guidance, null)
+            for r in range(len(rewards)):
+                s[r].append((a[r] * dt * v.detach()).flatten(1).sum(1).cpu())
+                a[r] = a[r] + torch.autograd.grad(v, x, dt * a[r], retain_graph=True)[0]
+        for r in range(len(rewards)):
+            out[r].append(torch.stack(s[r][::-1], 1))
+    return [torch.cat(parts) for parts in out]
 
 
 # ---------------------------------------------------------------- what the training scripts share
@@ -385,6 +420,8 @@ class Args:
     """rescale each velocity to the reference's norm: none, match, or cap (only shrink)"""
     norms: bool = False
     """measure the norm ratio to the reference at each step (before any --renorm): norms.json, norms.png"""
+    adjoint: bool = False
+    """how --reward, and as a control the picture's energy, would change if a step's velocity were scaled: adjoint.json, adjoint.png"""
     reward: str | None = None
     """also score the pictures, as in training"""
     out: str = "runs/samples"
@@ -409,6 +446,32 @@ def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
     print(f"norm ratio to the reference{', before --renorm' if renormed else ''}: mean {rows['overall']:.4f}, worst step {max(rows['mean']):.4f}")
 
 
+def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor]):
+    """adjoint.json and adjoint.png: for each reward, dR/ds (n, steps) as the batch's mean at each step, its t statistic (mean over
+    standard error), the share of pictures with the mean's sign, and the cosine of the two half batches' means."""
+    rows = {"t": sigmas[:-1].tolist(), "n": len(next(iter(sensitivity.values())))}
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+    for name, s in sensitivity.items():
+        s = s.double()
+        mean, std = s.mean(0), s.std(0)
+        t = mean / (std / len(s) ** 0.5).clamp_min(1e-30)
+        agree = (s.sign() == mean.sign()).double().mean(0)
+        cosine = torch.nn.functional.cosine_similarity(s[::2].mean(0), s[1::2].mean(0), dim=0).item()
+        rows[name] = {"mean": mean.tolist(), "std": std.tolist(), "t_statistic": t.tolist(), "same_sign": agree.tolist(), "half_batch_cosine": cosine}
+        print(f"{name}: largest |t statistic| {t.abs().max():.1f}, same sign {agree.mean():.2f} on average, cosine of half batches {cosine:.2f}")
+        for axis, values in zip(axes, (mean / std.clamp_min(1e-30), t, agree)):
+            axis.plot(rows["t"], values, marker="o", markersize=3, label=f"{name} (cosine {cosine:.2f})")
+    for axis, title in zip(axes, ("mean of dR/ds over its spread", "t statistic of the batch", "share of pictures with the mean's sign")):
+        axis.set(title=title, xlabel="t (1 is noise)", xlim=(1.02, -0.02))
+        axis.grid(alpha=0.3)
+    axes[1].axhspan(-1.96, 1.96, color="gray", alpha=0.15, linewidth=0)
+    axes[2].set_ylim(0.45, 1.02)
+    axes[0].legend(fontsize=8)
+    (out / "adjoint.json").write_text(json.dumps(rows, indent=2) + "\n")
+    figure.savefig(out / "adjoint.png", dpi=130)
+    plt.close(figure)
+
+
 def main(args: Args):
     """Sample, measure, write."""
     if args.renorm not in ("none", "match", "cap"):
@@ -417,6 +480,8 @@ def main(args: Args):
         fail("--n, --steps and --batch must be at least 1")
     if (args.norms or args.renorm != "none") and not args.lora:
         fail("--norms and --renorm compare a LoRA with its base: give --lora")
+    if args.adjoint and not args.reward:
+        fail("--adjoint asks how a reward would change: give --reward")
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts, "--prompts")
     prompts = [p for p in prompts for _ in range(args.n)]
     seeds = list(range(args.seed, args.seed + len(prompts)))
@@ -449,6 +514,10 @@ def main(args: Args):
             row["reward"] = r
         print(f"reward: {np.mean([row['reward'] for row in rows]):.4f}")
     save_samples(args.out, pictures, rows)
+    if args.adjoint:
+        sensitivity = adjoint(pipe, draw_noise(seeds, shape), text, prompts, sigmas, guidance=args.guidance, batch=max(1, args.batch // 8), rewards=[
+            load_reward(args.reward, device, differentiable=True), lambda images, _: (2 * images - 1).square().mean((1, 2, 3))])
+        write_adjoint(Path(args.out), sigmas, dict(zip((args.reward, "energy (control)"), sensitivity)))
     if args.norms:
         write_norms(Path(args.out), sigmas, ratios, args.renorm != "none")
 

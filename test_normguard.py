@@ -428,6 +428,49 @@ def test_norms_and_renorm(run):
     np.testing.assert_allclose(capped, noise + (sigmas[1] - sigmas[0]) * v / r.clamp_min(1).view(-1, 1, 1, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("model, guidance", [("tiny/sd3", None), ("tiny/sd3", 3.0), ("tiny/flux", None)])
+def test_adjoint_is_autograd_through_the_whole_trajectory(model, guidance):
+    """dR/ds_k from one graph over all steps, in which every step's velocity is scaled by its own 1 + s_k; in float64."""
+    pipe, prompts = sample.load_pipeline(model, torch.device("cpu")), ["a red star", "a blue ring"]
+    text = {p: tuple(x.double() for x in pair) for p, pair in sample.encode_prompts(pipe, prompts).items()}
+    pipe.transformer.double()
+    pipe.vae.double()
+    noise, sigmas = sample.draw_noise([1, 2], sample.latent_shape(pipe, None)).double(), sample.schedule(pipe, 4, (16, 8, 8)).double()
+    velocity, rewards = sample.velocity, [lambda images, _: images[:, 0].double().mean((1, 2)), lambda images, _: images.double().square().mean((1, 2, 3))]
+    ours = sample.adjoint(pipe, noise, text, prompts, sigmas, rewards, guidance=guidance, batch=2)
+    s, x = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True), noise
+    for k in range(4):
+        null = sample.stack(text, [""] * 2, x.device) if guidance else None
+        v = velocity(pipe.transformer, x, sigmas[k].expand(2), sample.stack(text, prompts, x.device), guidance, null)
+        x = x + (sigmas[k + 1] - sigmas[k]) * (1 + s[:, k].view(2, 1, 1, 1)) * v
+    pictures = sample.decode_batch(pipe, x)
+    for reward, mine in zip(rewards, ours):
+        whole = torch.autograd.grad(reward(pictures, prompts).sum(), s, retain_graph=True)[0]
+        assert whole.abs().max() > 1e-3
+        np.testing.assert_allclose(mine, whole, rtol=1e-3, atol=1e-5 * whole.abs().max().item())
+
+
+def test_adjoint_writes_what_it_says(tmp_path, capsys):
+    sample.main(sample.Args(adjoint=True, reward="tiny/pickscore", steps=3, prompt="a red star", n=6, out=str(tmp_path)))
+    said = json.loads((tmp_path / "adjoint.json").read_text())
+    assert set(said) == {"t", "n", "tiny/pickscore", "energy (control)"} and said["n"] == 6 and (tmp_path / "adjoint.png").exists()
+    control = said["energy (control)"]
+    np.testing.assert_allclose(control["t_statistic"], np.divide(control["mean"], control["std"]) * 6**0.5)
+    assert all(0 <= share <= 1 for share in control["same_sign"]) and -1 <= control["half_batch_cosine"] <= 1
+    refuses(capsys, lambda: sample.main(sample.Args(adjoint=True, out=str(tmp_path / "x"))), "--adjoint", "--reward")
+
+
+@pytest.mark.parametrize("size", [64, 224, 512])
+def test_differentiable_rewards_are_the_rewards(size):
+    """torch's bicubic against PIL's, for pictures smaller than, as large as and larger than what the network takes."""
+    pictures = torch.nn.functional.interpolate(world.render(world.scene(torch.arange(8), torch.Generator().manual_seed(1))), size, mode="bicubic").clamp(0, 1)
+    ours, theirs = (eval_judge.load_reward("tiny/pickscore", torch.device("cpu"), differentiable=d)(pictures, world.CAPTIONS[:8]) for d in (True, False))
+    np.testing.assert_allclose(ours, theirs, atol=0.01)
+    for picture in pictures[:2]:
+        pil, own = eval_judge.hps_pixels(picture), eval_judge.torch_pixels(picture[None], 224, eval_judge.OPENAI_CLIP_MEAN, eval_judge.OPENAI_CLIP_STD)[0]
+        assert (pil - own).abs().mean() < 0.02  # both in standard deviations: half a level of 255
+
+
 def test_schedule_is_the_pipelines_own():
     """FlowMatchEulerDiscreteScheduler shifts twice with shift = 3: its sigma_min is shifted, then the even schedule down to it."""
     def shift(s):
@@ -796,18 +839,245 @@ def test_sample_refuses(run, tmp_path, capsys):
 
 # ---------------------------------------------------------------- comparing folders
 
-def test_eval_judge_compares_folders(run, tmp_path, capsys):
-    sample.main(sample.Args(steps=1, n=2, out=str(tmp_path / "base")))  # more pictures than the next sample into that folder has
+@pytest.fixture(scope="session")
+def folders(run, tmp_path_factory) -> tuple[str, str]:
+    """16 pictures of the base and of a trained LoRA, same prompts and noise."""
+    os.chdir(ROOT)
+    root = tmp_path_factory.mktemp("folders")
+    sample.main(sample.Args(steps=1, n=2, out=str(root / "base")))  # more pictures than the next sample into that folder has
     for name, lora in (("base", None), ("lora", str(run / "lora"))):
-        sample.main(sample.Args(steps=4, lora=lora, out=str(tmp_path / name), reward="tiny/pickscore"))
-    eval_judge.main(eval_judge.Args(dirs=(f"{tmp_path}/base", f"{tmp_path}/lora"), real=f"{tmp_path}/base", out=f"{tmp_path}/report"))
-    report = json.loads((tmp_path / "report/report.json").read_text())
-    scores = report["metrics"]["reward/pickscore"]
-    assert sorted(p.name for p in (tmp_path / "base").glob("0*.png")) == [f"{i:05d}.png" for i in range(16)]
-    rows = [json.loads(line)["reward"] for line in (tmp_path / "lora/samples.jsonl").read_text().splitlines()]
-    mine = scores[f"{tmp_path}/lora"]
-    assert mine["mean"] == pytest.approx(np.mean(rows), abs=2e-3) and mine["lo"] < mine["mean"] < mine["hi"] and report["n"] == 16
+        sample.main(sample.Args(steps=4, lora=lora, out=str(root / name), reward="tiny/pickscore"))
+    return f"{root}/base", f"{root}/lora"
+
+
+def compare(*dirs, out, **changes) -> dict:
+    eval_judge.main(eval_judge.Args(**{"dirs": dirs, "forensic": (), "judge": None, "out": str(out), **changes}))
+    return json.loads((Path(out) / "report.json").read_text())
+
+
+def renders(folder, n=16, flaw=None, strength=0.0, seed=3) -> str:
+    """A folder of renders as sample.py would write it, flawed at that strength."""
+    index = torch.arange(n) * 7 % 64
+    pictures = world.render(world.scene(index, torch.Generator().manual_seed(seed)))
+    if flaw:
+        pictures = world.degrade(pictures, flaw, torch.full((n,), strength), torch.Generator().manual_seed(seed + 1))
+    eval_judge.save_samples(str(folder), pictures, [{"prompt": world.CAPTIONS[i], "seed": seed} for i in index])
+    return str(folder)
+
+
+def test_eval_judge_compares_folders(folders, tmp_path, capsys):
+    base, lora = folders
+    report = compare(base, lora, real=base, forensic=("tiny/forensic",), judge="tiny/judge", out=tmp_path / "report")
+    assert sorted(p.name for p in Path(base).glob("0*.png")) == [f"{i:05d}.png" for i in range(16)]
+    rows = [json.loads(line)["reward"] for line in (Path(lora) / "samples.jsonl").read_text().splitlines()]
+    mine = report["metrics"]["reward/pickscore"][lora]
+    assert mine["mean"] == pytest.approx(np.mean(rows), abs=2e-3) and mine["lo"] < mine["mean"] < mine["hi"] and report["n"] == mine["n"] == 16
+    assert mine["diff"]["mean"] == pytest.approx(mine["mean"] - report["metrics"]["reward/pickscore"][base]["mean"], abs=1e-6)
     distance = report["metrics"]["fd/embed"]
-    assert abs(distance[f"{tmp_path}/base"]["mean"]) < 1e-3 < distance[f"{tmp_path}/lora"]["mean"]
-    (tmp_path / "lora/00003.png").write_bytes(b"not a picture")
-    refuses(capsys, lambda: eval_judge.main(eval_judge.Args(dirs=(f"{tmp_path}/base", f"{tmp_path}/lora"), out=f"{tmp_path}/r2")), "lora/00003.png")
+    assert abs(distance[base]["mean"]) < 1e-3 < distance[lora]["mean"]
+    assert set(report["metrics"]) == {"reward/pickscore", "forensic/forensic", "fd/embed", *(f"judge/{d}" for d in eval_judge.SINGLE)}
+    verdict = report["pairs"]["judge/quality"][f"{base} vs {lora}"]
+    assert verdict["win"] + verdict["tie"] + verdict["loss"] == 16 and verdict["nan"] == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert table[0] == f"| metric | {base} | {lora} |" and f"{mine['mean']:.4f} [{mine['lo']:.4f}, {mine['hi']:.4f}]" in table[2]
+
+
+def test_bootstrap_interval_of_known_coverage():
+    """One picture a prompt: the interval is that of the mean, 1.96 standard errors to either side."""
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    s = eval_judge.summary(torch.cat([values, torch.tensor([math.nan])]), [str(i) for i in range(401)], 4000)
+    se = values.std().item() / 20
+    assert s["n"] == 400 and s["nan"] == 1 and s["mean"] == pytest.approx(values.mean().item())
+    np.testing.assert_allclose([s["mean"] - s["lo"], s["hi"] - s["mean"]], 1.96 * se, rtol=0.1)
+    one = eval_judge.summary(values, ["a"] * 200 + ["b"] * 200, 4000)  # two prompts: the interval spans their means
+    assert sorted([values[:200].mean().item(), values[200:].mean().item()]) == pytest.approx([one["lo"], one["hi"]])
+
+
+@pytest.mark.parametrize("flaw", world.FLAWS)
+def test_judge_prefers_the_clean_picture(tmp_path, flaw):
+    dirs = [renders(tmp_path / "clean")] + [renders(tmp_path / f"{s}", flaw=flaw, strength=s) for s in (0.35, 0.7, 1.0)]
+    report = compare(*dirs, judge="tiny/judge", reward=(), out=tmp_path / "report")
+    pairs = report["pairs"]["judge/quality"]
+    assert all(pairs[f"{dirs[0]} vs {d}"]["win"] == 16 for d in dirs[2:])
+    margins = [pairs[f"{dirs[0]} vs {d}"]["margin"] for d in dirs[1:]]
+    assert 0 < margins[0] < margins[1] < margins[2]
+    assert all(pairs[f"{a} vs {b}"]["rate"] >= 0.75 for a, b in zip(dirs[1:], dirs[2:]))  # the weaker flaw is preferred
+    overall = [report["metrics"]["judge/overall"][d]["mean"] for d in dirs]
+    assert overall[0] > 0.7 and max(overall[2:]) < 0.3
+    own = next((d for d, flaws in {"over-sharpening": ["sharpening"], "oversaturation": ["saturation"], "unnatural lighting": ["light", "contrast"]}.items()
+                if flaw in flaws), "artifacts")
+    said = [report["metrics"][f"judge/{own}"][d]["mean"] for d in dirs]
+    assert said[0] < 0.3 and min(said[2:]) > 0.7
+
+
+def test_identical_pictures_tie_and_swapped_folders_mirror(folders, tmp_path):
+    import shutil
+    base, lora = folders
+    copy = str(shutil.copytree(base, tmp_path / "copy"))
+    verdict = compare(base, copy, judge="tiny/judge", out=tmp_path / "same")["pairs"]["judge/quality"][f"{base} vs {copy}"]
+    assert verdict["tie"] == 16 and verdict["rate"] == 0.5 and verdict["margin"] == 0
+    there, back = (compare(*pair, judge="tiny/judge", out=tmp_path / out) for pair, out in (((base, lora), "there"), ((lora, base), "back")))
+    one, two = there["pairs"]["judge/quality"][f"{base} vs {lora}"], back["pairs"]["judge/quality"][f"{lora} vs {base}"]
+    assert (one["win"], one["tie"], one["loss"], one["margin"]) == (two["loss"], two["tie"], two["win"], -two["margin"])
+    assert one["rate"] == pytest.approx(1 - two["rate"], abs=1e-12) and one["lo"] == pytest.approx(1 - two["hi"], abs=1e-12)
+    for name in there["metrics"]:
+        for d in (base, lora):
+            assert {k: there["metrics"][name][d][k] for k in ("mean", "lo", "hi")} == {k: back["metrics"][name][d][k] for k in ("mean", "lo", "hi")}
+
+
+def test_read_answer():
+    log = math.log
+    assert eval_judge.read_answer([("A", log(0.5)), (" a", log(0.1)), ("B", log(0.2)), ("The", log(0.2))], "A", "B") == pytest.approx(log(0.6 / 0.2))
+    assert eval_judge.read_answer([("YES", log(0.3)), ("No.", log(0.6))], "yes", "no") == pytest.approx(log(0.3 / 0.6))
+    assert eval_judge.read_answer([("A", log(0.9)), ("x", log(0.06))], "A", "B") == pytest.approx(log(0.9 / 0.04))  # B has what is left at most
+    assert eval_judge.read_answer([("A", log(0.5)), ("x", log(0.01))], "A", "B") == pytest.approx(log(0.5 / 0.01))  # and the last one's at most
+    assert eval_judge.read_answer([("B", 0.0)], "A", "B") == pytest.approx(log(1e-9))  # a server that gives a word without probabilities
+    for top in ([], [("The", 0.0)], [("A", log(0.002)), ("B", log(0.003)), ("I", log(0.9))]):
+        assert math.isnan(eval_judge.read_answer(top, "A", "B"))
+
+
+@pytest.fixture(scope="session")
+def server():
+    """An OpenAI-compatible server of tiny/judge. Pictures whose content hash is in `faults` get that fault in place of an answer."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Lock, Thread
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    os.chdir(ROOT)
+    model, processor = AutoModelForImageTextToText.from_pretrained("tiny/judge", dtype=torch.float32).eval(), AutoProcessor.from_pretrained("tiny/judge")
+    faults, asked, lock = {}, [], Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_POST(self):
+            import base64
+            import hashlib
+            import io
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert (request["temperature"], request["max_tokens"], request["logprobs"], request["top_logprobs"]) == (0, 1, True, 20)
+            (message,), raw = request["messages"], []
+            for part in message["content"]:
+                if part["type"] == "image_url":
+                    raw.append(base64.b64decode(part.pop("image_url")["url"].removeprefix("data:image/png;base64,")))
+                    part |= {"type": "image", "image": Image.open(io.BytesIO(raw[-1])).convert("RGB")}
+            asked.append(request["model"])
+            fault = next((faults[h] for h in (hashlib.sha256(r).hexdigest() for r in raw) if h in faults), None)
+            if fault == "hang":
+                time.sleep(4)
+                return None
+            if fault == "cut":
+                return self.connection.close()
+            if fault == "500" or self.path != "/v1/chat/completions" or self.headers.get("Authorization") == "Bearer wrong":
+                return self.send_error(500 if fault else 404 if self.path != "/v1/chat/completions" else 401)
+            with lock, torch.no_grad():
+                inputs = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+                top = model(**inputs).logits[0, -1].log_softmax(0).topk(20)
+            top = [{"token": processor.tokenizer.decode([i]), "logprob": p} for i, p in zip(top.indices.tolist(), top.values.tolist())]
+            if fault == "words":
+                top = [{"token": "Well", "logprob": -0.01}]
+            content = {"choices": [{"message": {"content": top[0]["token"]}, "logprobs": {"content": [{**top[0], "top_logprobs": top}]}}]}
+            body = b"<html>" if fault == "garbage" else b"{}" if fault == "empty" else json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = False  # server_close waits for them
+    Thread(target=http.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/v1", faults, asked
+    http.shutdown()
+    http.server_close()
+
+
+def test_judge_over_http_is_the_judge_in_process(folders, server, tmp_path, monkeypatch, capsys):
+    url, _, asked = server
+    there, here = (compare(*folders, judge=judge, judge_model="tiny", out=tmp_path / name) for judge, name in ((url, "http"), ("tiny/judge", "local")))
+    for name, verdict in here["pairs"]["judge/quality"].items():
+        assert verdict == pytest.approx(there["pairs"]["judge/quality"][name], abs=1e-4)
+    for name in here["metrics"]:
+        for d in folders:
+            assert here["metrics"][name][d]["mean"] == pytest.approx(there["metrics"][name][d]["mean"], abs=1e-4)
+    assert set(asked) == {"tiny"}
+    before = len(asked)
+    again = compare(*folders, judge=url, judge_model="tiny", out=tmp_path / "http")  # all is known
+    assert again == there and len(asked) == before
+    scores = (tmp_path / "http/scores.jsonl").read_text().splitlines()
+    (tmp_path / "http/scores.jsonl").write_text("\n".join(scores[:-3]) + "\n" + scores[-3][:20])  # killed while it wrote
+    assert compare(*folders, judge=url, judge_model="tiny", out=tmp_path / "http") == there and len(asked) == before + 3
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    refuses(capsys, lambda: compare(*folders, judge=url, out=tmp_path / "key"), "--judge", "401", "OPENAI_API_KEY")
+    refuses(capsys, lambda: compare(*folders, judge=url[:-3] + "/v2", out=tmp_path / "path"), "--judge", "404")
+    refuses(capsys, lambda: compare(*folders, judge="http://127.0.0.1:9/v1", judge_retries=0, out=tmp_path / "port"), "--judge", "reached")
+
+
+def test_faults_of_the_server_are_counted(folders, server, tmp_path, monkeypatch, capsys):
+    url, faults, _ = server
+    monkeypatch.setattr(eval_judge, "SINGLE", {name: eval_judge.SINGLE[name] for name in ("oversaturation", "overall")})
+    rows = eval_judge.read_folder(folders[1])
+    try:
+        faults.update({row["hash"]: fault for row, fault in zip(rows, ("garbage", "empty", "words", "500", "hang", "cut"))})
+        report = compare(*folders, judge=url, judge_retries=0, judge_timeout=3.0, judge_concurrency=4, out=tmp_path / "report")
+    finally:
+        faults.clear()
+    verdict = report["pairs"]["judge/quality"][f"{folders[0]} vs {folders[1]}"]
+    assert verdict["nan"] == 6 and verdict["win"] + verdict["tie"] + verdict["loss"] == 10
+    for name in eval_judge.SINGLE:
+        said = [report["metrics"][f"judge/{name}"][d] for d in folders]
+        assert [(m["n"], m["nan"]) for m in said] == [(16, 0), (10, 6)] and 0 <= said[1]["mean"] <= 1
+    captured = capsys.readouterr()
+    assert captured.out.count("6 of 16 not read") == len(eval_judge.SINGLE) and "500" in captured.err
+    whole = compare(*folders, judge=url, out=tmp_path / "report")  # what failed is asked again, and only that
+    assert all(m["nan"] == 0 for scores in whole["metrics"].values() for m in scores.values())
+
+
+def test_forensic_tells_renders_from_samples(tmp_path):
+    """Of a base and of prompts that the detector was not trained on."""
+    sample.main(sample.Args(steps=12, n=6, seed=500, out=str(tmp_path / "base")))
+    score = eval_judge.load_forensic("tiny/forensic", None, torch.device("cpu"))
+    real, drawn = (score([row["file"] for row in eval_judge.read_folder(folder)]) for folder in (renders(tmp_path / "renders", n=96), str(tmp_path / "base")))
+    auc = (real[:, None] > drawn[None]).float().mean().item()  # P(a render scores above a sample)
+    assert auc >= 0.9 and 0 <= min(real.min(), drawn.min()) and max(real.max(), drawn.max()) <= 1
+
+
+def test_detector_labels(capsys):
+    for labels, real in [({0: "artificial", 1: "human"}, [1]), ({0: "REAL", 1: "FAKE"}, [0]), ({0: "AI-generated image", 1: "Natural image"}, [1]),
+                         ({0: "Real", 1: "Synthetic", 2: "Deepfake, generated"}, [0])]:
+        assert eval_judge.real_labels("x", labels, None) == real
+    assert eval_judge.real_labels("x", {0: "LABEL_0", 1: "LABEL_1"}, "LABEL_1") == [1]
+    for labels in ({0: "LABEL_0", 1: "LABEL_1"}, {0: "real", 1: "cat"}, {0: "ai", 1: "fake"}, {0: "real fake", 1: "fake"}):
+        refuses(capsys, lambda: eval_judge.real_labels("x", labels, None), "--forensic x", labels[0], labels[1], "--real-label")
+
+
+def test_folders_that_do_not_fit(folders, tmp_path, capsys):
+    import shutil
+    base, lora = folders
+    names = iter(range(99))
+
+    def broken(change) -> str:
+        """A changed copy of a folder."""
+        copy = shutil.copytree(lora, tmp_path / f"copy-{next(names)}")
+        change(copy)
+        return str(copy)
+
+    def lines(folder, keep):
+        jsonl = folder / "samples.jsonl"
+        jsonl.write_text("".join(line + "\n" for line in keep(jsonl.read_text().splitlines())))
+
+    for change, word in [(lambda d: (d / "00003.png").write_bytes(b"not a picture"), "00003.png"), (lambda d: (d / "00004.png").unlink(), "00004.png"),
+                         (lambda d: (d / "00005.png").write_bytes((d / "00005.png").read_bytes()[:200]), "00005.png"),
+                         (lambda d: (d / "samples.jsonl").unlink(), "samples.jsonl"), (lambda d: (d / "samples.jsonl").write_text("{}\n"), "samples.jsonl"),
+                         (lambda d: (d / "samples.jsonl").write_text(""), "no picture"),
+                         (lambda d: Image.open(d / "00006.png").resize((32, 32)).save(d / "00006.png"), "00006.png"),
+                         (lambda d: lines(d, lambda rows: [row.replace('"seed": ', '"seed": 9') for row in rows]), "no prompt and seed")]:
+        refuses(capsys, lambda: compare(base, broken(change), out=tmp_path / "report"), word)
+    refuses(capsys, lambda: compare(base, base, out=tmp_path / "report"), "twice")
+    refuses(capsys, lambda: compare(base, str(tmp_path / "none"), out=tmp_path / "report"), "none/samples.jsonl")
+    assert not (tmp_path / "report").exists()
+    fewer = broken(lambda d: lines(d, lambda rows: rows[::-2]))  # half of them, in another order: the common ones are compared
+    report = compare(base, fewer, out=tmp_path / "report")
+    assert report["n"] == 8 and "8 of the 16 pictures in " + base in capsys.readouterr().out
+    whole = compare(base, lora, out=tmp_path / "whole")["metrics"]["reward/pickscore"]
+    assert report["metrics"]["reward/pickscore"][fewer]["mean"] != whole[lora]["mean"]
