@@ -17,6 +17,7 @@ Several make a weighted sum: `pickscore:0.5,hpsv2.1:0.5`. The training scripts t
 """
 import base64
 import contextlib
+import functools
 import hashlib
 import http.client
 import importlib.util
@@ -34,7 +35,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated
@@ -51,10 +52,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer,
-                          CLIPConfig, CLIPModel)
+                          CLIPConfig, CLIPModel, ViTImageProcessorPil)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
 import matplotlib.pyplot as plt  # noqa: E402
 
 transformers.utils.logging.set_verbosity_error()
@@ -103,6 +105,8 @@ def check_model(flag: str, name: str, or_else: str = ""):
 
 def cannot_load(flag: str, name: str, error: Exception):
     """End the process: why a model cannot be loaded, and what to do about it."""
+    if isinstance(error, ImportError):  # Qwen-VL's processor also reads videos, for which it wants torchvision
+        fail(f"{flag} {name}: needs a package that is not installed: {str(error).strip()[:200]} (for torch 2.13: pip install torchvision==0.28.0)")
     why = f"{flag} {name}: cannot be loaded ({type(error).__name__}: {reason(error.__cause__ or error)})"
     if Path(name).is_dir():
         fail(f"{why}; the folder is of another kind of model, or broken")
@@ -378,13 +382,13 @@ def local_judge(name: str, device: torch.device) -> Callable:
 def http_judge(url: str, model: str, timeout: float, retries: int, concurrency: int) -> Callable:
     """The same from an OpenAI-compatible server: POST URL/chat/completions with logprobs; its key, if any, from OPENAI_API_KEY.
 
-    A request that fails is tried again after 1, 2, 4, ... seconds; then its answer is an empty list. A server that cannot be
-    reached at all, or that refuses the key or the model, ends the process.
+    A request that fails is tried again after 1, 2, 4, ... seconds (or Retry-After); then its answer is an empty list. A server that
+    cannot be reached, refuses the key or the model, or answers none of a first batch ends the process.
     """
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    errors, fatal = set(), []
+    errors, fatal, worked = set(), [], []
 
     def request(question: str, files: list[str]) -> list[tuple[str, float]]:
         """One question."""
@@ -392,16 +396,19 @@ def http_judge(url: str, model: str, timeout: float, retries: int, concurrency: 
                  for file in files]
         body = json.dumps({"model": model, "messages": messages(question, parts), "temperature": 0, "max_tokens": 1, "logprobs": True,
                            "top_logprobs": 20}).encode()
+        error, wait = "", 0.0
         for attempt in range(0 if fatal else retries + 1):
-            time.sleep(min(2 ** (attempt - 1), 30) if attempt else 0)
+            time.sleep(max(wait, min(2 ** (attempt - 1), 30)) if attempt else 0)
             try:
                 with urllib.request.urlopen(urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers), timeout=timeout) as reply:
                     choice = json.load(reply)["choices"][0]
+                worked.append(True)
                 if choice.get("logprobs"):
                     return [(t["token"], float(t["logprob"])) for t in choice["logprobs"]["content"][0]["top_logprobs"]]
                 return [(choice["message"]["content"].split()[0], 0.0)]  # a server without logprobs: the word itself, taken as certain
             except urllib.error.HTTPError as e:
-                error = f"{e.code} {e.reason}"
+                error = f"{e.code} {e.reason} {e.read(200).decode(errors='replace')}"
+                wait = float(after) if (after := e.headers.get("Retry-After", "")).isdigit() else 0.0  # a rate limit's, in seconds
                 if e.code in (401, 403, 404):
                     fatal.append(f"--judge {url}: the server says {error}; is --judge-model {model} right, and the key in OPENAI_API_KEY?")
                     return []
@@ -420,6 +427,8 @@ def http_judge(url: str, model: str, timeout: float, retries: int, concurrency: 
         """A batch, `concurrency` requests at a time."""
         with ThreadPoolExecutor(concurrency) as pool:
             answers = list(pool.map(lambda files: request(question, files), pictures))
+        if not worked and not fatal:
+            fatal.append(f"--judge {url}: no request has succeeded; the last one: {errors.pop()}")
         if fatal:
             fail(fatal[0])
         return answers
@@ -431,7 +440,10 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
     """A detector of generated pictures (any image classifier): files -> P(real), (b,)."""
     check_model("--forensic", name)
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
+        try:
+            processor = AutoImageProcessor.from_pretrained(name)
+        except ValueError:  # detectors of 2022 name a class that transformers 5 has no more
+            processor = ViTImageProcessorPil.from_pretrained(name)
         net = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval().to(device)
     except Exception as e:  # no network, another model class, a broken file: each raises its own
         cannot_load("--forensic", name, e)
@@ -448,7 +460,9 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
 
 def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> list[int]:
     """Which of a detector's labels mean a real picture: --real-label, or by their words, all of which must be known."""
-    if real_label is not None and real_label in labels.values():
+    if real_label is not None:
+        if real_label not in labels.values():
+            fail(f"--real-label {real_label}: {name} has no such label; its labels are {', '.join(labels.values())}")
         return [i for i, label in labels.items() if label == real_label]
     words = {i: set(re.findall("[a-z]+", label.lower())) for i, label in labels.items()}
     real, fake = ([i for i, w in words.items() if w & mine and not w & other] for mine, other in ((REAL, FAKE), (FAKE, REAL)))
@@ -500,7 +514,7 @@ class Args:
     """rewards to score with"""
     judge: str | None = "tiny/judge"
     """vision-language model: a folder, a hub id, or an OpenAI-compatible server http://HOST:PORT/v1; None for no judge"""
-    judge_model: str = "default"
+    judge_model: str | None = None
     """the model's name on that server"""
     judge_timeout: float = 60.0
     """seconds until a request to the server has failed"""
@@ -527,12 +541,16 @@ class Args:
 def read_folder(folder: str, plain: bool = False) -> list[dict]:
     """The rows of samples.jsonl, each with its picture's file, size and content hash. `plain`: any folder of pictures will do."""
     rows, row = [], {}
+    if not Path(folder).is_dir():
+        fail(f"{folder}: there is no such folder")
     try:
         if plain and not (Path(folder) / "samples.jsonl").exists():
             found = sorted(p.name for p in Path(folder).iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
             lines = [{"prompt": "", "seed": i, "file": name} for i, name in enumerate(found)]
         else:
             lines = [json.loads(line) for line in (Path(folder) / "samples.jsonl").read_text().splitlines()]
+            if not all(isinstance(line, dict) and isinstance(line.get("prompt"), str) for line in lines):
+                raise ValueError("a line is no JSON object with a prompt")
         for row in lines:
             content = (Path(folder) / row["file"]).read_bytes()
             size = Image.open(io.BytesIO(content)).convert("RGB").size  # decodes it: a broken file is to show now
@@ -551,6 +569,8 @@ def read_folder(folder: str, plain: bool = False) -> list[dict]:
 
 def pair_folders(dirs: tuple[str, ...]) -> dict[str, list[dict]]:
     """Each folder's rows, in one order: the prompts and seeds that all folders have."""
+    if not dirs:
+        fail("give the folders to compare, as sample.py writes them")
     if len(set(dirs)) < len(dirs):
         fail(f"{next(d for d in dirs if dirs.count(d) > 1)}: is given twice")
     folders = {d: {row["key"]: row for row in read_folder(d)} for d in dirs}
@@ -580,15 +600,19 @@ def identity(name: str) -> str:
     return " ".join([name, *(f"{f.stat().st_size}-{f.stat().st_mtime_ns}" for f in files)])
 
 
-def cached(out: Path, jobs: dict[str, object], score: Callable[[list], list[float]], batch: int, desc: str) -> dict[str, float]:
-    """The score of each job by its key, from OUT/scores.jsonl if it is there, else computed and added to it batch by batch. A NaN is
-    not kept, so that it is tried again in the next run. Jobs go in the order of their keys: the folders' order changes nothing."""
+def cached(out: Path, jobs: dict[str, object], load: Callable[[], Callable], batch: int, desc: str) -> dict[str, float]:
+    """The score of each job by its key, from OUT/scores.jsonl if it is there, else by score = load(), score(jobs) -> numbers, and
+    added to the file batch by batch. A NaN is not kept: the next run tries again. Jobs go in the order of their keys, so that
+    the order of the folders changes nothing."""
     file, known = out / "scores.jsonl", {}
-    for line in file.read_text().splitlines() if file.exists() else []:
+    text = file.read_text() if file.exists() else ""
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):  # a line that was cut short
             known |= json.loads(line)
     missing = sorted(key for key in jobs if key not in known)
+    score = load() if missing else None
     with open(file, "a") as log:
+        log.write("" if text.endswith("\n") or not text else "\n")
         for i in tqdm(range(0, len(missing), batch), desc=desc, leave=False):
             keys = missing[i:i + batch]
             for key, value in zip(keys, score([jobs[k] for k in keys])):
@@ -605,29 +629,33 @@ def key(*what) -> str:
 
 
 def summary(values: Tensor, prompts: list[str], draws: int) -> dict:
-    """Mean of (k,) values, its 95 % interval by resampling prompts, and how many are NaN and left out."""
-    groups = torch.stack([values[[i for i, p in enumerate(prompts) if p == q]].nanmean() for q in dict.fromkeys(prompts)])
-    groups = groups[~groups.isnan()]
-    seen = ~values.isnan()
-    if not len(groups):
+    """Mean of (k,) values, its 95 % interval by resampling prompts with all their pictures (pictures, if there is but one prompt), and
+    how many values are NaN and left out."""
+    known = ~values.isnan()
+    units = prompts if len(set(prompts)) > 1 else range(len(prompts))
+    place = {unit: i for i, unit in enumerate(dict.fromkeys(unit for unit, k in zip(units, known) if k))}
+    if not place:
         return {"mean": None, "lo": None, "hi": None, "n": 0, "nan": len(values)}
-    means = groups[torch.randint(len(groups), (draws, len(groups)), generator=torch.Generator().manual_seed(0))].mean(1)
-    lo, hi = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return {"mean": values[seen].mean().item(), "lo": lo, "hi": hi, "n": int(seen.sum()), "nan": int((~seen).sum())}
+    values, where = values[known].double(), torch.tensor([place[unit] for unit, k in zip(units, known) if k])
+    sums, counts = (torch.zeros(len(place), dtype=torch.float64).index_add_(0, where, x) for x in (values, torch.ones_like(values)))
+    drawn = torch.randint(len(place), (draws, len(place)), generator=torch.Generator().manual_seed(0))
+    lo, hi = (sums[drawn].sum(1) / counts[drawn].sum(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"mean": values.mean().item(), "lo": lo, "hi": hi, "n": len(values), "nan": int((~known).sum())}
 
 
-def score_rows(out: Path, folders: dict[str, list[dict]], who: str, score: Callable[[list[dict]], list[float]], batch: int, desc: str) -> dict[str, Tensor]:
-    """Each folder's scores, (n,) float64, of a model that `who` tells from all others; score(rows) computes a batch."""
+def score_rows(out: Path, folders: dict[str, list[dict]], who: str, load: Callable[[], Callable], batch: int, desc: str) -> dict[str, Tensor]:
+    """Each folder's scores, (n,) float64, of a model that `who` tells from all others; load() gives its score(rows) -> numbers."""
     keys = {d: [key(who, row["prompt"], row["hash"]) for row in rows] for d, rows in folders.items()}
-    known = cached(out, {k: row for d, rows in folders.items() for k, row in zip(keys[d], rows)}, score, batch, desc)
+    known = cached(out, {k: row for d, rows in folders.items() for k, row in zip(keys[d], rows)}, load, batch, desc)
     return {d: torch.tensor([known[k] for k in ks], dtype=torch.float64) for d, ks in keys.items()}
 
 
-def compare_pairs(ask: Callable, who: str, folders: dict[str, list[dict]], prompts: list[str], draws: int, batch: int, out: Path) -> dict:
+def compare_pairs(judge: Callable[[], Callable], who: str, folders: dict[str, list[dict]], prompts: list[str], draws: int, batch: int, out: Path) -> dict:
     """Each two folders compared by PAIR in both orders, picture by picture; counts and the rate (a tie is half) are the first one's."""
     both = [(x, y) for a, b in combinations(folders, 2) for x, y in zip(folders[a], folders[b])]
     jobs = {key(who, x["hash"], y["hash"]): [x["file"], y["file"]] for a, b in both for x, y in ((a, b), (b, a))}
-    margin, pairs = cached(out, jobs, lambda files: [read_answer(top, "A", "B") for top in ask(PAIR, files)], batch, "judge/quality"), {}
+    margin = cached(out, jobs, lambda: lambda files: [read_answer(top, "A", "B") for top in judge()(PAIR, files)], batch, "judge/quality")
+    pairs = {}
     for a, b in combinations(folders, 2):
         there, back = (torch.tensor([margin[key(who, x["hash"], y["hash"])] for x, y in zip(folders[one], folders[two])], dtype=torch.float64)
                        for one, two in ((a, b), (b, a)))
@@ -646,7 +674,7 @@ def arrow(name: str) -> str:
 
 def short_names(paths: tuple[str, ...]) -> list[str]:
     """The last part of each path or model id, or all of it where two would be alike."""
-    short = [path.rstrip("/").split("/")[-1] for path in paths]
+    short = [",".join(part.rstrip("/").split("/")[-1] for part in path.split(",")) for path in paths]  # a sum of rewards has parts
     return short if len(set(short)) == len(short) else list(paths)
 
 
@@ -668,10 +696,11 @@ def draw_report(path: Path, folders: dict[str, list[dict]], metrics: dict, pairs
     for axis, i in zip(axes[0], first):
         axis.set_title("\n".join(textwrap.wrap(prompts[i], 16)[:2]), fontsize=7)
     for axis, (name, scores) in zip((charts := bars.subplots(-(-len(metrics) // wide), wide, squeeze=False, sharey=True).flatten()), metrics.items()):
-        mean = [scores[d]["mean"] or 0.0 for d in dirs]
+        mean = [math.nan if scores[d]["mean"] is None else scores[d]["mean"] for d in dirs]  # a NaN draws no bar
         error = [[m - scores[d]["lo"], scores[d]["hi"] - m] if scores[d]["lo"] is not None else [0, 0] for d, m in zip(dirs, mean)]
         axis.barh([names[d] for d in dirs], mean, xerr=np.array(error).clip(0).T, color=colour.values(), height=0.75, error_kw={"linewidth": 1})
-        axis.set_title(f"{name} {arrow(name)}", fontsize=9)
+        lost = sum(m["nan"] for m in scores.values())
+        axis.set_title(f"{name} {arrow(name)}" + (f" ({lost} not read)" if lost else ""), fontsize=9)
         axis.tick_params(labelsize=8)
     charts[0].invert_yaxis()
     for axis in verdicts and [verdicts[0].subplots()]:
@@ -720,28 +749,47 @@ def main(args: Args):
     folders = pair_folders(args.dirs)
     real_rows = read_folder(args.real, plain=True) if args.real else []
     prompts = [row["prompt"] for row in folders[args.dirs[0]]]
+    if args.real and min(len(prompts), len(real_rows)) < 2:
+        fail(f"--real {args.real}: a Frechet distance takes at least two pictures, here {len(prompts)} against {len(real_rows)}")
     if not (args.reward or args.forensic or args.judge or args.real):
         fail("nothing to compare by: give --reward, --judge, --forensic or --real")
+    server = bool(args.judge) and args.judge.startswith("http")
+    if server and not args.judge_model:
+        fail(f"--judge {args.judge}: give the model's name on that server as --judge-model")
+    tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
+    if tiny and folders[args.dirs[0]][0]["size"] != (64, 64):
+        print(f"note: {', '.join(tiny)} know only the miniature's 64x64 pictures; what they say of these means little")
     out, values, metrics, pairs = make_dir(args.out, "--out"), {}, {}, {}
 
-    for spec, name in zip(args.reward, short_names(args.reward)):
+    def reward_of(spec: str) -> Callable:
+        """score(rows) of a reward."""
         reward = load_reward(spec, device)
-        values[f"reward/{name}"] = score_rows(out, folders, identity(spec), lambda rows, f=reward: f(
-            load_pictures([row["file"] for row in rows]), [row["prompt"] for row in rows]).tolist(), args.batch, f"reward/{name}")
-    for spec, name in zip(args.forensic, short_names(args.forensic)):
+        return lambda rows: reward(load_pictures([row["file"] for row in rows]), [row["prompt"] for row in rows]).tolist()
+
+    def realism_of(spec: str) -> Callable:
+        """score(rows) of a detector."""
         detector = load_forensic(spec, args.real_label, device)
-        values[f"forensic/{name}"] = score_rows(out, folders, f"{identity(spec)} {args.real_label}",
-                                                lambda rows, f=detector: f([row["file"] for row in rows]).tolist(), args.batch, f"forensic/{name}")
-    if args.judge:
-        server, who = args.judge.startswith("http"), f"{identity(args.judge)} {args.judge_model}"
-        ask = http_judge(args.judge, args.judge_model, args.judge_timeout, args.judge_retries, args.judge_concurrency) if server else local_judge(
+        return lambda rows: detector([row["file"] for row in rows]).tolist()
+
+    @functools.cache
+    def judge() -> Callable:
+        """The judge's ask(question, pictures)."""
+        return http_judge(args.judge, args.judge_model, args.judge_timeout, args.judge_retries, args.judge_concurrency) if server else local_judge(
             args.judge, device)
-        batch = args.batch * args.judge_concurrency if server else args.batch
+
+    # a model is loaded where a score is missing, and let go after
+    for spec, name in zip(args.reward, short_names(args.reward)):
+        values[f"reward/{name}"] = score_rows(out, folders, identity(spec), lambda s=spec: reward_of(s), args.batch, f"reward/{name}")
+    for spec, name in zip(args.forensic, short_names(args.forensic)):
+        values[f"forensic/{name}"] = score_rows(out, folders, f"{identity(spec)} {args.real_label}", lambda s=spec: realism_of(s), args.batch,
+                                                f"forensic/{name}")
+    if args.judge:
+        who, batch = f"{identity(args.judge)} {args.judge_model}", args.batch * (args.judge_concurrency if server else 1)
         for name, question in SINGLE.items():
-            margin = score_rows(out, folders, f"{who} {question}", lambda rows, q=question: [
-                read_answer(top, "yes", "no") for top in ask(q, [[row["file"]] for row in rows])], batch, f"judge/{name}")
+            margin = score_rows(out, folders, f"{who} {question}", lambda q=question: lambda rows: [
+                read_answer(top, "yes", "no") for top in judge()(q, [[row["file"]] for row in rows])], batch, f"judge/{name}")
             values[f"judge/{name}"] = {d: m.sigmoid() for d, m in margin.items()}
-        pairs = compare_pairs(ask, f"{who} {PAIR}", folders, prompts, args.bootstrap, batch, out)
+        pairs = compare_pairs(judge, f"{who} {PAIR}", folders, prompts, args.bootstrap, batch, out)
     for name, by_folder in values.items():
         metrics[name] = {d: summary(v, prompts, args.bootstrap) for d, v in by_folder.items()}
         for d, numbers in list(metrics[name].items())[1:]:  # paired: the same prompts and noise
@@ -761,12 +809,12 @@ def main(args: Args):
 
         name, who, theirs = f"fd/{short_names((args.embed,))[0]}", identity(args.embed), sorted(row["hash"] for row in real_rows)
         keys = {d: key(who, sorted(row["hash"] for row in rows), theirs) for d, rows in folders.items()}
-        fd = cached(out, {k: d for d, k in keys.items()}, distances, len(keys), name)
+        fd = cached(out, {k: d for d, k in keys.items()}, lambda: distances, len(keys), name)
         metrics[name] = {d: {"mean": fd[k], "lo": None, "hi": None, "n": len(prompts), "nan": 0} for d, k in keys.items()}
         if len(prompts) < 128 or len(real_rows) < 128:
             print(f"note: {name} of {len(prompts)} pictures to {len(real_rows)}: so few make it larger than it is, and noisy")
 
-    report = {"dirs": list(args.dirs), "n": len(prompts), "metrics": metrics, "pairs": {"judge/quality": pairs} if pairs else {}}
+    report = {"dirs": list(args.dirs), "n": len(prompts), "args": asdict(args), "metrics": metrics, "pairs": {"judge/quality": pairs} if pairs else {}}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     draw_report(out / "report.png", folders, metrics, pairs)
     print(table(args.dirs, metrics, pairs))

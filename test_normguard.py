@@ -851,7 +851,7 @@ def folders(run, tmp_path_factory) -> tuple[str, str]:
 
 
 def compare(*dirs, out, **changes) -> dict:
-    eval_judge.main(eval_judge.Args(**{"dirs": dirs, "forensic": (), "judge": None, "out": str(out), **changes}))
+    eval_judge.main(eval_judge.Args(**{"dirs": dirs, "forensic": (), "judge": None, "judge_model": "tiny", "out": str(out), **changes}))
     return json.loads((Path(out) / "report.json").read_text())
 
 
@@ -889,8 +889,12 @@ def test_bootstrap_interval_of_known_coverage():
     se = values.std().item() / 20
     assert s["n"] == 400 and s["nan"] == 1 and s["mean"] == pytest.approx(values.mean().item())
     np.testing.assert_allclose([s["mean"] - s["lo"], s["hi"] - s["mean"]], 1.96 * se, rtol=0.1)
-    one = eval_judge.summary(values, ["a"] * 200 + ["b"] * 200, 4000)  # two prompts: the interval spans their means
-    assert sorted([values[:200].mean().item(), values[200:].mean().item()]) == pytest.approx([one["lo"], one["hi"]])
+    two = eval_judge.summary(values, ["a"] * 200 + ["b"] * 200, 4000)  # two prompts: the interval spans their means
+    assert sorted([values[:200].mean().item(), values[200:].mean().item()]) == pytest.approx([two["lo"], two["hi"]])
+    uneven = eval_judge.summary(torch.tensor([1.0] * 9 + [0.0]), ["a"] * 9 + ["b"], 4000)  # mean and interval weigh pictures alike
+    assert (uneven["mean"], uneven["lo"], uneven["hi"]) == pytest.approx((0.9, 0.0, 1.0))
+    one = eval_judge.summary(values, ["a"] * 400, 4000)  # one prompt: over its pictures
+    np.testing.assert_allclose([one["mean"] - one["lo"], one["hi"] - one["mean"]], 1.96 * se, rtol=0.1)
 
 
 @pytest.mark.parametrize("flaw", world.FLAWS)
@@ -965,7 +969,7 @@ def server():
             asked.append(request["model"])
             fault = next((faults[h] for h in (hashlib.sha256(r).hexdigest() for r in raw) if h in faults), None)
             if fault == "hang":
-                time.sleep(4)
+                time.sleep(7)
                 return None
             if fault == "cut":
                 return self.connection.close()
@@ -984,7 +988,10 @@ def server():
             self.end_headers()
             self.wfile.write(body)
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # the default of 5 drops some of many clients at once for a second
+
+    http = Server(("127.0.0.1", 0), Handler)
     http.daemon_threads = False  # server_close waits for them
     Thread(target=http.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{http.server_port}/v1", faults, asked
@@ -1006,20 +1013,22 @@ def test_judge_over_http_is_the_judge_in_process(folders, server, tmp_path, monk
     assert again == there and len(asked) == before
     scores = (tmp_path / "http/scores.jsonl").read_text().splitlines()
     (tmp_path / "http/scores.jsonl").write_text("\n".join(scores[:-3]) + "\n" + scores[-3][:20])  # killed while it wrote
-    assert compare(*folders, judge=url, judge_model="tiny", out=tmp_path / "http") == there and len(asked) == before + 3
+    for _ in range(2):  # the second time it finds all that the first has added
+        assert compare(*folders, judge=url, judge_model="tiny", out=tmp_path / "http") == there and len(asked) == before + 3
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     refuses(capsys, lambda: compare(*folders, judge=url, out=tmp_path / "key"), "--judge", "401", "OPENAI_API_KEY")
     refuses(capsys, lambda: compare(*folders, judge=url[:-3] + "/v2", out=tmp_path / "path"), "--judge", "404")
     refuses(capsys, lambda: compare(*folders, judge="http://127.0.0.1:9/v1", judge_retries=0, out=tmp_path / "port"), "--judge", "reached")
+    refuses(capsys, lambda: compare(*folders, judge=url, judge_model=None, out=tmp_path / "port"), "--judge-model")
 
 
 def test_faults_of_the_server_are_counted(folders, server, tmp_path, monkeypatch, capsys):
-    url, faults, _ = server
-    monkeypatch.setattr(eval_judge, "SINGLE", {name: eval_judge.SINGLE[name] for name in ("oversaturation", "overall")})
+    url, faults, asked = server
+    monkeypatch.setattr(eval_judge, "SINGLE", {"overall": eval_judge.SINGLE["overall"]})
     rows = eval_judge.read_folder(folders[1])
     try:
         faults.update({row["hash"]: fault for row, fault in zip(rows, ("garbage", "empty", "words", "500", "hang", "cut"))})
-        report = compare(*folders, judge=url, judge_retries=0, judge_timeout=3.0, judge_concurrency=4, out=tmp_path / "report")
+        report = compare(*folders, judge=url, judge_retries=0, judge_timeout=5.0, judge_concurrency=4, out=tmp_path / "report")
     finally:
         faults.clear()
     verdict = report["pairs"]["judge/quality"][f"{folders[0]} vs {folders[1]}"]
@@ -1029,7 +1038,9 @@ def test_faults_of_the_server_are_counted(folders, server, tmp_path, monkeypatch
         assert [(m["n"], m["nan"]) for m in said] == [(16, 0), (10, 6)] and 0 <= said[1]["mean"] <= 1
     captured = capsys.readouterr()
     assert captured.out.count("6 of 16 not read") == len(eval_judge.SINGLE) and "500" in captured.err
+    before = len(asked)
     whole = compare(*folders, judge=url, out=tmp_path / "report")  # what failed is asked again, and only that
+    assert len(asked) == before + 6 + 2 * 6 and whole["pairs"]["judge/quality"][f"{folders[0]} vs {folders[1]}"]["nan"] == 0
     assert all(m["nan"] == 0 for scores in whole["metrics"].values() for m in scores.values())
 
 
@@ -1047,6 +1058,7 @@ def test_detector_labels(capsys):
                          ({0: "Real", 1: "Synthetic", 2: "Deepfake, generated"}, [0])]:
         assert eval_judge.real_labels("x", labels, None) == real
     assert eval_judge.real_labels("x", {0: "LABEL_0", 1: "LABEL_1"}, "LABEL_1") == [1]
+    refuses(capsys, lambda: eval_judge.real_labels("x", {0: "fake", 1: "real"}, "typo"), "--real-label typo", "fake, real")
     for labels in ({0: "LABEL_0", 1: "LABEL_1"}, {0: "real", 1: "cat"}, {0: "ai", 1: "fake"}, {0: "real fake", 1: "fake"}):
         refuses(capsys, lambda: eval_judge.real_labels("x", labels, None), "--forensic x", labels[0], labels[1], "--real-label")
 
@@ -1069,15 +1081,33 @@ def test_folders_that_do_not_fit(folders, tmp_path, capsys):
     for change, word in [(lambda d: (d / "00003.png").write_bytes(b"not a picture"), "00003.png"), (lambda d: (d / "00004.png").unlink(), "00004.png"),
                          (lambda d: (d / "00005.png").write_bytes((d / "00005.png").read_bytes()[:200]), "00005.png"),
                          (lambda d: (d / "samples.jsonl").unlink(), "samples.jsonl"), (lambda d: (d / "samples.jsonl").write_text("{}\n"), "samples.jsonl"),
+                         (lambda d: (d / "samples.jsonl").write_text("[1]\n"), "samples.jsonl"),
+                         (lambda d: (d / "samples.jsonl").write_text('{"prompt": ["a"], "seed": 0, "file": "00000.png"}\n'), "samples.jsonl"),
                          (lambda d: (d / "samples.jsonl").write_text(""), "no picture"),
                          (lambda d: Image.open(d / "00006.png").resize((32, 32)).save(d / "00006.png"), "00006.png"),
                          (lambda d: lines(d, lambda rows: [row.replace('"seed": ', '"seed": 9') for row in rows]), "no prompt and seed")]:
         refuses(capsys, lambda: compare(base, broken(change), out=tmp_path / "report"), word)
     refuses(capsys, lambda: compare(base, base, out=tmp_path / "report"), "twice")
-    refuses(capsys, lambda: compare(base, str(tmp_path / "none"), out=tmp_path / "report"), "none/samples.jsonl")
+    refuses(capsys, lambda: compare(base, str(tmp_path / "none"), out=tmp_path / "report"), "none", "no such folder")
+    refuses(capsys, lambda: compare(out=tmp_path / "report"), "folders")
+    refuses(capsys, lambda: compare(base, real=broken(lambda d: lines(d, lambda rows: rows[:1])), out=tmp_path / "report"), "--real", "at least two")
+    refuses(capsys, lambda: compare(base, reward=(), out=tmp_path / "report"), "--reward")
     assert not (tmp_path / "report").exists()
     fewer = broken(lambda d: lines(d, lambda rows: rows[::-2]))  # half of them, in another order: the common ones are compared
     report = compare(base, fewer, out=tmp_path / "report")
     assert report["n"] == 8 and "8 of the 16 pictures in " + base in capsys.readouterr().out
-    whole = compare(base, lora, out=tmp_path / "whole")["metrics"]["reward/pickscore"]
-    assert report["metrics"]["reward/pickscore"][fewer]["mean"] != whole[lora]["mean"]
+    turned = broken(lambda d: lines(d, lambda rows: rows[::-1]))  # the same pictures in another order: each is paired with itself
+    report = compare(lora, turned, judge="tiny/judge", out=tmp_path / "turned")
+    verdict, diff = report["pairs"]["judge/quality"][f"{lora} vs {turned}"], report["metrics"]["reward/pickscore"][turned]["diff"]
+    assert verdict["tie"] == 16 and verdict["margin"] == 0 and diff == {"mean": 0, "lo": 0, "hi": 0}
+
+
+def test_a_report_of_odd_names(tmp_path):
+    """Prompts that matplotlib would take for mathematics, folders of one name, a sum of rewards."""
+    dirs = [renders(tmp_path / side / "same", n=4, seed=seed) for side, seed in (("a", 3), ("b", 3))]
+    for d in dirs:
+        jsonl = Path(d) / "samples.jsonl"
+        jsonl.write_text("".join(json.dumps({**json.loads(line), "prompt": f"cost is $\\foo$ {i}"}) + "\n"
+                                 for i, line in enumerate(jsonl.read_text().splitlines())))
+    report = compare(*dirs, reward=("tiny/pickscore:0.5,tiny/hps:0.5",), out=tmp_path / "report")
+    assert list(report["metrics"]) == ["reward/pickscore:0.5,hps:0.5"] and (tmp_path / "report/report.png").exists()

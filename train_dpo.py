@@ -2,7 +2,8 @@ r"""Flow-DPO, online, + NormGuard for flow-matching text-to-image models, on one
 
     python train_dpo.py --lam 0.05                              # the miniature world, a minute and a half on two cores
     python train_dpo.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE --eval-prompts FILE \
-        --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --pairs 1 --dpo-beta 100 --batch 4 --lr 3e-4
+        --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --pairs 1 --batch 4 --lr 3e-4 \
+        --dpo-beta 100 --max-grad-norm 0.02
 
 Diffusion-DPO (arXiv 2311.12908) on velocities, as Flow-DPO (arXiv 2501.13918) and Flow-GRPO's train_sd3_dpo.py
 (github.com/yifan123/flow_grpo): of a prompt's pictures the best by reward, w, is preferred to the worst, l. Both get the same
@@ -13,9 +14,9 @@ noise eps and moment t, x_t = (1 - t) x0 + t eps, and with e(v) = mean ||v - (ep
 
 As there: the reference is the base model, t is logit-normal in the schedule's own (shifted) noise levels. Not as there: the
 pictures come from the policy as it stands (there from the reference, which moves along only if told to), several pairs a
-prompt with --pairs (i-th best against i-th worst), a pair of equal reward counts as zero loss, the factor 2 / beta, which Adam
-does not see and by which lam and kl weigh as in the other methods, no guidance in the rollout (4.5 there), Euler steps,
-diffusers' T5 length of 256 instead of 128, no EMA of the weights.
+prompt with --pairs (i-th best against i-th worst), a pair of equal reward counts as zero loss, the factor 2 / beta, by which
+lam and kl weigh as in the other methods (Adam does not see it, but max_grad_norm does: the official 1 is 0.02 here), no
+guidance in the rollout (4.5 there), Euler steps, diffusers' T5 length of 256 instead of 128, no EMA of the weights.
 
 To resume, run the same command again.
 """

@@ -2,7 +2,7 @@ r"""DiffusionNFT (negative-aware fine-tuning) + NormGuard for flow-matching text
 
     python train_nft.py --lam 0.05                              # the miniature world, two minutes on two cores
     python train_nft.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE --eval-prompts FILE \
-        --size 512 --steps 10 --timesteps 9 --group 24 --groups 48 --batch 4 --lr 3e-4
+        --size 512 --steps 10 --timesteps 9 --group 24 --groups 48 --batch 4 --lr 3e-4 --kl 2e-5 --max-grad-norm 0.2
 
 DiffusionNFT (arXiv 2509.16117, github.com/NVlabs/DiffusionNFT) is supervised learning on the policy's own pictures, good and
 bad. A picture x0 of the old policy is good with probability r; with x_t = (1 - t) x0 + t eps and x0(v) = x_t - t v,
@@ -16,7 +16,8 @@ As in the official PickScore recipe: the old policy is an EMA of the trained LoR
 pictures, without guidance; group mean and global std for A, clipped at adv_clip and scaled to 1; one update an epoch, at
 moments t of the rollout's schedule. Not as there: those are one from each of --timesteps strata (there a random nine of ten), Euler
 instead of a second-order sampler, diffusers' T5 length of 256 instead of 128, a bf16 VAE on a GPU (there fp32), no second EMA
-for evaluation, lora/ holds the trained LoRA, and no factor 5 on base_loss: Adam does not see it, but lam and kl would.
+for evaluation, lora/ holds the trained LoRA, and no factor 5 on base_loss, by which lam weighs as in the other methods: Adam does
+not see it, but kl and max_grad_norm do, and are a fifth of the official ones in the command above.
 
 To resume, run the same command again.
 """

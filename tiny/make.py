@@ -22,6 +22,7 @@ import math
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -452,14 +453,16 @@ def make_flux(args: Args):
 @torch.no_grad()
 def base_samples(args: Args, base: str, n: int, seed: int, steps: int = 12, pipe=None) -> torch.Tensor:
     """Pictures that a base (or `pipe`, called so) draws for random training captions, (n, 3, 64, 64) uint8, cached in WORK/."""
-    path = Path(args.work) / f"{base}-{n}-s{seed}.pt"
+    pipe = pipe or load_pipeline(f"{args.out}/{base}", torch.device("cpu"))
+    weights = zlib.crc32(next(pipe.transformer.parameters()).numpy().tobytes())  # those of a base that was trained anew differ
+    path = Path(args.work) / f"{base}-{n}-s{seed}-{weights:08x}.pt"
     if not path.exists():
-        pipe = pipe or load_pipeline(f"{args.out}/{base}", torch.device("cpu"))
         shape, g = latent_shape(pipe, None), torch.Generator().manual_seed(seed)
         known = [caption(c, s) for c, s in COMBOS if (c, s) not in HELD_OUT]
         captions = [known[i] for i in torch.randint(len(known), (n,), generator=g)]
         x0, _ = integrate(pipe, torch.randn(n, *shape, generator=g), encode_prompts(pipe, captions), captions, schedule(pipe, steps, shape), desc=base)
-        torch.save((decode(pipe, x0) * 255).round().byte(), path)
+        torch.save((decode(pipe, x0) * 255).round().byte(), path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
     return torch.load(path, weights_only=True)
 
 
