@@ -709,7 +709,7 @@ def draw_report(path: Path, folders: dict[str, list[dict]], metrics: dict, pairs
             for what, count, shade in ((names[a], said["win"], colour[a]), ("tie", said["tie"], "lightgray"), (names[b], said["loss"], colour[b]),
                                        ("not read", said["nan"], "white")):
                 axis.barh(i, count, left=left, color=shade, height=0.75)
-                axis.text(left + count / 2, i, f"{what} {count}" if count else "", ha="center", va="center", fontsize=8, clip_on=True)
+                axis.text(left + count / 2, i, f"{what} {count}" if count > 0.06 * len(prompts) else count or "", ha="center", va="center", fontsize=8, clip_on=True)
                 left += count
         axis.set(yticks=range(len(pairs)), yticklabels=[f"{names[a]} vs {names[b]}" for a, b in combinations(dirs, 2)], xticks=[], xlim=(0, len(prompts)))
         axis.set_title("judge/quality: pictures preferred, whichever is shown first", fontsize=9)

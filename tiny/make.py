@@ -670,9 +670,9 @@ def report(args: Args) -> dict[str, float]:
             pipe = load_pipeline(f"{args.out}/sd3", torch.device("cpu"))
             shape = latent_shape(pipe, None)
             x0, _ = integrate(pipe, draw_noise(list(range(len(captions))), shape), encode_prompts(pipe, captions), captions, schedule(pipe, 28, shape))
-            real, drawn = score(files(pictures, "real")), score(files(decode(pipe, x0), "drawn"))
-            said["forensic: AUC, renders against sd3 on held-out captions"] = (real[:, None] > drawn[None]).float().mean().item()
-            said["forensic: mean P(real), renders"], said["forensic: mean P(real), sd3"] = real.mean().item(), drawn.mean().item()
+            rendered, sampled = score(files(pictures, "rendered")), score(files(decode(pipe, x0), "sampled"))
+            said["forensic: AUC, renders against sd3 on held-out captions"] = (rendered[:, None] > sampled[None]).float().mean().item()
+            said["forensic: mean P(real), renders"], said["forensic: mean P(real), sd3"] = rendered.mean().item(), sampled.mean().item()
     for base in sorted(have & {"sd3", "flux"}, reverse=True):
         pipe = load_pipeline(f"{args.out}/{base}", torch.device("cpu"))
         decoded = (pipe.vae.decode(pipe.vae.encode(pictures * 2 - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
