@@ -1,6 +1,6 @@
 r"""AWM (Advantage Weighted Matching) + NormGuard for flow-matching text-to-image models, on one GPU.
 
-    python train_awm.py --lam 0.05                              # the miniature world, a minute and a half on two cores
+    python train_awm.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_awm.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE --eval-prompts FILE \
         --size 512 --steps 14 --timesteps 6 --group 24 --groups 24 --batch 4 --lr 3e-4
 

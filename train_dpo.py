@@ -1,6 +1,6 @@
 r"""Flow-DPO, online, + NormGuard for flow-matching text-to-image models, on one GPU.
 
-    python train_dpo.py --lam 0.05                              # the miniature world, a minute and a half on two cores
+    python train_dpo.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_dpo.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE --eval-prompts FILE \
         --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --pairs 1 --batch 4 --lr 3e-4 \
         --dpo-beta 100 --max-grad-norm 0.02

@@ -1,6 +1,6 @@
 r"""DiffusionNFT (negative-aware fine-tuning) + NormGuard for flow-matching text-to-image models, on one GPU.
 
-    python train_nft.py --lam 0.05                              # the miniature world, two minutes on two cores
+    python train_nft.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_nft.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE --eval-prompts FILE \
         --size 512 --steps 10 --timesteps 9 --group 24 --groups 48 --batch 4 --lr 3e-4 --kl 2e-5 --max-grad-norm 0.2
 
