@@ -465,7 +465,7 @@ def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor]):
         axis.set(title=title, xlabel="t (1 is noise)", xlim=(1.02, -0.02))
         axis.grid(alpha=0.3)
     axes[1].axhspan(-1.96, 1.96, color="gray", alpha=0.15, linewidth=0)
-    axes[2].set_ylim(0.45, 1.02)
+    axes[2].set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
     (out / "adjoint.json").write_text(json.dumps(rows, indent=2) + "\n")
     figure.savefig(out / "adjoint.png", dpi=130)
