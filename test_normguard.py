@@ -28,6 +28,8 @@ from normguard import norm_hinge, norm_ratio, reference, renormalize, velocity_n
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tiny"))
+import report  # noqa: E402
+import reproduce  # noqa: E402
 import world  # noqa: E402
 
 SCRIPTS = [train_nft, train_awm, train_dpo]
@@ -1111,3 +1113,71 @@ def test_a_report_of_odd_names(tmp_path):
                                  for i, line in enumerate(jsonl.read_text().splitlines())))
     report = compare(*dirs, reward=("tiny/pickscore:0.5,tiny/hps:0.5",), out=tmp_path / "report")
     assert list(report["metrics"]) == ["reward/pickscore:0.5,hps:0.5"] and (tmp_path / "report/report.png").exists()
+
+
+# ---------------------------------------------------------------- the paper's claims
+
+def test_other_guards():
+    """Each of claim 9's hinges against numpy in float64, and that none pulls where the norm is under the reference's."""
+    v, v_ref = random_pair(scale=1.05)
+    a, b = v.numpy(), v_ref.numpy()
+    norms = [np.sqrt((x**2).sum((1, 2, 3))) for x in (a, b)]
+    places = [np.sqrt((x**2).sum(1)) for x in (a, b)]
+    ratio = norms[0] / norms[1]
+    assert (ratio > 1).any()
+    for hinge, expected in ((reproduce.squared, np.maximum(ratio - 1, 0) ** 2), (reproduce.absolute, np.maximum(norms[0] - norms[1], 0)),
+                            (reproduce.per_token, np.maximum(places[0] / places[1] - 1, 0).mean((1, 2))),
+                            (reproduce.per_batch, np.full(5, max(ratio.mean() - 1, 0)))):
+        np.testing.assert_allclose(hinge(v, v_ref).numpy(), expected, rtol=1e-5, atol=1e-6)
+        small_v = (0.5 * v_ref).requires_grad_()
+        hinge(small_v, v_ref).sum().backward()
+        assert small_v.grad.abs().max() == 0
+
+
+def test_paired_differences():
+    """Student's quantiles from a table; means over cells; counts."""
+    for n, quantile in ((2, 12.706), (3, 4.303), (12, 2.201), (36, 2.030)):
+        values = np.random.default_rng(n).normal(size=n)
+        mean, half = report.interval(list(values))
+        assert mean == pytest.approx(values.mean()) and half == pytest.approx(quantile * values.std(ddof=1) / n**0.5, rel=1e-3)
+    results = {reproduce.Run(f"b{cell}", "awm", "hps", seed): {"a": float(cell), "b": float(seed)} for cell in range(6) for seed in range(3)}
+    d = report.paired(results, lambda r: r["a"], lambda r: r["b"])
+    assert d["difference"] == pytest.approx(1.5) and (d["runs"], d["cells"], d["larger"]) == (18, 6, 12)
+    assert d["half"] == pytest.approx(2.571 * np.std(np.arange(6) - 1, ddof=1) / 6**0.5, rel=1e-3)  # over the six cells, not the 18 runs
+
+
+def test_reproduce_goes_on_where_it_was_killed(tmp_path):
+    """The smoke run of everything, killed without warning once it has a number: what it has is kept, and the report is of its own pictures."""
+    command, file = [sys.executable, "tiny/reproduce.py", "--smoke", "--runs", str(tmp_path)], tmp_path / "results" / "sd3-awm-hps-s0.json"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    home, kept = tmp_path / "sd3-awm-hps-s0", json.loads(file.read_text())
+    trained = (home / "lam0" / "checkpoint" / "state.pt").stat().st_mtime_ns
+    assert "main" in kept and len(kept) < len(reproduce.PARTS)
+    subprocess.run(command, check=True, capture_output=True)
+    done = json.loads(file.read_text())
+    assert set(done) == set(reproduce.PARTS) and all(done[part] == kept[part] for part in kept)  # to the second
+    assert (home / "lam0" / "checkpoint" / "state.pt").stat().st_mtime_ns == trained
+
+    for name, folder in (("unguarded", "awm"), ("guarded", "awm+normguard")):
+        rows = [json.loads(line) for line in (home / folder / "samples.jsonl").read_text().splitlines()]
+        pictures = torch.stack([torch.from_numpy(pixels(home / folder / row["file"])).permute(2, 0, 1) / 255 for row in rows])
+        score = eval_judge.load_reward("tiny/hps", torch.device("cpu"))(pictures, [row["prompt"] for row in rows])
+        assert done["main"]["means"][name]["reward"] == pytest.approx(score.mean().item(), rel=1e-4)
+    assert lora_bytes(home / "per-token") != lora_bytes(home / "lam0.05")  # the other hinge was in place
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("\n## ") == 8 and "Not measured" not in text and set(json.loads((tmp_path / "results.json").read_text())) >= set("123478")
+    assert {p.name for p in tmp_path.glob("*.png")} == {"inflation.png", "differences.png", "adjoint.png", "ablation.png"}
+    before = (home / "commands.txt").read_text()
+    subprocess.run(command, check=True, capture_output=True)
+    assert (home / "commands.txt").read_text() == before
+
+
+def test_reproduce_refuses(capsys):
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(bases=("sdxl",))), "--bases", "sdxl", "flux")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(only=10)), "--only")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(seeds=())), "--seeds")

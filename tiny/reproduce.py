@@ -59,9 +59,9 @@ class Args:
     jobs: int | None = None
     """runs at a time (default: one per CPU core, one on a GPU)"""
     smoke: bool = False
-    """two epochs, few pictures, one cell; all of it goes to runs/smoke"""
+    """two epochs, few pictures, one cell"""
     runs: str = "runs/reproduce"
-    """folder for LoRAs and pictures"""
+    """folder for LoRAs and pictures (with --smoke: for all, and runs/smoke by default)"""
     results: str = "tiny/results"
     """folder for the numbers"""
 
@@ -358,10 +358,11 @@ def main(args: Args):
         fail(f"--only {args.only}: a claim is a number from 1 to 9")
     if not all((args.bases, args.methods, args.rewards, args.seeds)):
         fail("--bases, --methods, --rewards and --seeds each take at least one")
-    size, assets = (SMOKE, Path("runs/smoke")) if args.smoke else (Size(), Path("assets"))
-    if args.smoke:
-        args.runs, args.results, args.bases, args.methods, args.rewards, args.seeds = "runs/smoke", "runs/smoke/results", ("sd3",), ("awm",), ("hps",), (0,)
     os.chdir(ROOT)
+    size, assets = Size(), Path("assets")
+    if args.smoke:
+        size, root = SMOKE, Path("runs/smoke" if args.runs == Args.runs else args.runs)
+        args, assets = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, args.jobs, True, str(root), str(root / "results")), root
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     threads = max(1, os.cpu_count() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before a worker imports torch
