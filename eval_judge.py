@@ -30,6 +30,7 @@ import socket
 import sys
 import textwrap
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -120,7 +121,8 @@ def parse(args_class, doc: str):
     def last_words(kind, error, trace):
         """The interpreter's excepthook, but for these two."""
         if issubclass(kind, KeyboardInterrupt):
-            return tqdm.write("interrupted", file=sys.stderr)
+            return tqdm.write("interrupted" + ("; the same command resumes from the last checkpoint" if hasattr(args_class, "save_every") else ""),
+                              file=sys.stderr)
         if not issubclass(kind, torch.OutOfMemoryError):
             return sys.__excepthook__(kind, error, trace)
         tqdm.write(f"error: the GPU is out of memory; lower --batch or --size ({reason(error)})", file=sys.stderr)
@@ -144,7 +146,7 @@ def read_prompts(path: str, flag: str) -> list[str]:
     try:
         prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        fail(f"{flag} {path}: cannot be read ({e})")
+        fail(f"{flag} {path}: cannot be read ({e})" + ("; the defaults are for the repository's folder" if path.startswith("tiny/") else ""))
     if not prompts:
         fail(f"{flag} {path}: holds no prompt; one a line")
     return prompts
@@ -206,6 +208,8 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
         if ".py:" in name:
             score = load_function(name)
         else:
+            if name.endswith(".py"):
+                fail(f"--reward {name}: which function of it? Give {name}:FUNCTION")
             if name not in HUB:
                 check_model("--reward", name, f"{', '.join(HUB)}, file.py:function, ")
             try:
@@ -224,7 +228,8 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
                 try:
                     r = torch.as_tensor(score(some, said)).float().cpu()
                 except Exception as e:  # a function is the user's code
-                    fail(f"--reward {name}: failed on {tuple(some.shape)} pictures ({type(e).__name__}: {reason(e)})")
+                    where = traceback.extract_tb(e.__traceback__)[-1]
+                    fail(f"--reward {name}: failed on {tuple(some.shape)} pictures ({type(e).__name__}: {reason(e)}; {where.filename}:{where.lineno})")
                 if r.shape != (len(some),):
                     fail(f"--reward {name}: returned shape {tuple(r.shape)} for {len(some)} pictures; it must be ({len(some)},)")
                 if not r.isfinite().all():
@@ -513,7 +518,7 @@ class Args:
     reward: tuple[str, ...] = ("tiny/pickscore",)
     """rewards to score with"""
     judge: str | None = "tiny/judge"
-    """vision-language model: a folder, a hub id, or an OpenAI-compatible server http://HOST:PORT/v1; None for no judge"""
+    """vision-language model: a folder, a hub id, or an OpenAI-compatible server http://HOST:PORT/v1; none for no judge"""
     judge_model: str | None = None
     """the model's name on that server"""
     judge_timeout: float = 60.0
@@ -570,7 +575,7 @@ def read_folder(folder: str, plain: bool = False) -> list[dict]:
 def pair_folders(dirs: tuple[str, ...]) -> dict[str, list[dict]]:
     """Each folder's rows, in one order: the prompts and seeds that all folders have."""
     if not dirs:
-        fail("give the folders to compare, as sample.py writes them")
+        fail("give the folders to compare, as sample.py writes them, before the flags")
     if len(set(dirs)) < len(dirs):
         fail(f"{next(d for d in dirs if dirs.count(d) > 1)}: is given twice")
     folders = {d: {row["key"]: row for row in read_folder(d)} for d in dirs}
@@ -629,8 +634,8 @@ def key(*what) -> str:
 
 
 def summary(values: Tensor, prompts: list[str], draws: int) -> dict:
-    """Mean of (k,) values, its 95 % interval by resampling prompts with all their pictures (pictures, if there is but one prompt), and
-    how many values are NaN and left out."""
+    """Mean of (k,) values, its 95 % interval by resampling prompts with all their pictures (pictures, if there is but one prompt; none of
+    a single one), and how many values are NaN and left out."""
     known = ~values.isnan()
     units = prompts if len(set(prompts)) > 1 else range(len(prompts))
     place = {unit: i for i, unit in enumerate(dict.fromkeys(unit for unit, k in zip(units, known) if k))}
@@ -639,7 +644,8 @@ def summary(values: Tensor, prompts: list[str], draws: int) -> dict:
     values, where = values[known].double(), torch.tensor([place[unit] for unit, k in zip(units, known) if k])
     sums, counts = (torch.zeros(len(place), dtype=torch.float64).index_add_(0, where, x) for x in (values, torch.ones_like(values)))
     drawn = torch.randint(len(place), (draws, len(place)), generator=torch.Generator().manual_seed(0))
-    lo, hi = (sums[drawn].sum(1) / counts[drawn].sum(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    bounds = (sums[drawn].sum(1) / counts[drawn].sum(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    lo, hi = bounds if len(place) > 1 else (None, None)
     return {"mean": values.mean().item(), "lo": lo, "hi": hi, "n": len(values), "nan": int((~known).sum())}
 
 
@@ -735,7 +741,7 @@ def table(dirs: tuple[str, ...], metrics: dict, pairs: dict) -> str:
     if pairs:
         lines += ["", "| judge/quality | win | tie | loss | not read | rate |", "|---|---|---|---|---|---|"]
     for name, m in pairs.items():
-        rate = "-" if m["rate"] is None else f"{m['rate']:.3f} [{m['lo']:.3f}, {m['hi']:.3f}]"
+        rate = "-" if m["rate"] is None else f"{m['rate']:.3f}" + (f" [{m['lo']:.3f}, {m['hi']:.3f}]" if m["lo"] is not None else "")
         lines.append(f"| {name} | {m['win']} | {m['tie']} | {m['loss']} | {m['nan']} | {rate} |")
     return "\n".join(lines)
 
@@ -751,6 +757,7 @@ def main(args: Args):
     prompts = [row["prompt"] for row in folders[args.dirs[0]]]
     if args.real and min(len(prompts), len(real_rows)) < 2:
         fail(f"--real {args.real}: a Frechet distance takes at least two pictures, here {len(prompts)} against {len(real_rows)}")
+    args.judge = None if args.judge in (None, "none") else args.judge
     if not (args.reward or args.forensic or args.judge or args.real):
         fail("nothing to compare by: give --reward, --judge, --forensic or --real")
     server = bool(args.judge) and args.judge.startswith("http")

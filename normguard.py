@@ -69,7 +69,8 @@ def reference(model: torch.nn.Module):
 
     For diffusers models with adapters and for PeftModel (LoRA and its kin). Touches nothing but two flags of each module
     and puts both back, also after an exception and when nested: which adapter is active, which parameters train, and
-    each module's train/eval mode come out as they went in.
+    each module's train/eval mode come out as they went in. Does the model have dropout? Then compute v in eval mode too: its
+    noise would count as excess norm.
     Raises ValueError if the model holds no adapter: with full fine-tuning, keep a frozen copy as the reference.
     """
     # every adapter layer of peft reads this flag in its forward; disable_adapters() would also reset requires_grad

@@ -5,8 +5,11 @@
     python sample.py --lora DIR --renorm match --out runs/renorm          # inference-time repair, for comparison
 
 Writes PNGs, grid.png and samples.jsonl to OUT. Each line of samples.jsonl makes the same picture in plain diffusers (within
-2/255 in fp32, as on a CPU; on a GPU diffusers keeps its latents in bf16, we in fp32):
+2/255 in fp32, as on a CPU; on a GPU diffusers keeps its latents in bf16, we in fp32; with --renorm, which diffusers cannot do,
+row["pipe"] is null):
 
+    pipe = DiffusionPipeline.from_pretrained(row["model"], dtype=torch.float32)
+    pipe.load_lora_weights(row["lora"])                                    # if it is not null
     pipe(row["prompt"], generator=torch.Generator("cpu").manual_seed(row["seed"]), **row["pipe"]).images[0]
 
 Rectified flow: x_t = (1 - t) x0 + t eps, velocity v = eps - x0, t in [0, 1], t = 1 is noise. The functions above `Args`
@@ -296,7 +299,7 @@ def open_run(args, name: str, **recorded) -> tuple[Path, dict | None]:
     """The run's folder and the state to resume from, if any; args.json holds the args and what else is `recorded`. A run with
     other args, an unreadable checkpoint or a folder that cannot be written ends the process before anything is touched; a
     finished run says so and exits 0."""
-    reward = "+".join(Path(r.partition(":")[0]).name.removesuffix(".py") for r in args.reward.split(","))
+    reward = "+".join(Path(r).name.replace(".py:", "-").replace(":", "") for r in args.reward.split(","))
     default = f"runs/{name}-{Path(args.model).name}-{reward}-lam{args.lam:g}-s{args.seed}"
     out = Path(args.out or default)
     mine, state = {k: v for k, v in asdict(args).items() if k != "out"}, None
@@ -349,7 +352,9 @@ def load_checkpoint(state: dict, pipe, opt: torch.optim.Optimizer):
 
 
 def log_line(out: Path, line: dict):
-    """Append a line to metrics.jsonl; a non-finite number becomes null, since JSON has none."""
+    """Append a line to metrics.jsonl; a non-finite number becomes null, since JSON has none. A reward that cannot teach is told."""
+    if line.get("reward_std") == 0:
+        tqdm.write(f"note: epoch {line['epoch']}: the reward of all pictures is {line['reward']:g}; there is nothing to learn")
     line = json.loads(json.dumps(line), parse_constant=lambda _: None)
     with open(out / "metrics.jsonl", "a") as log:
         log.write(json.dumps(line) + "\n")
@@ -421,7 +426,8 @@ class Args:
     norms: bool = False
     """measure the norm ratio to the reference at each step (before any --renorm): norms.json, norms.png"""
     adjoint: bool = False
-    """how --reward, and as a control the picture's energy, would change if a step's velocity were scaled: adjoint.json, adjoint.png"""
+    """how --reward, and as a control the picture's energy, would change if a step's velocity were scaled: adjoint.json, adjoint.png. A
+    coherent signal has a |t statistic| well above 2 (the gray band), most pictures of one sign, half batches that agree (cosine near 1)"""
     reward: str | None = None
     """also score the pictures, as in training"""
     out: str = "runs/samples"
@@ -493,7 +499,9 @@ def main(args: Args):
     pipe = load_pipeline(args.model, device)
     if args.lora:
         try:
-            pipe.load_lora_weights(args.lora)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)  # peft's, of weights that have no place in this model
+                pipe.load_lora_weights(args.lora)
             pipe.transformer.active_adapters()  # raises where the file held nothing for the transformer
         except Exception as e:  # of another rank, model or library: peft, diffusers and safetensors each raise their own
             fail(f"--lora {args.lora}: does not fit --model {args.model} ({reason(e)})")

@@ -592,6 +592,12 @@ def test_reward_from_a_function(tmp_path):
     np.testing.assert_allclose(ours.numpy(), images[:, 0].numpy().reshape(3, -1).mean(1) + [2, 2, 1], rtol=1e-6)
 
 
+def test_a_reward_that_cannot_teach_is_told(tmp_path, capsys):
+    (tmp_path / "flat.py").write_text("def flat(images, prompts):\n    return images.new_ones(len(images))\n")
+    small_run(tmp_path / "run", reward=f"{tmp_path}/flat.py:flat", epochs=1, eval_every=0)
+    assert "note: epoch 0: the reward of all pictures is 1" in capsys.readouterr().out
+
+
 def test_frechet_distance_of_known_gaussians():
     g = np.random.default_rng(0)
     a = g.normal(size=(4000, 3))
@@ -791,7 +797,7 @@ def test_bad_flags(tmp_path, capsys):
                            (dict(groups=99), ["--groups 99"]), (dict(lam=-1.0), ["--lam"]), (dict(lam=math.nan), ["--lam nan"]), (dict(size=60), ["--size 60"]),
                            (dict(size=0), ["--size 0"]), (dict(size=256), ["--size 256"]), (dict(epochs=0), ["--epochs 0"]), (dict(seed=-1), ["--seed -1"]),
                            (dict(adv_clip=0.0), ["--adv-clip"]), (dict(reward="tiny/pickscore:nan"), ["--reward", "weight"]),
-                           (dict(reward=f"{tmp_path}/nan.py:h"), ["--reward", "division"]),
+                           (dict(reward=f"{tmp_path}/nan.py:h"), ["--reward", "division", "nan.py:6"]), (dict(reward=f"{tmp_path}/nan.py"), ["--reward", "nan.py:FUNCTION"]),
                            (dict(reward="no/such/clip"), ["--reward no/such/clip", "folder"]), (dict(reward="pickscor"), ["--reward pickscor", "pickscore,"]), (dict(reward="missing.py:f"), ["--reward", "missing.py"]),
                            (dict(reward=f"{tmp_path}/nan.py:f"), ["--reward", "nan"]), (dict(reward=f"{tmp_path}/nan.py:g"), ["--reward", "shape"]),
                            (dict(reward=f"{tmp_path}/nan.py:q"), ["--reward", "nan.py:q"]), (dict(out=f"{tmp_path}/file/run"), ["--out"])]:
@@ -834,9 +840,10 @@ def test_a_model_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys):
 
 
 def test_sample_refuses(run, tmp_path, capsys):
-    for changes, word in [(dict(renorm="both"), "--renorm"), (dict(norms=True), "--lora"), (dict(lora=str(tmp_path)), "--lora"), (dict(n=0), "--n")]:
+    for changes, word in [(dict(renorm="both"), "--renorm"), (dict(norms=True), "--lora"), (dict(lora=str(tmp_path)), "--lora"), (dict(n=0), "--n"),
+                          (dict(lora=str(run / "lora"), model="tiny/flux", n=1), "does not fit --model tiny/flux")]:  # which has places for some of it
         refuses(capsys, lambda: sample.main(sample.Args(**{"out": str(tmp_path / "x"), **changes})), word)
-    assert not (tmp_path / "x").exists()
+    assert not list((tmp_path / "x").glob("*"))
 
 
 # ---------------------------------------------------------------- comparing folders
@@ -1102,6 +1109,8 @@ def test_folders_that_do_not_fit(folders, tmp_path, capsys):
     report = compare(lora, turned, judge="tiny/judge", out=tmp_path / "turned")
     verdict, diff = report["pairs"]["judge/quality"][f"{lora} vs {turned}"], report["metrics"]["reward/pickscore"][turned]["diff"]
     assert verdict["tie"] == 16 and verdict["margin"] == 0 and diff == {"mean": 0, "lo": 0, "hi": 0}
+    one = compare(base, broken(lambda d: lines(d, lambda rows: rows[:1])), judge="tiny/judge", out=tmp_path / "one")  # no interval of a single picture
+    assert one["metrics"]["reward/pickscore"][base]["lo"] is None and one["pairs"]["judge/quality"].popitem()[1]["lo"] is None
 
 
 def test_a_report_of_odd_names(tmp_path):

@@ -6,6 +6,7 @@ A run is a NamedTuple (base, method, reward, seed) whose `cell` is the run but f
 import json
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +209,7 @@ def claim_8(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         text.append(f"**{how}**; epochs chosen: {', '.join(f'{e} ({n} runs)' for e, n in epochs.items())}. The judge prefers the guarded picture in "
                     f"{wins['a']:.1%} of pairs ({pm(wins)} from one half): {verdict(wins, 1)}.\n\n"
                     + markdown(["metric", how, "guarded", "guarded - early", "guarded larger, runs"], table))
-    return "\n\n".join(text)
+    return "\n\n".join(text) + "\n\n![reward against verdict](../assets/early.png)"
 
 
 def guards(results: dict[tuple, dict]) -> dict[str, tuple[dict[tuple, dict], str, str]]:
@@ -251,23 +252,26 @@ def save(figure, path: Path):
 
 
 def draw_inflation(results: dict[tuple, dict], path: Path):
-    """Norm ratio over training, and over t at its end; a line a run."""
+    """Norm ratio and saturation over training, and the ratio over t at its end; a column a method, a line a run."""
     methods = list(dict.fromkeys(run.method for run in results))
-    figure, axes = plt.subplots(2, len(methods), figsize=(4 * len(methods), 5.6), layout="constrained", squeeze=False, sharey="row")
+    figure, axes = plt.subplots(3, len(methods), figsize=(4 * len(methods), 8), layout="constrained", squeeze=False, sharey="row")
     for column, method in zip(axes.T, methods):
-        for run, r in results.items():
-            for who in ("unguarded", "guarded"):
+        for (run, r), who in product(results.items(), ("unguarded", "guarded")):
+            if run.method == method:
                 style = {"color": COLOUR[who], "linestyle": "-" if run.base == "sd3" else ":", "linewidth": 0.9, "alpha": 0.7}
-                if run.method == method:
-                    column[0].plot([e["epoch"] for e in r["main"]["curves"][who]], [e["norm_ratio"] for e in r["main"]["curves"][who]], **style)
-                    column[1].plot(r["main"]["ratio"][who]["t"], r["main"]["ratio"][who]["mean"], **style)
+                epochs = [e["epoch"] for e in r["main"]["curves"][who]]
+                for axis, key in zip(column, ("norm_ratio", "saturation")):
+                    axis.plot(epochs, [e[key] for e in r["main"]["curves"][who]], **style)
+                column[2].plot(r["main"]["ratio"][who]["t"], r["main"]["ratio"][who]["mean"], **style)
         column[0].set(title=method.upper(), xlabel="epoch")
-        column[1].set(xlabel="t (1 is noise), at the end of training", xlim=(1.02, -0.02))
+        column[1].set(xlabel="epoch")
+        column[2].set(xlabel="t (1 is noise), at the end of training", xlim=(1.02, -0.02))
         for axis in column:
-            axis.axhline(1, color="black", linewidth=0.8)
             axis.grid(alpha=0.3)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("norm ratio to the reference")
+        for axis in column[::2]:
+            axis.axhline(1, color="black", linewidth=0.8)
+    for axis, label in zip(axes[:, 0], ("norm ratio to the reference", "saturation", "norm ratio to the reference")):
+        axis.set_ylabel(label)
     handles = [plt.Line2D([], [], color=COLOUR[who], label=who) for who in ("unguarded", "guarded")]
     handles += [plt.Line2D([], [], color="gray", linestyle=style, label=base) for base, style in (("sd3", "-"), ("flux", ":"))]
     axes[0, 0].legend(handles=handles, fontsize=8)
@@ -295,20 +299,44 @@ def draw_differences(results: dict[tuple, dict], path: Path):
     save(figure, path)
 
 
+def draw_early(results: dict[tuple, dict], path: Path):
+    """Reward against the judge's P(good): the unguarded run's checkpoints, and the guarded model at the end; a line and a star a run."""
+    cells = list(cells_of(results))
+    wide = min(6, len(cells))
+    figure, axes = plt.subplots(-(-len(cells) // wide), wide, figsize=(2.5 * wide + 0.6, 2.5 * -(-len(cells) // wide)), layout="constrained", squeeze=False, sharey=True)
+    for axis, cell in zip(axes.flat, cells):
+        for found in (r["early"]["found"] for run, r in results.items() if run.cell == cell):
+            path_of = [found[name] for name in found if name != "guarded"]
+            axis.plot([f["reward"] for f in path_of], [f["overall"] for f in path_of], "o-", color=COLOUR["unguarded"], markersize=2.5, linewidth=0.9,
+                      label="unguarded, its checkpoints")
+            axis.plot(found["guarded"]["reward"], found["guarded"]["overall"], "*", color=COLOUR["guarded"], markersize=9, label="guarded, at the end")
+        axis.set_title(cell, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("reward", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("judged good", fontsize=8)
+    axes[0, 0].legend(*(x[:2] for x in axes[0, 0].get_legend_handles_labels()), fontsize=7, loc="lower left")
+    save(figure, path)
+
+
 def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path):
-    """t statistic of the batch's mean sensitivity at each step: the reward's, and the control's."""
-    found = {"base": [a for b in bases.values() for part, a in b.items() if part.startswith("adjoint")], "unguarded": [r["adjoint"] for r in results.values()]}
+    """t statistic of the batch's mean sensitivity at each step: each reward's, and the control's."""
+    found = {"base": [(part.split()[1], a) for b in bases.values() for part, a in b.items() if part.startswith("adjoint")],
+             "unguarded": [(run.reward, r["adjoint"]) for run, r in results.items()]}
+    style = {"energy": ("gray", "the picture's energy (control)"), "hps": (plt.cm.Dark2.colors[3], "hps"), "pickscore": (COLOUR["guarded"], "pickscore")}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained", sharey=True)
-    for axis, (name, runs) in zip(axes, found.items()):
+    for axis, (name, some) in zip(axes, found.items()):
         axis.axhspan(-1.96, 1.96, color="gray", alpha=0.2, linewidth=0)
-        for of_what, colour in (("energy", "gray"), ("reward", COLOUR["guarded"])):
-            for i, a in enumerate(runs):
-                axis.plot(a["t"], a[of_what]["t_statistic"], color=colour, linewidth=0.9, alpha=0.7,
-                          label={"energy": "the picture's energy (control)", "reward": "the reward"}[of_what] if i == 0 else None)
+        for reward, a in some:
+            for of_what, (colour, label) in (("energy", style["energy"]), ("reward", style[reward])):
+                axis.plot(a["t"], a[of_what]["t_statistic"], color=colour, linewidth=0.9, alpha=0.7, label=label)
         axis.set(title=f"{name} models", xlabel="t (1 is noise)", xlim=(1.02, -0.02))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("t statistic of the batch's mean dR/ds")
-    axes[0].legend(fontsize=8)
+    by_label = dict(zip(*axes[0].get_legend_handles_labels()[::-1]))  # each once
+    axes[0].legend(by_label.values(), by_label.keys(), fontsize=8)
     save(figure, path)
 
 
@@ -378,5 +406,7 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], home: Path,
     draw_differences(done, assets / "differences.png")
     if adjoined:
         draw_adjoint(adjoined, bases, assets / "adjoint.png")
+    if early:
+        draw_early(early, assets / "early.png")
     if guards(done):
         draw_ablation(done, assets / "ablation.png")

@@ -178,7 +178,7 @@ def held_out(home: Path, run: Run, size: Size, name: str, lora: Path, steps: int
 
 
 def colours(folder: Path) -> dict[str, float]:
-    """HSV saturation, and sharpness: the mean absolute Laplacian of the luma. Of the mean picture of a folder."""
+    """Means over a folder's pictures of the HSV saturation, and of the luma's absolute Laplacian: sharpness."""
     x = load_pictures([row["file"] for row in read_folder(str(folder), plain=True)])
     luma = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
@@ -392,8 +392,8 @@ def main(args: Args):
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    found = {run: numbers for run in (Run(b, m, r, s) for b, m, r in product(Args.bases, Args.methods, Args.rewards) for s in range(100))
-             if (numbers := read_json(results / f"{run.name}.json"))}
+    found = {Run(b, m, r, int(file.stem.rpartition("-s")[2])): read_json(file) for b, m, r in product(Args.bases, Args.methods, Args.rewards)
+             for file in sorted(results.glob(f"{b}-{m}-{r}-s*.json"))}
     bases = {base: numbers for base in Args.bases if (numbers := read_json(results / f"{base}.json"))}
     write_report(found, bases, results.parent, assets, " ".join(__doc__.split("\n\n")[2].split()))
     if (front := root / Run("sd3", "awm", "pickscore", 0).name / "report.png").exists():
