@@ -452,17 +452,21 @@ def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
     print(f"norm ratio to the reference{', before --renorm' if renormed else ''}: mean {rows['overall']:.4f}, worst step {max(rows['mean']):.4f}")
 
 
-def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor]):
+def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor], prompts: list[str]):
     """adjoint.json and adjoint.png: for each reward, dR/ds (n, steps) as the batch's mean at each step, its t statistic (mean over
-    standard error), the share of pictures with the mean's sign, and the cosine of the two half batches' means."""
-    rows = {"t": sigmas[:-1].tolist(), "n": len(next(iter(sensitivity.values())))}
+    standard error), the share of pictures with the mean's sign, and the cosine of the two half batches' means. Pictures of one
+    prompt are alike: the error is that of the prompts' means, and the halves have no prompt in common (with one prompt: pictures)."""
+    units = prompts if len(set(prompts)) > 1 else range(len(prompts))
+    place = torch.tensor([list(dict.fromkeys(units)).index(unit) for unit in units])
+    rows = {"t": sigmas[:-1].tolist(), "n": len(prompts), "units": int(place.max()) + 1}
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
     for name, s in sensitivity.items():
         s = s.double()
         mean, std = s.mean(0), s.std(0)
-        t = mean / (std / len(s) ** 0.5).clamp_min(1e-30)
+        of_unit = torch.stack([s[place == u].mean(0) for u in range(rows["units"])])  # (units, steps)
+        t = of_unit.mean(0) / (of_unit.std(0) / len(of_unit) ** 0.5).clamp_min(1e-30)
         agree = (s.sign() == mean.sign()).double().mean(0)
-        cosine = torch.nn.functional.cosine_similarity(s[::2].mean(0), s[1::2].mean(0), dim=0).item()
+        cosine = torch.nn.functional.cosine_similarity(of_unit[::2].mean(0), of_unit[1::2].mean(0), dim=0).item()
         rows[name] = {"mean": mean.tolist(), "std": std.tolist(), "t_statistic": t.tolist(), "same_sign": agree.tolist(), "half_batch_cosine": cosine}
         print(f"{name}: largest |t statistic| {t.abs().max():.1f}, same sign {agree.mean():.2f} on average, cosine of half batches {cosine:.2f}")
         for axis, values in zip(axes, (mean / std.clamp_min(1e-30), t, agree)):
@@ -525,7 +529,7 @@ def main(args: Args):
     if args.adjoint:
         sensitivity = adjoint(pipe, draw_noise(seeds, shape), text, prompts, sigmas, guidance=args.guidance, batch=max(1, args.batch // 8), rewards=[
             load_reward(args.reward, device, differentiable=True), lambda images, _: (2 * images - 1).square().mean((1, 2, 3))])
-        write_adjoint(Path(args.out), sigmas, dict(zip((args.reward, "energy (control)"), sensitivity)))
+        write_adjoint(Path(args.out), sigmas, dict(zip((args.reward, "energy (control)"), sensitivity)), prompts)
     if args.norms:
         write_norms(Path(args.out), sigmas, ratios, args.renorm != "none")
 

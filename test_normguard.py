@@ -455,10 +455,16 @@ def test_adjoint_is_autograd_through_the_whole_trajectory(model, guidance):
 def test_adjoint_writes_what_it_says(tmp_path, capsys):
     sample.main(sample.Args(adjoint=True, reward="tiny/pickscore", steps=3, prompt="a red star", n=6, out=str(tmp_path)))
     said = json.loads((tmp_path / "adjoint.json").read_text())
-    assert set(said) == {"t", "n", "tiny/pickscore", "energy (control)"} and said["n"] == 6 and (tmp_path / "adjoint.png").exists()
+    assert set(said) == {"t", "n", "units", "tiny/pickscore", "energy (control)"} and said["n"] == said["units"] == 6 and (tmp_path / "adjoint.png").exists()
     control = said["energy (control)"]
     np.testing.assert_allclose(control["t_statistic"], np.divide(control["mean"], control["std"]) * 6**0.5)
     assert all(0 <= share <= 1 for share in control["same_sign"]) and -1 <= control["half_batch_cosine"] <= 1
+    s = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).double()
+    sample.write_adjoint(tmp_path, torch.linspace(1, 0, 4), {"r": s}, ["a", "a", "b", "b", "c", "c"])  # three prompts: three independent means
+    said, means = json.loads((tmp_path / "adjoint.json").read_text()), s.numpy().reshape(3, 2, 3).mean(1)
+    np.testing.assert_allclose(said["r"]["t_statistic"], means.mean(0) / (means.std(0, ddof=1) / 3**0.5))
+    halves = means[::2].mean(0), means[1]
+    assert said["r"]["half_batch_cosine"] == pytest.approx(np.dot(*halves) / np.linalg.norm(halves[0]) / np.linalg.norm(halves[1]))
     refuses(capsys, lambda: sample.main(sample.Args(adjoint=True, out=str(tmp_path / "x"))), "--adjoint", "--reward")
 
 
@@ -1180,7 +1186,7 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path):
     assert lora_bytes(home / "per-token") != lora_bytes(home / "lam0.05")  # the other hinge was in place
     text = (tmp_path / "RESULTS.md").read_text()
     assert text.count("\n## ") == 8 and "Not measured" not in text and set(json.loads((tmp_path / "results.json").read_text())) >= set("123478")
-    assert {p.name for p in tmp_path.glob("*.png")} == {"inflation.png", "differences.png", "adjoint.png", "ablation.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == {"inflation.png", "differences.png", "adjoint.png", "ablation.png", "early.png"}
     before = (home / "commands.txt").read_text()
     subprocess.run(command, check=True, capture_output=True)
     assert (home / "commands.txt").read_text() == before

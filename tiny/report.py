@@ -3,8 +3,10 @@
 A run is a NamedTuple (base, method, reward, seed) whose `cell` is the run but for its seed; results[run] are its parts' numbers.
 "Paired" is always by run: the same cell and seed, the same prompts and noise.
 """
+import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -14,55 +16,107 @@ import numpy as np
 from eval_judge import plt
 
 LAM = 0.05  # the default that is put to the test
-
-SHOWN = {"reward": "reward", "other reward": "other reward", "judge/overall": "judged good", "judge/oversaturation": "judged oversaturated",
-         "judge/over-sharpening": "judged over-sharpened", "judge/unnatural lighting": "judged unnaturally lit", "judge/artifacts": "judged to have artifacts",
-         "P(real)": "detector's P(real)", "FD": "Fréchet distance", "saturation": "saturation", "sharpness": "sharpness"}
 COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb"}
+METRICS = {"reward": ("reward, share of the gain", 3), "other reward": ("other reward, share of the gain", 3), "judge/overall": ("judged good", 3),
+           "judge/oversaturation": ("judged oversaturated", 3), "judge/over-sharpening": ("judged over-sharpened", 3),
+           "judge/unnatural lighting": ("judged unnaturally lit", 3), "judge/artifacts": ("judged to have artifacts", 3), "P(real)": ("detector's P(real)", 3),
+           "FD": ("Fréchet distance", 2), "saturation": ("saturation", 3), "sharpness": ("sharpness", 4)}  # metric: label, digits
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t (NaN for a single value)."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), math.nan
+# ---------------------------------------------------------------- statistics
+
+@functools.cache
+def quantile(df: float) -> float:
+    """Student's t, 97.5 %, by integrating its density."""
     x = np.linspace(0, 100, 1_000_001)
-    density = math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) / math.sqrt((n - 1) * math.pi) * (1 + x**2 / (n - 1)) ** (-n / 2)
-    quantile = np.interp(0.475, np.cumsum((density[1:] + density[:-1]) / 2) * x[1], x[1:])
-    return float(np.mean(values)), float(quantile * np.std(values, ddof=1) / math.sqrt(n))
+    density = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi) * (1 + x**2 / df) ** (-(df + 1) / 2)
+    return float(np.interp(0.475, np.cumsum((density[1:] + density[:-1]) / 2) * x[1], x[1:]))
 
 
-def paired(results: dict[tuple, dict], a: Callable[[dict], float], b: Callable[[dict], float]) -> dict:
-    """a - b, paired by run: mean and 95 % interval over cells, each the mean of its seeds (over runs, if the cells are fewer than
-    five), and in how many runs a is the larger one."""
-    cells, runs = {}, [(run, a(r) - b(r)) for run, r in results.items()]
-    for run, value in runs:
-        cells.setdefault(run.cell, []).append(value)
-    mean, half = interval([float(np.mean(v)) for v in cells.values()] if len(cells) >= 5 else [v for _, v in runs])
-    return {"a": float(np.mean([a(r) for r in results.values()])), "b": float(np.mean([b(r) for r in results.values()])), "difference": mean,
-            "half": half, "larger": sum(v > 0 for _, v in runs), "runs": len(runs), "cells": len(cells)}
+def paired(results: dict[tuple, dict], a: Callable[[dict], float], b: Callable[[dict], float] = lambda r: 0.0) -> dict:
+    """a - b, paired by run: the mean over cells and its 95 % interval. The cells are given, the seeds are the sample: the variance is
+    that of the cells' means, its degrees of freedom are Satterthwaite's. No interval (NaN) with one seed."""
+    cells = {run.cell: [] for run in results}
+    for run, r in results.items():
+        cells[run.cell].append((a(r), b(r)))
+    cells = {cell: np.array(values) for cell, values in cells.items()}
+    differences = [v[:, 0] - v[:, 1] for v in cells.values()]
+    parts = [d.var(ddof=1) / len(d) if len(d) > 1 else math.nan for d in differences]
+    half = math.nan
+    if not math.isnan(sum(parts)):
+        df = sum(parts) ** 2 / sum(p**2 / (len(d) - 1) for p, d in zip(parts, differences)) if sum(parts) else 1
+        half = quantile(round(df, 1)) * math.sqrt(sum(parts)) / len(cells)
+    mean_a, mean_b = np.mean([v.mean(0) for v in cells.values()], axis=0)
+    return {"a": float(mean_a), "b": float(mean_b), "difference": float(mean_a - mean_b), "half": half, "cells": len(cells),
+            "cells larger": sum(bool(d.mean() > 0) for d in differences), "runs": len(results), "runs larger": int(sum((d > 0).sum() for d in differences))}
+
+
+def verdict(d: dict, claimed: int, at_least: float = 0.0) -> str:
+    """What the interval of a difference says of the claim that it has this sign (+1, -1); or, with 0, that it does not exceed `at_least`."""
+    if math.isnan(d["half"]):
+        return "one seed: no interval"
+    low, high = d["difference"] - d["half"], d["difference"] + d["half"]
+    if claimed == 0:
+        return "**contradicted**" if low > at_least else "holds" if high <= at_least else "not resolved"
+    if low <= 0 <= high:
+        return "not resolved"
+    return "holds" if (low > 0) == (claimed > 0) else "**contradicted**"
+
+
+def part_of(r: dict, part: str) -> dict:
+    """A run's part, "few/4" being its part few at 4 steps."""
+    return functools.reduce(lambda d, key: d[key], part.split("/"), r)
+
+
+def raw(part: str, who: str, metric: str) -> Callable[[dict], float]:
+    """Reads a mean."""
+    return lambda r: part_of(r, part)["means"][who][metric]
 
 
 def of(part: str, who: str, metric: str) -> Callable[[dict], float]:
-    """Reads a mean."""
-    return lambda r: r[part]["means"][who][metric]
+    """Reads a mean; a reward as the share of what the unguarded model has gained over the base: rewards have units of their own."""
+    if "reward" not in metric:
+        return raw(part, who, metric)
+
+    def share(r: dict) -> float:
+        """0 is the base, 1 the unguarded model."""
+        base, unguarded = (raw("main", name, metric)(r) for name in ("base", "unguarded"))
+        return (raw(part, who, metric)(r) - base) / (unguarded - base or math.nan)
+    return share
 
 
 def rate(part: str, pair: str) -> Callable[[dict], float]:
-    """Reads how often the judge prefers the first one of a pair; a tie is half."""
+    """Reads how often the judge prefers the first one of a pair, less one half; a tie is half."""
+    first, second = pair.split(" vs ")
+
     def read(r: dict) -> float:
-        """In [0, 1]."""
-        for name, flip in ((pair, 0), (" vs ".join(pair.split(" vs ")[::-1]), 2)):
-            if name in r[part]["verdicts"]:
-                counts = r[part]["verdicts"][name]
-                return (counts[flip] + counts[1] / 2) / sum(counts[:3])
-        raise KeyError(pair)
+        """In [-1/2, 1/2]."""
+        verdicts = part_of(r, part)["verdicts"]
+        win, tie, loss, _ = verdicts[pair] if pair in verdicts else verdicts[f"{second} vs {first}"][2::-1] + [0]
+        return (win + tie / 2) / (win + tie + loss) - 0.5
     return read
 
 
+def ratio(who: str, pick: Callable[[dict], float], part: str = "main") -> Callable[[dict], float]:
+    """Reads the norm ratio less 1: over the whole trajectory, or its highest or lowest step."""
+    return lambda r: pick(r[part]["ratio"][who]) - 1
+
+
+def overall(norms: dict) -> float:
+    """Over the whole trajectory."""
+    return norms["overall"]
+
+
+def highest(norms: dict) -> float:
+    """Of the steps' means."""
+    return max(norms["mean"])
+
+
+# ---------------------------------------------------------------- tables
+
 def pm(d: dict, digits: int = 3) -> str:
     """A difference with its interval."""
-    return f"{d['difference']:+.{digits}f} ± {d['half']:.{digits}f}"
+    return f"{d['difference']:+.{digits}f}" + ("" if math.isnan(d["half"]) else f" ± {d['half']:.{digits}f}")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -70,25 +124,21 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)])
 
 
-def compare(results: dict[tuple, dict], part_a: str, a: str, part_b: str, b: str, numbers: dict, metrics=tuple(SHOWN)) -> list[list[str]]:
-    """Rows of a table: each metric of b, of a, a - b; the numbers go to `numbers` too."""
+def checks(numbers: dict, rows: list[tuple[str, dict, str]]) -> str:
+    """A table of what is claimed, what was measured and the verdict."""
+    numbers["checks"] = {claim: {**d, "verdict": said} for claim, d, said in rows}
+    return markdown(["the paper's claim", "measured", "cells above 0", "verdict"],
+                    [[claim, pm(d, 3 if abs(d["difference"]) > 0.01 else 4), f"{d['cells larger']} of {d['cells']}", said] for claim, d, said in rows])
+
+
+def levels(results: dict[tuple, dict], columns: dict[str, tuple[str, str]], a: str, b: str, numbers: dict) -> str:
+    """A table of each metric's mean in each column, which is a part and a name in it, and of column a less column b."""
     rows = []
-    for metric in metrics:
-        d = numbers[f"{a} - {b}, {SHOWN[metric]}"] = paired(results, of(part_a, a, metric), of(part_b, b, metric))
-        rows.append([SHOWN[metric], f"{d['b']:.3f}", f"{d['a']:.3f}", pm(d), f"{d['larger']} of {d['runs']}"])
-    return rows
-
-
-def has(results: dict[tuple, dict], *parts: str) -> dict[tuple, dict]:
-    """The runs that have these parts."""
-    return {run: r for run, r in results.items() if all(p in r for p in parts)}
-
-
-def verdict(d: dict, claimed: int) -> str:
-    """What an interval says of a claim about a difference's sign (+1 or -1)."""
-    if not abs(d["difference"]) > d["half"]:
-        return "not resolved"
-    return "holds" if np.sign(d["difference"]) == claimed else "**contradicted**"
+    for metric, (label, digits) in METRICS.items():
+        d = numbers[f"{a} - {b}: {label}"] = paired(results, of(*columns[a], metric), of(*columns[b], metric))
+        values = [paired(results, of(*place, metric))["a"] for place in columns.values()]
+        rows.append([label, *(f"{x:.{digits}f}" for x in values), pm(d, digits), f"{d['cells larger']} of {d['cells']}"])
+    return markdown(["metric", *columns, f"{a} - {b}", "cells above 0"], rows)
 
 
 def cells_of(results: dict[tuple, dict]) -> dict[str, list[dict]]:
@@ -96,157 +146,196 @@ def cells_of(results: dict[tuple, dict]) -> dict[str, list[dict]]:
     return {cell: [r for run, r in results.items() if run.cell == cell] for cell in dict.fromkeys(run.cell for run in results)}
 
 
+def mean(runs: list[dict], read: Callable[[dict], float]) -> float:
+    """Over runs."""
+    return float(np.mean([read(r) for r in runs]))
+
+
+def each(runs: list[dict], read: Callable[[dict], float], digits: int = 3) -> str:
+    """Each seed's."""
+    return " ".join(f"{read(r):.{digits}f}" for r in runs)
+
+
 def claim_1(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """Inflation."""
-    rows = []
-    for cell, runs in cells_of(results).items():
-        ratios = [r["main"]["ratio"]["unguarded"]["overall"] for r in runs]
-        worst = np.mean([max(r["main"]["ratio"]["unguarded"]["mean"]) for r in runs])
-        gain = [r["main"]["curves"]["unguarded"][-1]["reward"] - r["main"]["curves"]["unguarded"][0]["reward"] for r in runs]
-        means = {m: [np.mean([of("main", who, m)(r) for r in runs]) for who in ("base", "unguarded")] for m in ("saturation", "sharpness", "FD", "judge/overall")}
-        numbers[cell] = {"ratio": ratios, "worst step": float(worst), "reward gain": gain, **{m: [float(x) for x in v] for m, v in means.items()}}
-        rows.append([cell, " ".join(f"{x:.3f}" for x in ratios), f"{worst:.3f}", f"{np.mean(gain):+.2f}", *(
-            f"{a:.{d}f} → {b:.{d}f}" for (a, b), d in zip(means.values(), (2, 3, 1, 2)))])
-    renders = "; ".join(f"{base}: saturation {b['colours']['base']['saturation']:.2f}, sharpness {b['colours']['base']['sharpness']:.3f}" for base, b in bases.items())
-    inflated = paired(results, lambda r: r["main"]["ratio"]["unguarded"]["overall"], lambda r: 1.0)
-    numbers["ratio - 1"] = inflated
-    some = next(iter(bases.values()))["colours"]["renders"]
-    return (f"The unguarded norm ratio less 1, over the whole trajectory: {pm(inflated)}, above 0 in {inflated['larger']} of {inflated['runs']} runs: "
-            f"{verdict(inflated, 1)}.\n\n" + markdown(["cell", "norm ratio, each seed", "worst step", "reward gained", "saturation, base → unguarded",
-                                                     "sharpness", "Fréchet distance", "judged good"], rows)
-            + f"\n\nRenders: saturation {some['saturation']:.2f}, sharpness {some['sharpness']:.3f}; {renders}.\n\n![norm ratios](../assets/inflation.png)")
+    def change(metric: str) -> dict:
+        """By RL."""
+        return paired(results, raw("main", "unguarded", metric), raw("main", "base", metric))
+
+    inflated = paired(results, ratio("unguarded", overall))
+    shares = [ratio("unguarded", overall)(r) for r in results.values()]
+    table = checks(numbers, [("the norm exceeds the reference's", inflated, verdict(inflated, 1)), *(
+        (claim, d := change(metric), verdict(d, sign)) for claim, metric, sign in (
+            ("colours oversaturate: judged so", "judge/oversaturation", 1), ("saturation", "saturation", 1), ("pictures over-sharpen: judged so", "judge/over-sharpening", 1),
+            ("sharpness", "sharpness", 1), ("light is unnatural: judged so", "judge/unnatural lighting", 1), ("judged good", "judge/overall", -1),
+            ("Fréchet distance", "FD", 1)))])
+    numbers["cells"] = {cell: {"ratio": [1 + ratio("unguarded", overall)(r) for r in runs], "highest step": [1 + ratio("unguarded", highest)(r) for r in runs]}
+                        for cell, runs in cells_of(results).items()}
+    rows = [[cell, each(runs, lambda r: 1 + ratio("unguarded", overall)(r)), each(runs, lambda r: 1 + ratio("unguarded", highest)(r)), *(
+        f"{mean(runs, raw('main', 'base', m)):.{k}f} → {mean(runs, raw('main', 'unguarded', m)):.{k}f}" for m, k in (
+            ("reward", 2), ("saturation", 2), ("sharpness", 4), ("FD", 1), ("judge/overall", 2)))] for cell, runs in cells_of(results).items()]
+    renders = next(iter(bases.values()))["colours"]["renders"]
+    return (f"Unguarded less base; {sum(0.05 <= x <= 0.15 for x in shares)} of {len(shares)} runs lie within the paper's 5 to 15 %, "
+            f"{sum(x > 0.15 for x in shares)} above.\n\n{table}\n\nBase → unguarded (renders: saturation {renders['saturation']:.2f}, sharpness "
+            f"{renders['sharpness']:.4f}):\n\n" + markdown(["cell", "norm ratio, each seed", "its highest step", "reward", "saturation", "sharpness",
+                                                          "Fréchet distance", "judged good"], rows) + "\n\n![norm ratios](ASSETS/inflation.png)")
 
 
 def claim_2(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """Renormalization at inference."""
-    text = []
-    for how in ("match", "cap"):
-        rows = compare(results, "renorm", how, "renorm", "unguarded", numbers)
-        wins = numbers[f"{how}, preferred to unguarded"] = paired(results, rate("renorm", f"{how} vs unguarded"), lambda r: 0.5)
-        text.append(markdown(["metric", "unguarded", f"--renorm {how}", f"{how} - unguarded", f"{how} larger, runs"], rows)
-                    + f"\n\nThe judge prefers `{how}` to the same model without it in {wins['a']:.1%} of pairs (a tie is half; {pm(wins)} from one half).")
-    return "\n\n".join(text)
+    reward, good = (paired(results, of("renorm", "match", m), of("renorm", "unguarded", m)) for m in ("reward", "judge/overall"))
+    liked, guard = (paired(results, rate("renorm", pair)) for pair in ("match vs unguarded", "guarded vs match"))
+    same = sum(r["renorm"]["means"]["match"] == r["renorm"]["means"]["cap"] for r in results.values())
+    return ("`--renorm match` on the unguarded model, less the same model without it.\n\n" + checks(numbers, [
+        ("it does not raise the reward (share of the gain)", reward, verdict(reward, 0)), ("nor is the picture judged good more often", good, verdict(good, 0)),
+        ("nor preferred (less one half)", liked, verdict(liked, 0)), ("the guarded model is preferred to it (less one half)", guard, verdict(guard, 1))])
+        + "\n\n" + levels(results, {"base": ("main", "base"), "unguarded": ("renorm", "unguarded"), "match": ("renorm", "match"),
+                                  "guarded": ("renorm", "guarded")}, "match", "unguarded", numbers)
+        + f"\n\n`--renorm cap` gives the same numbers in {same} of {len(results)} runs: nearly every velocity there is too long.")
 
 
 def claim_3(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """Adjoint sensitivity."""
-    rows, shown = [], [(f"{base} {part.split()[1]}", [b[part]]) for base, b in bases.items() for part in b if part.startswith("adjoint")]
-    shown += [(f"{cell}, unguarded", [r["adjoint"] for r in runs]) for cell, runs in cells_of(results).items()]
-    for name, runs in shown:
-        row = numbers[name] = {of_what: {"t": [max(map(abs, r[of_what]["t_statistic"])) for r in runs], "cosine": [r[of_what]["half_batch_cosine"] for r in runs],
-                                         "same sign": [float(np.mean(r[of_what]["same_sign"])) for r in runs]} for of_what in ("reward", "energy")}
-        rows.append([name, *(" ".join(f"{x:.{d}f}" for x in row[of_what][k]) for of_what in ("reward", "energy")
-                             for k, d in (("t", 1), ("same sign", 2), ("cosine", 2)))])
-    return markdown(["model", "reward: largest \\|t\\|", "same sign", "cosine", "energy (control): largest \\|t\\|", "same sign", "cosine"], rows) + (
-        "\n\n![sensitivities](../assets/adjoint.png)")
+    rows, names = [], {"base": [(part.split()[1], b[part]) for b in bases.values() for part in b if part.startswith("adjoint")],
+                       "unguarded": [(run.reward, r["adjoint"]) for run, r in results.items()]}
+    for name, reward in product(names, dict.fromkeys(run.reward for run in results)):
+        some = [a for of_reward, a in names[name] if of_reward == reward]
+        for of_what in ("reward", "energy") if some else ():
+            t = np.array([a[of_what]["t_statistic"] for a in some])
+            beyond, limit = int((np.abs(t) > quantile(some[0]["units"] - 1)).sum()), quantile(some[0]["units"] - 1)
+            row = numbers[f"{name}, {reward}, {of_what}"] = {
+                "steps": t.size, "beyond": beyond, "limit": limit, "largest t": np.abs(t).max(1).tolist(), "mean t": t.mean(0).tolist(),
+                "cosine": [a[of_what]["half_batch_cosine"] for a in some], "same sign": [float(np.mean(a[of_what]["same_sign"])) for a in some]}
+            said = "**contradicted**" if beyond > t.size / 2 else "holds" if beyond <= 0.1 * t.size else "mixed"
+            rows.append([f"{name} models ({len(some)})", {"reward": reward, "energy": f"energy (control for {reward})"}[of_what], f"{beyond} of {t.size}",
+                         f"{np.median(row['largest t']):.1f}", f"{np.median(row['same sign']):.2f}", f"{np.median(row['cosine']):.2f}",
+                         said if of_what == "reward" else "a signal, as it must" if beyond > t.size / 2 else "**the control fails**"])
+    return (f"\\|t\\| > {limit:.2f}: by chance one step in twenty. Units are prompts; the halves of the cosine share no prompt; medians over models.\n\n"
+            + markdown(["models", "dR/ds of", "steps beyond", "largest \\|t\\|", "same sign", "cosine of half batches", "no coherent signal?"], rows)
+            + "\n\n![sensitivities](ASSETS/adjoint.png)")
 
 
 def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """The guarded norm."""
-    rows = []
-    for cell, runs in cells_of(results).items():
-        ratios, worst = [r["main"]["ratio"]["guarded"]["overall"] for r in runs], [max(r["main"]["ratio"]["guarded"]["mean"]) for r in runs]
-        low = [min(r["main"]["ratio"]["guarded"]["mean"]) for r in runs]
-        numbers[cell] = {"ratio": ratios, "highest step": worst, "lowest step": low}
-        rows.append([cell, *(" ".join(f"{x:.3f}" for x in values) for values in (ratios, worst, low))])
-    above = [x for n in numbers.values() for x in n["highest step"]]
-    return (f"At its highest step the guarded norm is above the reference's by more than 2 % in {sum(x > 1.02 for x in above)} of {len(above)} runs, by more than "
-            f"5 % in {sum(x > 1.05 for x in above)}.\n\n" + markdown(["cell", "norm ratio, each seed", "highest step", "lowest step"], rows))
+    less, whole, high = (paired(results, ratio("guarded", overall), ratio("unguarded", overall)), paired(results, ratio("guarded", overall)),
+                         paired(results, ratio("guarded", highest)))
+    above = [ratio("guarded", highest)(r) for r in results.values()]
+    rows = [[cell, *(each(runs, lambda r, pick=pick: pick(r["main"]["ratio"]["guarded"])) for pick in (overall, highest, lambda n: min(n["mean"])))]
+            for cell, runs in cells_of(results).items()]
+    return ("Norm ratio less 1.\n\n" + checks(numbers, [("lower than unguarded", less, verdict(less, -1)), ("not above the reference, over the trajectory", whole, verdict(whole, 0)),
+                                                      ("nor at any step (the highest)", high, verdict(high, 0))])
+            + f"\n\nThe highest step is above the reference by more than 2 % in {sum(x > 0.02 for x in above)} of {len(above)} runs, by more than 5 % in "
+              f"{sum(x > 0.05 for x in above)}.\n\n" + markdown(["cell", "norm ratio, each seed", "highest step", "lowest step"], rows))
 
 
 def claim_5_and_6(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """Reward, judge, detector."""
+    def change(metric: str) -> dict:
+        """By the guard."""
+        return paired(results, of("main", "guarded", metric), of("main", "unguarded", metric))
+
+    lost, liked = paired(results, of("main", "unguarded", "reward"), of("main", "guarded", "reward")), paired(results, rate("main", "guarded vs unguarded"))
+    over_base = paired(results, rate("main", "guarded vs base"))
+    table = checks(numbers, [("5: of the reward's gain, no more than 5 % is lost", lost, verdict(lost, 0, 0.05)),
+                             ("6: the judge prefers the guarded picture (less one half)", liked, verdict(liked, 1)),
+                             *((f"6: {claim}", d := change(m), verdict(d, sign)) for claim, m, sign in (
+                                 ("judged good", "judge/overall", 1), ("judged oversaturated", "judge/oversaturation", -1),
+                                 ("judged over-sharpened", "judge/over-sharpening", -1), ("judged unnaturally lit", "judge/unnatural lighting", -1),
+                                 ("detector's P(real)", "P(real)", 1), ("Fréchet distance", "FD", -1))),
+                             ("(the guarded picture preferred to the base's)", over_base, verdict(over_base, 1))])
     rows = []
     for cell, runs in cells_of(results).items():
         wins = np.sum([r["main"]["verdicts"]["unguarded vs guarded"] for r in runs], axis=0)
-        numbers[cell] = {SHOWN[m]: [[of("main", who, m)(r) for r in runs] for who in ("unguarded", "guarded")] for m in SHOWN} | {
+        numbers[cell] = {m: {who: [raw("main", who, m)(r) for r in runs] for who in ("base", "unguarded", "guarded")} for m in METRICS} | {
             "guarded preferred, tie, unguarded preferred": [int(x) for x in wins[[2, 1, 0]]]}
-        rows.append([cell, *(f"{np.mean(numbers[cell][SHOWN[m]][0]):.{d}f} → {np.mean(numbers[cell][SHOWN[m]][1]):.{d}f}" for m, d in (
+        rows.append([cell, *(f"{mean(runs, raw('main', 'unguarded', m)):.{k}f} → {mean(runs, raw('main', 'guarded', m)):.{k}f}" for m, k in (
             ("reward", 3), ("judge/overall", 2), ("judge/oversaturation", 2), ("P(real)", 2), ("FD", 1))), f"{wins[2]} / {wins[1]} / {wins[0]}"])
-    pooled = numbers["all"] = {}
-    table = compare(results, "main", "guarded", "main", "unguarded", pooled)
-    pooled["guarded preferred"] = wins = paired(results, rate("main", "guarded vs unguarded"), lambda r: 0.5)
-    rewards, good, real = (pooled[f"guarded - unguarded, {SHOWN[m]}"] for m in ("reward", "judge/overall", "P(real)"))
-    return (f"Reward, guarded minus unguarded: {pm(rewards)}. The judge prefers the guarded picture in {wins['a']:.1%} of pairs (a tie is half): "
-            f"{verdict(wins, 1)}; calls it good: {pm(good)}: {verdict(good, 1)}. The detector's P(real): {pm(real)}: {verdict(real, 1)}.\n\n"
-            + markdown(["metric", "unguarded", "guarded", "guarded - unguarded", "guarded larger, runs"], table) + "\n\nBy cell, unguarded → guarded:\n\n"
-            + markdown(["cell", "reward", "judged good", "judged oversaturated", "P(real)", "Fréchet distance", "judge: guarded / tie / unguarded"], rows)
-            + "\n\n![paired differences](../assets/differences.png)")
+    return (table + "\n\n" + levels(results, {who: ("main", who) for who in ("base", "unguarded", "guarded")}, "guarded", "unguarded", numbers)
+            + "\n\nUnguarded → guarded:\n\n" + markdown(["cell", "reward", "judged good", "judged oversaturated", "P(real)", "Fréchet distance",
+                                                       "judge prefers: guarded / tie / unguarded"], rows) + "\n\n![paired differences](ASSETS/differences.png)")
 
 
 def claim_7(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """Few steps."""
-    rows, few = [], [steps for steps in next(iter(results.values()))["few"] if steps.isdigit()]
-    for metric in ("reward", "judge/overall", "judge/oversaturation", "P(real)", "FD", "saturation", "sharpness"):
-        def gain(steps: str, metric=metric) -> Callable[[dict], float]:
-            """Guarded minus unguarded."""
-            return lambda r: of("main", "guarded", metric)({"main": r["few"][steps]}) - of("main", "unguarded", metric)({"main": r["few"][steps]})
+    few = [steps for steps in next(iter(results.values()))["few"] if steps.isdigit()]
+    parts = {"all": "main", **{steps: f"few/{steps}" for steps in few}}
 
-        def full(r: dict, metric=metric) -> float:
-            """At all steps."""
-            return of("main", "guarded", metric)(r) - of("main", "unguarded", metric)(r)
+    def gain(part: str, metric: str) -> Callable[[dict], float]:
+        """Of the guard."""
+        return lambda r: of(part, "guarded", metric)(r) - of(part, "unguarded", metric)(r)
 
-        numbers[SHOWN[metric]] = {"full": paired(results, full, lambda r: 0.0)} | {
-            s: paired(results, gain(s), lambda r: 0.0) for s in few} | {f"{s} - full": paired(results, gain(s), full) for s in few}
-        rows.append([SHOWN[metric], *(pm(d) for d in numbers[SHOWN[metric]].values())])
-    wins = {"full": paired(results, rate("main", "guarded vs unguarded"), lambda r: 0.5)} | {
-        s: paired(results, lambda r, s=s: rate("main", "guarded vs unguarded")({"main": r["few"][s]}), lambda r: 0.5) for s in few}
-    wins |= {f"{s} - full": paired(results, lambda r, s=s: rate("main", "guarded vs unguarded")({"main": r["few"][s]}), rate("main", "guarded vs unguarded"))
-             for s in few}
-    numbers["guarded preferred, less one half"] = wins
-    rows.append(["judge prefers the guarded one, less one half", *(pm(d) for d in wins.values())])
-    return markdown(["guarded - unguarded", "all 28 steps", *(f"{s} steps" for s in few), *(f"{s} steps - all" for s in few)], rows)
+    rows = []
+    for steps, (metric, claim, sign) in product(few, (("judge/overall", "judged good", 1), ("FD", "Fréchet distance", -1))):
+        d = paired(results, gain(parts[steps], metric), gain("main", metric))
+        rows.append((f"{claim}: guarded - unguarded at {steps} steps, less that at all", d, verdict(d, sign)))
+    for steps in few:
+        d = paired(results, rate(parts[steps], "guarded vs unguarded"), rate("main", "guarded vs unguarded"))
+        rows.append((f"preference for the guarded picture at {steps} steps, less that at all", d, verdict(d, 1)))
+    table = checks(numbers, rows)
+    rows = []
+    for metric, (label, digits) in METRICS.items():
+        cells = []
+        for steps, part in parts.items():
+            d = numbers[f"{label}, {steps} steps"] = paired(results, of(part, "guarded", metric), of(part, "unguarded", metric))
+            base = paired(results, of(part, "base", metric))["a"]
+            cells += [f"{base:.{digits}f}: {d['b']:.{digits}f} → {d['a']:.{digits}f}", pm(d, digits)]
+        rows.append([label, *cells])
+    for steps, part in parts.items():
+        numbers[f"guarded preferred, {steps} steps"] = paired(results, rate(part, "guarded vs unguarded"))
+    rows.append(["guarded preferred, less one half", *(x for steps in parts for x in ("", pm(numbers[f"guarded preferred, {steps} steps"])))])
+    return table + "\n\nBase: unguarded → guarded, and the difference:\n\n" + markdown(
+        ["metric", *(x for steps in parts for x in (f"{steps} steps", "difference"))], rows)
 
 
 def claim_8(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """Early stopping."""
-    text = []
+    rows, tables, last = [], [], max(name for r in results.values() for name in r["early"]["found"] if name != "guarded")
     for how in ("early, equal reward", "early, best judged"):
         some = numbers[how] = {"epochs": [int(r["early"]["chosen"][how]) for r in results.values()]}
-        table = compare(results, "early", "guarded", "early", how, some)
-        some["guarded preferred"] = wins = paired(results, rate("early", f"guarded vs {how}"), lambda r: 0.5)
-        epochs = {e: some["epochs"].count(e) for e in sorted(set(some["epochs"]))}
-        text.append(f"**{how}**; epochs chosen: {', '.join(f'{e} ({n} runs)' for e, n in epochs.items())}. The judge prefers the guarded picture in "
-                    f"{wins['a']:.1%} of pairs ({pm(wins)} from one half): {verdict(wins, 1)}.\n\n"
-                    + markdown(["metric", how, "guarded", "guarded - early", "guarded larger, runs"], table))
-    return "\n\n".join(text) + "\n\n![reward against verdict](../assets/early.png)"
+        liked, good, gain = (paired(results, rate("early", f"guarded vs {how}")), *(
+            paired(results, of("early", "guarded", m), of("early", how, m)) for m in ("judge/overall", "reward")))
+        rows += [(f"{how}: the guarded picture is preferred (less one half)", liked, verdict(liked, 1)), (f"{how}: judged good", good, verdict(good, 1)),
+                 (f"{how}: reward (share of the gain)", gain, verdict(gain, 1))]
+        epochs = ", ".join(f"{e} ({some['epochs'].count(e)} runs)" for e in sorted(set(some["epochs"])))
+        tables.append(f"**{how}**, epochs: {epochs}.\n\n" + levels(results, {"early": ("early", how), "guarded": ("early", "guarded")}, "guarded", "early", some))
+    missed, at_end = (sum(x) for x in zip(*((not r["early"]["reached"], r["early"]["chosen"]["early, equal reward"] == last) for r in results.values())))
+    return ("Guarded, at the end of training, less the unguarded run's checkpoint, of the eight, that first has equal reward (not lower by more than one standard "
+            f"error; the best one where none has: {missed} of {len(results)} runs), or that the judge calls good most often; both chosen on training prompts. The "
+            f"first is the last checkpoint in {at_end} runs: there, stopping earlier costs reward, and the comparison is that of claim 6.\n\n"
+            + checks(numbers, rows) + "\n\n" + "\n\n".join(tables) + "\n\n![reward against verdict](ASSETS/early.png)")
 
 
-def guards(results: dict[tuple, dict]) -> dict[str, tuple[dict[tuple, dict], str, str]]:
-    """The guards that there are numbers of: their runs, and the part and the name in it that hold them."""
-    variants = dict.fromkeys(part for r in results.values() for part in r if part.startswith("guard: "))
-    places = {"unguarded": ("main", "unguarded"), "guarded": ("main", "guarded"), **{part.removeprefix("guard: "): (part, "variant") for part in variants}}
-    ablated = {run: r for run, r in results.items() if variants.keys() & r.keys()}
-    return {name: (has(ablated, part), part, who) for name, (part, who) in places.items()} if ablated else {}
-
-
-def ratio(part: str, who: str) -> Callable[[dict], float]:
-    """Reads the norm ratio over the whole trajectory."""
-    return lambda r: (r[part]["ratio"] if who == "variant" else r[part]["ratio"][who])["overall"]
+def guards(results: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
+    """{guard: {run: its ratio, its metrics and how often it is preferred to the default}}, lam's values first."""
+    found = {"lam 0": {}, f"lam {LAM}": {}}
+    for run, r in results.items():
+        for name, part in ((name, part) for name, part in r.items() if name.startswith("guard: ")):
+            for guard, who in (("lam 0", "unguarded"), (f"lam {LAM}", "guarded"), (name.removeprefix("guard: "), "variant")):
+                found.setdefault(guard, {})[run] = {**part["means"][who], "ratio": part["ratio"][who]["overall"], "default": part["means"]["guarded"],
+                                                    "preferred": 0.0 if who == "guarded" else rate(name, f"{who} vs guarded")(r)}
+    by_lam = sorted((name for name in found if name.startswith("lam")), key=lambda name: float(name.split()[1]))
+    return {name: found[name] for name in (*by_lam, *(n for n in found if n not in by_lam))} if all(found.values()) else {}
 
 
 def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """Other guards."""
     rows, methods = [], list(dict.fromkeys(run.method for run in results))
-    for name, (some, part, who) in guards(results).items():
-        by_method = {m: [ratio(part, who)(r) for run, r in some.items() if run.method == m] for m in methods}
-        row = numbers[name] = {"ratio": by_method, **{SHOWN[m]: paired(some, of(part, who, m), of("main", "guarded", m))
-                                                      for m in ("reward", "judge/overall", "FD", "saturation")}}
-        cells = [f"{d['a']:.{k}f}" + (f" ({pm(d, k)})" if name != "guarded" else "") for (what, d), k in zip(row.items(), (0, 3, 3, 2, 3)) if what != "ratio"]
-        if name != "guarded":
-            row["preferred to the default"] = paired(some, rate(part, f"{who} vs guarded"), lambda r: 0.5)
-            cells.append(pm(row["preferred to the default"]))
-        rows.append([{"unguarded": "lam 0", "guarded": f"lam {LAM}, the default"}.get(name, name),
-                     *(f"{np.mean(x):.3f}" if x else "-" for x in by_method.values()), *cells, *([""] if name == "guarded" else []), str(len(some))])
-    return markdown(["guard", *(f"norm ratio, {m}" for m in methods), "reward (minus the default's)", "judged good", "Fréchet distance", "saturation",
-                     "judge prefers it to the default, less one half", "runs"], rows) + "\n\n![guards](../assets/ablation.png)"
+    for name, some in guards(results).items():
+        row = numbers[name] = {m: paired(some, lambda r, m=m: r[m], lambda r, m=m: r["default"][m]) for m in ("reward", "judge/overall", "FD", "saturation")}
+        row["ratio"] = {method: [r["ratio"] for run, r in some.items() if run.method == method] for method in methods}
+        row["preferred"] = paired(some, lambda r: r["preferred"])
+        rows.append([name, *(f"{np.mean(x):.3f}" if x else "-" for x in row["ratio"].values()), *(
+            f"{row[m]['a']:.{k}f} ({pm(row[m], k)})" if name != f"lam {LAM}" else f"**{row[m]['a']:.{k}f}**" for m, k in (
+                ("reward", 3), ("judge/overall", 3), ("FD", 2), ("saturation", 3))), pm(row["preferred"]) if name != f"lam {LAM}" else "", str(len(some))])
+    return (f"In brackets: less lam {LAM} with NormGuard's own hinge, the default. On training prompts, with noise that no training saw; the default was fixed before.\n\n"
+            + markdown(["guard", *(f"norm ratio, {m}" for m in methods), "reward", "judged good", "Fréchet distance", "saturation",
+                        "preferred to the default, less one half", "runs"], rows) + "\n\n![guards](ASSETS/ablation.png)")
 
 
 # ---------------------------------------------------------------- figures
 
 def save(figure, path: Path):
     """PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -279,9 +368,8 @@ def draw_inflation(results: dict[tuple, dict], path: Path):
 
 
 def draw_differences(results: dict[tuple, dict], path: Path):
-    """Guarded minus unguarded: a dot a run, a bar a cell's mean; the band is the 95 % interval over cells."""
-    metrics = ("reward", "judge/overall", "judge/oversaturation", "P(real)", "FD", "saturation")
-    cells = cells_of(results)
+    """Guarded minus unguarded: a dot a run, a bar a cell's mean; the band is the mean's 95 % interval."""
+    metrics, cells = ("reward", "judge/overall", "judge/oversaturation", "P(real)", "FD", "saturation"), cells_of(results)
     figure, axes = plt.subplots(1, len(metrics), figsize=(2.3 * len(metrics) + 1, 0.27 * len(cells) + 1), layout="constrained", sharey=True)
     for axis, metric in zip(axes, metrics):
         d = paired(results, of("main", "guarded", metric), of("main", "unguarded", metric))
@@ -291,7 +379,7 @@ def draw_differences(results: dict[tuple, dict], path: Path):
             values = [of("main", "guarded", metric)(r) - of("main", "unguarded", metric)(r) for r in runs]
             axis.plot(values, [i] * len(values), "o", color=COLOUR["guarded"], markersize=3, alpha=0.7)
             axis.plot(np.mean(values), i, "|", color="black", markersize=9)
-        axis.set_title(SHOWN[metric], fontsize=9)
+        axis.set_title(METRICS[metric][0], fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3, axis="x")
     axes[0].set(yticks=range(len(cells)), yticklabels=list(cells))
@@ -303,11 +391,12 @@ def draw_early(results: dict[tuple, dict], path: Path):
     """Reward against the judge's P(good): the unguarded run's checkpoints, and the guarded model at the end; a line and a star a run."""
     cells = list(cells_of(results))
     wide = min(6, len(cells))
-    figure, axes = plt.subplots(-(-len(cells) // wide), wide, figsize=(2.5 * wide + 0.6, 2.5 * -(-len(cells) // wide)), layout="constrained", squeeze=False, sharey=True)
+    high = -(-len(cells) // wide)
+    figure, axes = plt.subplots(high, wide, figsize=(2.5 * wide + 0.6, 2.5 * high), layout="constrained", squeeze=False, sharey=True)
     for axis, cell in zip(axes.flat, cells):
         for found in (r["early"]["found"] for run, r in results.items() if run.cell == cell):
-            path_of = [found[name] for name in found if name != "guarded"]
-            axis.plot([f["reward"] for f in path_of], [f["overall"] for f in path_of], "o-", color=COLOUR["unguarded"], markersize=2.5, linewidth=0.9,
+            checkpoints = [found[name] for name in found if name != "guarded"]
+            axis.plot([f["reward"] for f in checkpoints], [f["overall"] for f in checkpoints], "o-", color=COLOUR["unguarded"], markersize=2.5, linewidth=0.9,
                       label="unguarded, its checkpoints")
             axis.plot(found["guarded"]["reward"], found["guarded"]["overall"], "*", color=COLOUR["guarded"], markersize=9, label="guarded, at the end")
         axis.set_title(cell, fontsize=9)
@@ -322,51 +411,53 @@ def draw_early(results: dict[tuple, dict], path: Path):
 
 
 def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path):
-    """t statistic of the batch's mean sensitivity at each step: each reward's, and the control's."""
-    found = {"base": [(part.split()[1], a) for b in bases.values() for part, a in b.items() if part.startswith("adjoint")],
-             "unguarded": [(run.reward, r["adjoint"]) for run, r in results.items()]}
-    style = {"energy": ("gray", "the picture's energy (control)"), "hps": (plt.cm.Dark2.colors[3], "hps"), "pickscore": (COLOUR["guarded"], "pickscore")}
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained", sharey=True)
-    for axis, (name, some) in zip(axes, found.items()):
-        axis.axhspan(-1.96, 1.96, color="gray", alpha=0.2, linewidth=0)
-        for reward, a in some:
-            for of_what, (colour, label) in (("energy", style["energy"]), ("reward", style[reward])):
-                axis.plot(a["t"], a[of_what]["t_statistic"], color=colour, linewidth=0.9, alpha=0.7, label=label)
-        axis.set(title=f"{name} models", xlabel="t (1 is noise)", xlim=(1.02, -0.02))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("t statistic of the batch's mean dR/ds")
-    by_label = dict(zip(*axes[0].get_legend_handles_labels()[::-1]))  # each once
-    axes[0].legend(by_label.values(), by_label.keys(), fontsize=8)
+    """t statistic of the batch's mean sensitivity at each step: each reward's above, the control's below; mean and range over models."""
+    found = {"base models": [(base, part.split()[1], a) for base, b in bases.items() for part, a in b.items() if part.startswith("adjoint")],
+             "unguarded models": [(run.base, run.reward, r["adjoint"]) for run, r in results.items()]}
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharey="row", sharex=True)
+    for column, (title, some) in zip(axes.T, found.items()):
+        for axis, of_what in zip(column, ("reward", "energy")):
+            axis.axhspan(-2.13, 2.13, color="gray", alpha=0.2, linewidth=0)
+            for i, (base, reward) in enumerate(dict.fromkeys(key[:2] for key in some)):
+                runs = [a for *key, a in some if key == [base, reward]]
+                t = np.array([a[of_what]["t_statistic"] for a in runs])
+                style = {"color": plt.cm.Dark2.colors[i], "linestyle": "-" if base == "sd3" else "--"}
+                axis.plot(runs[0]["t"], t.mean(0), linewidth=1.2, label=f"{base}, {reward}", **style)
+                axis.fill_between(runs[0]["t"], t.min(0), t.max(0), alpha=0.15, linewidth=0, color=style["color"])
+            axis.grid(alpha=0.3)
+        column[0].set_title(title)
+        column[1].set(xlabel="t (1 is noise)", xlim=(1.02, -0.02))
+    for axis, label in zip(axes[:, 0], ("the reward: t statistic", "energy (control): t statistic")):
+        axis.set_ylabel(label)
+    axes[0, 0].legend(fontsize=8)
     save(figure, path)
 
 
 def draw_ablation(results: dict[tuple, dict], path: Path):
-    """Norm ratio, reward and verdict over lam; other forms of the guard to the right."""
+    """Norm ratio, reward and verdict over lam; other forms of the guard to the right. A dot a run, a line the mean."""
     found, methods = guards(results), list(dict.fromkeys(run.method for run in results))
-    by_lam = sorted((0.0 if n == "unguarded" else LAM if n == "guarded" else float(n.split()[1]), n) for n in found if n in COLOUR or n.startswith("lam"))
-    names = [n for _, n in by_lam] + [n for n in found if n not in {n for _, n in by_lam}]
-    labels = [f"{lam:g}" for lam, _ in by_lam] + names[len(by_lam):]
-    panels = (("norm ratio", None), ("reward", "reward"), ("judged good", "judge/overall"), ("Fréchet distance", "FD"))
+    lams = sum(name.startswith("lam") for name in found)
+    panels = (("norm ratio", "ratio"), ("reward", "reward"), ("judged good", "judge/overall"), ("Fréchet distance", "FD"))
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.8), layout="constrained")
     for axis, (title, metric) in zip(axes, panels):
         for i, method in enumerate(methods):
-            values = [[(of(part, who, metric) if metric else ratio(part, who))(r) for run, r in some.items() if run.method == method]
-                      for some, part, who in (found[n] for n in names)]
-            for x, y in enumerate(values):
-                axis.plot([x + 0.15 * (i - 1)] * len(y), y, "o", color=plt.cm.Dark2.colors[i], markersize=3, alpha=0.6)
-            axis.plot([x + 0.15 * (i - 1) for x in range(len(by_lam))], [np.mean(y) for y in values[:len(by_lam)]], color=plt.cm.Dark2.colors[i],
-                      linewidth=1, label=method)
-        axis.axvline(len(by_lam) - 0.5, color="gray", linewidth=0.8)
-        axis.set(title=title, xticks=range(len(names)))
-        axis.set_xticklabels(labels, rotation=60, ha="right", fontsize=8)
+            values = [[r[metric] for run, r in some.items() if run.method == method] for some in found.values()]
+            places = [x + 0.15 * (i - 1) for x in range(len(values))]
+            for x, y in zip(places, values):
+                axis.plot([x] * len(y), y, "o", color=plt.cm.Dark2.colors[i], markersize=3, alpha=0.6)
+            axis.plot(places[:lams], [np.mean(y) if y else math.nan for y in values[:lams]], color=plt.cm.Dark2.colors[i], linewidth=1, label=method)
+        axis.axvline(lams - 0.5, color="gray", linewidth=0.8)
+        axis.set(title=title, xticks=range(len(found)))
+        axis.set_xticklabels(found, rotation=60, ha="right", fontsize=8)
         axis.grid(alpha=0.3)
     axes[0].axhline(1, color="black", linewidth=0.8)
-    axes[0].set_xlabel("lam, then other guards", fontsize=8)
     axes[0].legend(fontsize=8)
     save(figure, path)
 
 
-READING = {}  # claim: what we make of the committed numbers
+# ---------------------------------------------------------------- the report
+
+READING = {}  # claim: what we make of the numbers that are committed
 
 
 def read_json(path: Path) -> dict:
@@ -382,31 +473,49 @@ def write_text(path: Path, text: str):
 
 
 def rounded(x):
-    """Floats at five digits: what is kept in the repository is to be small."""
+    """Floats at five digits: what is kept in the repository is to be small. NaN becomes null."""
     if isinstance(x, dict):
         return {k: rounded(v) for k, v in x.items()}
-    return [rounded(v) for v in x] if isinstance(x, (list, tuple)) else float(f"{x:.5g}") if isinstance(x, float) else x
+    if isinstance(x, (list, tuple)):
+        return [rounded(v) for v in x]
+    return (float(f"{x:.5g}") if math.isfinite(x) else None) if isinstance(x, float) else x
 
 
-def write_report(results: dict[tuple, dict], bases: dict[str, dict], home: Path, assets: Path, about: str):
-    """home/RESULTS.md and home/results.json of all numbers that there are, and the figures in `assets`. `about`: what they are."""
+def has(results: dict[tuple, dict], part: str) -> dict[tuple, dict]:
+    """The runs that have it."""
+    return {run: r for run, r in results.items() if part in r}
+
+
+def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home: Path, assets: Path):
+    """home/RESULTS.md and home/results.json of all numbers that there are, and the figures in `assets`."""
     done, numbers, text = has(results, "main"), {}, []
-    renormed, adjoined, few, early = (has(done, part) for part in ("renorm", "adjoint", "few", "early"))
+    committed = assets == Path("assets")
     sections = (  # claim, title, whose numbers, text
-        ("1", "RL inflates the norm, and pictures suffer", done, claim_1), ("2", "Renormalization at inference does not repair them", renormed, claim_2),
-        ("3", "A step's velocity scale carries no coherent first-order reward signal", adjoined, claim_3), ("4", "NormGuard holds the norm", done, claim_4),
-        ("5 and 6", "NormGuard preserves the reward; judge and detector prefer it", done, claim_5_and_6), ("7", "The gain grows at few steps", few, claim_7),
-        ("8", "It is not early stopping", early, claim_8), ("9", "Our own choices", done if guards(done) else {}, claim_9))
+        ("1", "RL inflates the velocity norm by 5 to 15 %, and pictures suffer where the reward does not see it", done, claim_1),
+        ("2", "Rescaling to the reference's norm at inference neither improves reward nor repairs quality", has(done, "renorm"), claim_2),
+        ("3", "The velocity's magnitude carries no coherent first-order reward signal at the batch level", has(done, "adjoint"), claim_3),
+        ("4", "NormGuard holds the norm", done, claim_4), ("5 and 6", "It preserves the reward; judge and detector prefer it", done, claim_5_and_6),
+        ("7", "Its gain grows at few steps", has(done, "few"), claim_7), ("8", "It is not early stopping", has(done, "early"), claim_8),
+        ("9", "Our own choices: the hinge's form, margin and lam", results if guards(results) else {}, claim_9))
     for claim, title, some, write in sections:
         body = write(some, bases, numbers.setdefault(claim, {})) if some else "Not measured yet."
-        text.append(f"## {claim}. {title}\n\n    python tiny/reproduce.py --only {claim[0]}\n\n" + "\n\n".join(filter(None, (READING.get(claim), body))))
-    write_text(home / "RESULTS.md", f"# The paper's claims on the miniature\n\n{about}\n\n" + "\n\n".join(text) + "\n")
+        reading = [READING[claim]] if committed and some and claim in READING else []
+        text.append(f"## {claim}. {title}\n\n    python tiny/reproduce.py --only {claim[0]}\n\n" + "\n\n".join([*reading, body]))
+    head = f"""# The paper's claims on the miniature
+
+Written by `python tiny/reproduce.py`; the numbers are in `{home}/results.json`, what they come from in `{home}/results/`. {len(done)} runs of
+{len(cells_of(done))} cells (base, method, reward) were trained without and with the guard, `--lam 0` and `--lam {LAM}`, the scripts' defaults otherwise; every comparison is
+paired by run. Held-out prompts, {size.n} pictures each, {size.steps} steps unless said otherwise, the same noise for all. **±** is half a 95 % interval of the mean over
+cells (Student's t): the cells and the prompts are given, the seeds are the sample. A share of the gain is (x - base) / (unguarded - base). "Holds"
+and "contradicted" are what the interval says; the judge, the detector and the pictures are the miniature's own."""
+    home.mkdir(parents=True, exist_ok=True)
+    assets.mkdir(parents=True, exist_ok=True)
+    write_text(home / "RESULTS.md", "\n\n".join([head, *text]).replace("ASSETS", os.path.relpath(assets, home)) + "\n")
     write_text(home / "results.json", json.dumps(rounded(numbers), indent=1) + "\n")
-    draw_inflation(done, assets / "inflation.png")
-    draw_differences(done, assets / "differences.png")
-    if adjoined:
-        draw_adjoint(adjoined, bases, assets / "adjoint.png")
-    if early:
-        draw_early(early, assets / "early.png")
-    if guards(done):
-        draw_ablation(done, assets / "ablation.png")
+    for part, draw, name in (("main", draw_inflation, "inflation"), ("main", draw_differences, "differences"), ("early", draw_early, "early")):
+        if some := has(done, part):
+            draw(some, assets / f"{name}.png")
+    if some := has(done, "adjoint"):
+        draw_adjoint(some, bases, assets / "adjoint.png")
+    if guards(results):
+        draw_ablation(results, assets / "ablation.png")

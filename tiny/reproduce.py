@@ -1,17 +1,21 @@
 """The paper's claims, measured on the miniature world by one command.
 
-    python tiny/reproduce.py                                  # everything; start it again to go on where it was killed
+    python tiny/reproduce.py                                  # what is not in tiny/results yet; then the report of all of it
+    python tiny/reproduce.py --results runs/mine              # all of it anew, beside the committed numbers
     python tiny/reproduce.py --bases sd3 --methods awm --rewards pickscore --seeds 0 --only 4
     python tiny/reproduce.py --smoke                          # a toy of it, in runs/smoke: does everything still work?
 
-A cell is a base, a method and a reward; a run is a cell and a seed, trained with --lam 0 ("unguarded") and --lam 0.05
-("guarded"), the scripts' defaults otherwise. All that is done to a run is a command of the project's own scripts, carried out
-in this process and written to RUNS/<run>/commands.txt. A run's numbers go to RESULTS/<run>.json part by part as they come; what is
-there is not computed again. From all that is there: RESULTS.md, results.json with the numbers in it, the figures in assets/.
+A run is a base, a method, a reward and a seed, trained with --lam 0 ("unguarded") and --lam 0.05 ("guarded"), the scripts'
+defaults otherwise. Trainings, pictures and their scores come from the project's own scripts, carried out in this process; their
+commands stand in RUNS/<run>/commands.txt. A run's numbers go to RESULTS/<run>.json part by part as they come, and are not computed
+again, whatever has changed since: to measure anew, delete them. Killed at any moment, the same command goes on. Writes RESULTS.md
+and results.json beside RESULTS, the figures to assets/.
 
-Pictures that are judged show held-out prompts. What is chosen (claim 8: a checkpoint) is chosen on training prompts.
+Pictures that are judged show held-out prompts. What is chosen (claim 8: a checkpoint; claim 9: a guard) is chosen on training
+prompts.
 """
 import contextlib
+import fcntl
 import importlib
 import json
 import multiprocessing
@@ -27,7 +31,6 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,10 +38,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 import tyro
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from eval_judge import SINGLE, fail, load_pictures, local_judge, parse, read_answer, read_folder
+from eval_judge import SINGLE, fail, load_pictures, local_judge, make_dir, parse, read_answer, read_folder
 from normguard import norm_ratio, velocity_norm
 from report import LAM, read_json, rounded, write_report, write_text
 from sample import save_lora
@@ -90,11 +94,12 @@ class Size(NamedTuple):
     few: tuple[int, ...] = (4, 2)
     n: int = 8  # pictures of each of the 16 held-out prompts
     n_adjoint: int = 12
-    n_choose: int = 2  # of each of the 48 training prompts, for each checkpoint
+    n_choose: int = 2  # of each of the 48 training prompts, for a checkpoint
+    n_guard: int = 3  # and for a guard
     renders: int = 1024
 
 
-SMOKE = Size("--epochs 2 --group 2 --groups 2 --eval-n 2 --save-every 1", 4, (2,), 1, 1, 1, 32)
+SMOKE = Size("--epochs 2 --group 2 --groups 2 --eval-n 2 --save-every 1", 4, (2,), 1, 1, 1, 1, 32)
 
 
 # ---------------------------------------------------------------- claim 9: other guards
@@ -110,13 +115,13 @@ def absolute(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
 
 
 def per_token(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
-    """The hinge of each place's norm over the channels, averaged over the places: (b, c, h, w) -> (b,)."""
-    places = (x.flatten(2).transpose(1, 2).flatten(0, 1) for x in (v, v_ref))  # each (b h w, c)
-    return torch.relu(norm_ratio(*places) - 1 - margin).view(len(v), -1).mean(1)
+    """The hinge of each token's norm, averaged over the tokens, which are patches of 2x2: (b, c, h, w) -> (b,)."""
+    tokens = (rearrange(x, "b c (h p) (w q) -> (b h w) (c p q)", p=2, q=2) for x in (v, v_ref))
+    return torch.relu(norm_ratio(*tokens) - 1 - margin).view(len(v), -1).mean(1)
 
 
 def per_batch(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
-    """The hinge of the batch's mean ratio: samples above and below the reference make up for each other."""
+    """The hinge of the mean ratio of a forward pass (here 64 rows): those above the reference and those below make up for each other."""
     return torch.relu(norm_ratio(v, v_ref).mean() - 1 - margin).expand(len(v))
 
 
@@ -131,50 +136,54 @@ VARIANTS = {
 
 # ---------------------------------------------------------------- what is done to a run
 
-def command(log: Path, line: str, makes: Path | None = None):
-    """Carry out `python <line>` in this process, unless what it makes is there, and note it in commands.txt."""
-    if makes and makes.exists():
+def command(log: Path, line: str, out: Path | None = None, note: str = ""):
+    """Carry out `python <line>` in this process and note it in commands.txt, unless out/command.txt says that this has been done."""
+    said = " ".join(f"python {line} {note}".split()) + "\n"
+    if out and (out / "command.txt").exists() and (out / "command.txt").read_text() == said:
         return
     script, *flags = line.split()
     module = importlib.import_module(Path(script).stem)
     log.mkdir(parents=True, exist_ok=True)
     with open(log / "commands.txt", "a") as f:
-        f.write(f"python {line}\n")
+        f.write(said)
     with open(log / "output.txt", "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         try:
             module.main(tyro.cli(module.Args, args=flags))
         except SystemExit as end:
             if end.code:
                 raise RuntimeError(f"python {line}: exit code {end.code}; its output is in {log}/output.txt") from end
+    if out:
+        write_text(out / "command.txt", said)
 
 
 def train(home: Path, run: Run, size: Size, name: str, flags: str, hinge: Callable | None = None) -> Path:
-    """The folder home/name of a finished training, in which lora-EPOCH holds each checkpoint's LoRA."""
+    """The folder home/name of a finished training, in which lora-EPOCH holds each checkpoint's LoRA. `hinge` takes norm_hinge's place."""
     module, out = importlib.import_module(f"train_{run.method}"), home / name
-    save_checkpoint = module.save_checkpoint
+    own = module.save_checkpoint, module.norm_hinge
 
     def keep(out, pipe, opt, epoch, **extra):
         """Save as ever, and keep a copy."""
         save_lora(pipe, out / f"lora-{epoch:05d}")
-        save_checkpoint(out, pipe, opt, epoch=epoch, **extra)
+        own[0](out, pipe, opt, epoch=epoch, **extra)
 
-    with mock.patch.multiple(module, save_checkpoint=keep, norm_hinge=hinge or module.norm_hinge):
+    module.save_checkpoint, module.norm_hinge = keep, hinge or own[1]
+    try:
         command(home, f"train_{run.method}.py --model tiny/{run.base} --reward tiny/{run.reward} --seed {run.seed} --out {out} {flags} {size.train}",
-                out / "finished")
-    (out / "finished").touch()
+                out, f"# with norm_hinge = reproduce.{hinge.__name__}" if hinge else "")
+    finally:
+        module.save_checkpoint, module.norm_hinge = own
     return out
 
 
-def sample(home: Path, base: str, out: Path, flags: str, makes: str = "samples.jsonl") -> Path:
+def sample(home: Path, base: str, out: Path, flags: str) -> Path:
     """Pictures in `out`."""
-    command(home, f"sample.py --model tiny/{base} --out {out} {flags}", out / makes)
+    command(home, f"sample.py --model tiny/{base} --out {out} {flags}", out)
     return out
 
 
 def held_out(home: Path, run: Run, size: Size, name: str, lora: Path, steps: int | None = None, flags: str = "--norms") -> Path:
     """Pictures home/name of held-out prompts, their noise the same for every run."""
-    return sample(home, run.base, home / name, f"--lora {lora} --n {size.n} --steps {steps or size.steps} --seed 1000 {flags}",
-                  "norms.json" if "--norms" in flags else "samples.jsonl")
+    return sample(home, run.base, home / name, f"--lora {lora} --n {size.n} --steps {steps or size.steps} --seed 1000 {flags}")
 
 
 def colours(folder: Path) -> dict[str, float]:
@@ -186,10 +195,10 @@ def colours(folder: Path) -> dict[str, float]:
             "sharpness": torch.nn.functional.conv2d(luma, kernel).abs().mean().item()}
 
 
-def judge(root: Path, home: Path, run: Run, folders: dict[str, Path]) -> dict:
+def judge(home: Path, run: Run, folders: dict[str, Path], renders: Path) -> dict:
     """eval_judge.py's report on folders of pictures by their names here: {name: {metric: mean}}, and the verdicts on each two."""
     home_eval, names = home / "eval", {str(path): name for name, path in folders.items()}
-    command(home, f"eval_judge.py {' '.join(names)} --reward tiny/pickscore tiny/hps --real {root / 'renders'} --out {home_eval}")
+    command(home, f"eval_judge.py {' '.join(names)} --reward tiny/pickscore tiny/hps --real {renders} --out {home_eval}")
     report = json.loads((home_eval / "report.json").read_text())
     kind = {"reward/pickscore": "other reward", "reward/hps": "other reward", f"reward/{run.reward}": "reward", "forensic/forensic": "P(real)",
             "fd/embed": "FD"}
@@ -228,17 +237,17 @@ def main_part(root: Path, run: Run, size: Size) -> dict:
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         curves[name] = [{k.removeprefix("eval_"): line[k] for k in ("epoch", "eval_reward", "eval_reward_se", "eval_norm_ratio",
                                                                     "eval_norm_ratio_steps", "eval_saturation")} for line in lines if "eval_reward" in line]
-    said = judge(root, home, run, {"base": root / run.base / "base", "unguarded": unguarded, "guarded": guarded})
+    said = judge(home, run, {"base": root / run.base / "base", "unguarded": unguarded, "guarded": guarded}, root / "renders")
     shutil.copy(home / "eval" / "report.png", home / "report.png")  # the other parts write their own
     return {"curves": curves, "ratio": {"unguarded": ratio_of(unguarded), "guarded": ratio_of(guarded)}, **said}
 
 
 def renorm_part(root: Path, run: Run, size: Size) -> dict:
     """Claim 2: the unguarded model's velocity rescaled to the reference's norm while sampling."""
-    home, (unguarded, _) = root / run.name, shown(root / run.name, run, size)
+    home, (unguarded, guarded) = root / run.name, shown(root / run.name, run, size)
     lora = both(home, run, size)[0] / "lora"
     rescaled = {how: held_out(home, run, size, f"renorm-{how}", lora, flags=f"--renorm {how}") for how in ("match", "cap")}
-    return judge(root, home, run, {"unguarded": unguarded, **rescaled})
+    return judge(home, run, {"unguarded": unguarded, **rescaled, "guarded": guarded}, root / "renders")
 
 
 def adjoint_part(root: Path, run: Run, size: Size) -> dict:
@@ -249,9 +258,9 @@ def adjoint_part(root: Path, run: Run, size: Size) -> dict:
 
 def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: str = "") -> dict:
     """sample.py --adjoint on held-out prompts at the rollouts' 8 steps."""
-    sample(home, base, out, f"--adjoint --reward tiny/{reward} --n {size.n_adjoint} --steps 8 --seed 3000 {flags}", "adjoint.json")
+    sample(home, base, out, f"--adjoint --reward tiny/{reward} --n {size.n_adjoint} --steps 8 --seed 3000 {flags}")
     rows = json.loads((out / "adjoint.json").read_text())
-    return {"t": rows["t"], "reward": rows[f"tiny/{reward}"], "energy": rows["energy (control)"]}
+    return {"t": rows["t"], "units": rows["units"], "reward": rows[f"tiny/{reward}"], "energy": rows["energy (control)"]}
 
 
 def few_part(root: Path, run: Run, size: Size) -> dict:
@@ -261,41 +270,45 @@ def few_part(root: Path, run: Run, size: Size) -> dict:
         folders = {"base": root / run.base / f"base-{steps}"}
         for name, folder in (("unguarded", unguarded), ("guarded", guarded)):
             folders[name] = held_out(home, run, size, f"{name}-{steps}", folder / "lora", steps, flags="")
-        out[str(steps)] = judge(root, home, run, folders)
+        out[str(steps)] = judge(home, run, folders, root / "renders")
     return out
 
 
 def early_part(root: Path, run: Run, size: Size) -> dict:
-    """Claim 8: the guarded model against the unguarded run's first checkpoint of its reward, and against the one that the judge
-    likes best. Both are chosen on training prompts."""
+    """Claim 8: the guarded model against the unguarded run's first checkpoint of equal reward, and against the one that the judge
+    likes best. Equal: not below the guarded one's by more than a standard error (paired, over prompts); if none is, the best."""
     home, (unguarded, guarded) = root / run.name, both(root / run.name, run, size)
-    ask, found = local_judge("tiny/judge", torch.device("cuda" if torch.cuda.is_available() else "cpu")), {}
-    for lora in (*sorted(unguarded.glob("lora-*")), guarded / "lora"):
+    ask, found, rewards = local_judge("tiny/judge", torch.device("cuda" if torch.cuda.is_available() else "cpu")), {}, {}
+    for lora in (guarded / "lora", *sorted(unguarded.glob("lora-*"))):
         name = "guarded" if lora.parent == guarded else lora.name.removeprefix("lora-")
         folder = sample(home, run.base, home / "choose" / name, f"--lora {lora} --prompts tiny/prompts.txt --n {size.n_choose} --steps 8 "
                                                                 f"--seed 5000 --reward tiny/{run.reward}")
         rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         margins = [read_answer(top, "yes", "no") for i in range(0, len(rows), 32)
                    for top in ask(SINGLE["overall"], [[str(folder / row["file"])] for row in rows[i:i + 32]])]
-        found[name] = {"reward": float(np.mean([row["reward"] for row in rows])), "overall": float(np.nanmean(1 / (1 + np.exp(-np.array(margins)))))}
-    checkpoints = {name: numbers for name, numbers in found.items() if name != "guarded"}
-    reached = [name for name, numbers in checkpoints.items() if numbers["reward"] >= found["guarded"]["reward"]]
-    chosen = {"early, equal reward": min(reached) if reached else max(checkpoints, key=lambda name: checkpoints[name]["reward"]),
-              "early, best judged": max(checkpoints, key=lambda name: checkpoints[name]["overall"])}
+        rewards[name] = np.reshape([row["reward"] for row in rows], (-1, size.n_choose)).mean(1)  # of each prompt
+        less = rewards["guarded"] - rewards[name]
+        found[name] = {"reward": float(rewards[name].mean()), "overall": float(np.nanmean(1 / (1 + np.exp(-np.array(margins))))),
+                       "less": float(less.mean()), "se": float(less.std(ddof=1) / len(less) ** 0.5)}
+    checkpoints = [name for name in found if name != "guarded"]
+    equal = [name for name in checkpoints if found[name]["less"] <= found[name]["se"]]
+    chosen = {"early, equal reward": (equal or [max(checkpoints, key=lambda name: found[name]["reward"])])[0],
+              "early, best judged": max(checkpoints, key=lambda name: found[name]["overall"])}
     pictures = {how: held_out(home, run, size, how.replace(", ", "-").replace(" ", "-"), unguarded / f"lora-{name}", flags="")
                 for how, name in chosen.items()}
-    return {"found": found, "chosen": chosen, **judge(root, home, run, {"guarded": shown(home, run, size)[1], **pictures})}
+    return {"found": found, "chosen": chosen, "reached": bool(equal), **judge(home, run, {"guarded": shown(home, run, size)[1], **pictures}, root / "renders")}
 
 
 def variant_part(root: Path, run: Run, size: Size, name: str) -> dict:
-    """Claim 9: another guard."""
-    home, (unguarded, guarded), (flags, hinge) = root / run.name, shown(root / run.name, run, size), VARIANTS[name]
-    folder = name.replace(", ", "-").replace(" ", "-")
-    pictures = held_out(home, run, size, f"with-{folder}", train(home, run, size, folder, f"{flags} --eval-every 0", hinge) / "lora")
-    return {"ratio": ratio_of(pictures), **judge(root, home, run, {"unguarded": unguarded, "guarded": guarded, "variant": pictures})}
+    """Claim 9: another guard, on training prompts: it is a matter of choice."""
+    home, (flags, hinge), folder = root / run.name, VARIANTS[name], name.replace(", ", "-").replace(" ", "-")
+    trained = dict(zip(("unguarded", "guarded"), both(home, run, size))) | {"variant": train(home, run, size, folder, f"{flags} --eval-every 0", hinge)}
+    pictures = {who: sample(home, run.base, home / "guards" / out.name, f"--lora {out / 'lora'} --prompts tiny/prompts.txt --n {size.n_guard} "
+                                                                        f"--steps {size.steps} --seed 5000 --norms") for who, out in trained.items()}
+    return {"ratio": {who: ratio_of(path) for who, path in pictures.items()}, **judge(home, run, pictures, root / "renders-training")}
 
 
-PARTS = {"main": (main_part, tuple(range(1, 10))), "renorm": (renorm_part, (2,)), "adjoint": (adjoint_part, (3,)), "few": (few_part, (7,)),
+PARTS = {"main": (main_part, tuple(range(1, 9))), "renorm": (renorm_part, (2,)), "adjoint": (adjoint_part, (3,)), "few": (few_part, (7,)),
          "early": (early_part, (8,)), **{f"guard: {name}": (partial(variant_part, name=name), (9,)) for name in VARIANTS}}
 
 
@@ -327,16 +340,8 @@ def work_on_run(run: Run, parts: list[str], args: Args, size: Size):
 
 
 def start_worker(threads: int):
-    """Each process its share of the cores; it does not outlive the one that started it, of which a successor may be at work."""
-    parent = os.getppid()
-
-    def watch():
-        """Until that one is gone."""
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    """Each process its share of the cores. It does not outlive the one that started it, whose successor may be at work already."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
 
 
@@ -359,28 +364,36 @@ def main(args: Args):
     if not all((args.bases, args.methods, args.rewards, args.seeds)):
         fail("--bases, --methods, --rewards and --seeds each take at least one")
     os.chdir(ROOT)
-    size, assets = Size(), Path("assets")
+    size = SMOKE if args.smoke else Size()
     if args.smoke:
-        size, root = SMOKE, Path("runs/smoke" if args.runs == Args.runs else args.runs)
-        args, assets = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, args.jobs, True, str(root), str(root / "results")), root
+        root = "runs/smoke" if args.runs == Args.runs else args.runs
+        args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, args.jobs, True, root, f"{root}/results")
+    root, results = make_dir(args.runs, "--runs"), make_dir(args.results, "--results")
+    assets = Path("assets") if args.results == Args.results else results.parent
+    lock = open(root / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"--runs {root}: another reproduce.py is at work there")
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     threads = max(1, os.cpu_count() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before a worker imports torch
-    runs = [Run(base, method, reward, seed) for seed, base, method, reward in product(args.seeds, args.bases, args.methods, args.rewards)]
+    runs = [Run(*which, seed) for seed, *which in dict.fromkeys(product(args.seeds, args.bases, args.methods, args.rewards))]
     ablated = [run for run in runs if (run.base, run.reward) == (args.bases[0], args.rewards[0])]  # one base, one reward
-    grid, ablation = todo(args, ablated if args.only == 9 else runs, False), todo(args, ablated, True)
-    root, results = Path(args.runs), Path(args.results)
+    grid, ablation = todo(args, runs, False), todo(args, ablated, True)
     total = sum(map(len, [*grid.values(), *ablation.values()]))
 
     def left() -> int:
         """Parts to do."""
         return sum(part not in read_json(results / f"{run.name}.json") for some in (grid, ablation) for run, parts in some.items() for part in parts)
 
-    command(root, f"tiny/world.py --n {size.renders} --seed 1 --prompts tiny/eval_prompts.txt --out {root}/renders", root / "renders" / "samples.jsonl")
+    if total:
+        for out, prompts in (("renders", "eval_prompts"), ("renders-training", "prompts")):
+            command(root, f"tiny/world.py --n {size.renders} --seed 1 --prompts tiny/{prompts}.txt --out {root / out}", root / out)
     with tqdm(total=total, desc="reproduce", unit="part") as bar:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
         try:
-            for tasks in ([partial(work_on_base, base, args, size) for base in args.bases if total],  # each phase needs the one before
+            for tasks in ([partial(work_on_base, base, args, size) for base in dict.fromkeys(args.bases) if total],  # each phase needs the one before
                           [partial(work_on_run, run, parts, args, size) for run, parts in grid.items()],
                           [partial(work_on_run, run, parts, args, size) for run, parts in ablation.items()]):
                 pending = {pool.submit(task) for task in tasks}
@@ -389,13 +402,16 @@ def main(args: Args):
                     for future in done:
                         future.result()  # raises what it raised
                     bar.update(total - left() - bar.n)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            for process in multiprocessing.active_children():  # they have more tasks in their queue
+                process.terminate()
+            raise
+        pool.shutdown()
 
     found = {Run(b, m, r, int(file.stem.rpartition("-s")[2])): read_json(file) for b, m, r in product(Args.bases, Args.methods, Args.rewards)
              for file in sorted(results.glob(f"{b}-{m}-{r}-s*.json"))}
     bases = {base: numbers for base in Args.bases if (numbers := read_json(results / f"{base}.json"))}
-    write_report(found, bases, results.parent, assets, " ".join(__doc__.split("\n\n")[2].split()))
+    write_report(found, bases, size, results.parent, assets)
     if (front := root / Run("sd3", "awm", "pickscore", 0).name / "report.png").exists():
         shutil.copy(front, assets / "front.png")
     print(f"{len(found)} runs: {results.parent}/RESULTS.md, {results.parent}/results.json and figures in {assets}/")
