@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 
@@ -1132,33 +1133,49 @@ def test_a_report_of_odd_names(tmp_path):
 
 # ---------------------------------------------------------------- the paper's claims
 
-def test_other_guards():
-    """Each of claim 9's hinges against numpy in float64, and that none pulls where the norm is under the reference's."""
-    v, v_ref = random_pair(scale=1.05)
+@pytest.mark.parametrize("margin", [0.0, 0.02])
+def test_other_guards(margin):
+    """Claim 9's hinges against numpy in float64, their slopes against finite differences, and no pull where all norms are small."""
+    v, v_ref = (F.interpolate(x, (4, 2)) for x in random_pair(scale=1.6))  # (5, 4, 4, 2): two tokens a sample
     a, b = v.numpy(), v_ref.numpy()
     norms = [np.sqrt((x**2).sum((1, 2, 3))) for x in (a, b)]
-    places = [np.sqrt((x**2).sum(1)) for x in (a, b)]
+    tokens = [np.sqrt(np.stack([(x[:, :, :2] ** 2).sum((1, 2, 3)), (x[:, :, 2:] ** 2).sum((1, 2, 3))])) for x in (a, b)]
     ratio = norms[0] / norms[1]
-    assert (ratio > 1).any()
-    for hinge, expected in ((reproduce.squared, np.maximum(ratio - 1, 0) ** 2), (reproduce.absolute, np.maximum(norms[0] - norms[1], 0)),
-                            (reproduce.per_token, np.maximum(places[0] / places[1] - 1, 0).mean((1, 2))),
-                            (reproduce.per_batch, np.full(5, max(ratio.mean() - 1, 0)))):
-        np.testing.assert_allclose(hinge(v, v_ref).numpy(), expected, rtol=1e-5, atol=1e-6)
-        small_v = (0.5 * v_ref).requires_grad_()
-        hinge(small_v, v_ref).sum().backward()
-        assert small_v.grad.abs().max() == 0
+    assert ratio.mean() > 1 + margin and ratio.min() < 1
+    for hinge, expected in ((reproduce.squared, np.maximum(ratio - 1 - margin, 0) ** 2), (reproduce.absolute, np.maximum(norms[0] - norms[1] - margin, 0)),
+                            (reproduce.per_token, np.maximum(tokens[0] / tokens[1] - 1 - margin, 0).mean(0)),
+                            (reproduce.per_batch, np.full(5, ratio.mean() - 1 - margin))):
+        np.testing.assert_allclose(hinge(v, v_ref, margin).numpy(), expected, rtol=1e-5, atol=1e-6)
+        longer = v.clone().requires_grad_()
+        hinge(longer, v_ref, margin).sum().backward()
+        h = 1e-2 * v  # norms are fp32: a coarse step, along the radius
+        slope = (hinge(v + h, v_ref, margin) - hinge(v - h, v_ref, margin)).sum().item() / 2
+        assert slope > 0 and (longer.grad * h).sum().item() == pytest.approx(slope, rel=0.02)
+        shorter = (0.5 * v_ref).requires_grad_()
+        hinge(shorter, v_ref, margin).sum().backward()
+        assert shorter.grad.abs().max() == 0
 
 
-def test_paired_differences():
-    """Student's quantiles from a table; means over cells; counts."""
-    for n, quantile in ((2, 12.706), (3, 4.303), (12, 2.201), (36, 2.030)):
-        values = np.random.default_rng(n).normal(size=n)
-        mean, half = report.interval(list(values))
-        assert mean == pytest.approx(values.mean()) and half == pytest.approx(quantile * values.std(ddof=1) / n**0.5, rel=1e-3)
-    results = {reproduce.Run(f"b{cell}", "awm", "hps", seed): {"a": float(cell), "b": float(seed)} for cell in range(6) for seed in range(3)}
-    d = report.paired(results, lambda r: r["a"], lambda r: r["b"])
-    assert d["difference"] == pytest.approx(1.5) and (d["runs"], d["cells"], d["larger"]) == (18, 6, 12)
-    assert d["half"] == pytest.approx(2.571 * np.std(np.arange(6) - 1, ddof=1) / 6**0.5, rel=1e-3)  # over the six cells, not the 18 runs
+def test_paired_differences_and_verdicts():
+    """Student's quantiles from a table; the variance of the cells' means; verdicts of both signs; the judge's counts from either side."""
+    for df, expected in ((1, 12.706), (2, 4.303), (11, 2.201), (35, 2.030)):
+        assert report.quantile(df) == pytest.approx(expected, rel=1e-3)
+    g = np.random.default_rng(0)
+    results = {reproduce.Run(f"b{cell}", "awm", "hps", seed): {"a": cell + g.normal(), "b": 1.0} for cell in range(4) for seed in range(3)}
+    d, values = report.paired(results, lambda r: r["a"], lambda r: r["b"]), np.array([r["a"] - 1 for r in results.values()]).reshape(4, 3)
+    parts = values.var(1, ddof=1) / 3
+    assert d["difference"] == pytest.approx(values.mean()) and (d["runs"], d["cells"]) == (12, 4)
+    assert d["cells larger"] == (values.mean(1) > 0).sum() and d["runs larger"] == (values > 0).sum()
+    df = parts.sum() ** 2 / (parts**2 / 2).sum()  # Satterthwaite's
+    assert d["half"] == pytest.approx(report.quantile(round(df, 1)) * parts.sum() ** 0.5 / 4)
+    one = {run: r for run, r in results.items() if run.seed == 0}
+    assert math.isnan(report.paired(one, lambda r: r["a"])["half"]) and "no interval" in report.verdict(report.paired(one, lambda r: r["a"]), 1)
+    for difference, half, claimed, said in ((1, 0.5, 1, "holds"), (1, 0.5, -1, "**contradicted**"), (-1, 0.5, -1, "holds"), (-1, 0.5, 1, "**contradicted**"),
+                                            (1, 2, 1, "not resolved"), (1, 0.5, 0, "**contradicted**"), (-1, 0.5, 0, "holds"), (0, 0.5, 0, "not resolved")):
+        assert report.verdict({"difference": difference, "half": half}, claimed) == said
+    assert report.verdict({"difference": 0.01, "half": 0.02}, 0, at_least=0.05) == "holds"
+    part = {"p": {"verdicts": {"a vs b": [6, 2, 2, 5]}}}  # of 10 that could be read, 6 won, 2 tied
+    assert report.rate("p", "a vs b")(part) == pytest.approx(0.2) and report.rate("p", "b vs a")(part) == pytest.approx(-0.2)
 
 
 def test_reproduce_goes_on_where_it_was_killed(tmp_path):
