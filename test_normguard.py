@@ -1141,10 +1141,9 @@ def test_other_guards(margin):
     norms = [np.sqrt((x**2).sum((1, 2, 3))) for x in (a, b)]
     tokens = [np.sqrt(np.stack([(x[:, :, :2] ** 2).sum((1, 2, 3)), (x[:, :, 2:] ** 2).sum((1, 2, 3))])) for x in (a, b)]
     ratio = norms[0] / norms[1]
-    assert ratio.mean() > 1 + margin and ratio.min() < 1
+    assert ratio.max() > 1 + margin and ratio.min() < 1
     for hinge, expected in ((reproduce.squared, np.maximum(ratio - 1 - margin, 0) ** 2), (reproduce.absolute, np.maximum(norms[0] - norms[1] - margin, 0)),
-                            (reproduce.per_token, np.maximum(tokens[0] / tokens[1] - 1 - margin, 0).mean(0)),
-                            (reproduce.per_batch, np.full(5, ratio.mean() - 1 - margin))):
+                            (reproduce.per_token, np.maximum(tokens[0] / tokens[1] - 1 - margin, 0).mean(0))):
         np.testing.assert_allclose(hinge(v, v_ref, margin).numpy(), expected, rtol=1e-5, atol=1e-6)
         longer = v.clone().requires_grad_()
         hinge(longer, v_ref, margin).sum().backward()

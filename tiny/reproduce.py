@@ -120,17 +120,12 @@ def per_token(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
     return torch.relu(norm_ratio(*tokens) - 1 - margin).view(len(v), -1).mean(1)
 
 
-def per_batch(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
-    """The hinge of the mean ratio of a forward pass (here 64 rows): those above the reference and those below make up for each other."""
-    return torch.relu(norm_ratio(v, v_ref).mean() - 1 - margin).expand(len(v))
-
-
 # name: (flags, hinge or None for normguard's own). A squared hinge's slope is the linear one's at an excess of 5 % if lam is ten
 # times larger; ||v_ref|| is about 30 to 40 here, hence the lam of the absolute one.
 VARIANTS = {
     "lam 0.0005": ("--lam 0.0005", None), "lam 0.005": ("--lam 0.005", None), "lam 0.5": ("--lam 0.5", None), "lam 5": ("--lam 5", None),
     "squared, lam 0.5": ("--lam 0.5", squared), "absolute, lam 0.0015": ("--lam 0.0015", absolute), "per token": (f"--lam {LAM}", per_token),
-    "per batch": (f"--lam {LAM}", per_batch), "margin 0.02": (f"--lam {LAM} --margin 0.02", None),
+    "margin 0.02": (f"--lam {LAM} --margin 0.02", None),
 }
 
 
