@@ -314,22 +314,34 @@ def guards(results: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
                 found.setdefault(guard, {})[run] = {**part["means"][who], "ratio": part["ratio"][who]["overall"], "default": part["means"]["guarded"],
                                                     "preferred": 0.0 if who == "guarded" else rate(name, f"{who} vs guarded")(r)}
     by_lam = sorted((name for name in found if name.startswith("lam")), key=lambda name: float(name.split()[1]))
-    return {name: found[name] for name in (*by_lam, *(n for n in found if n not in by_lam))} if all(found.values()) else {}
+    return {name: found[name] for name in (*by_lam, *sorted(found.keys() - by_lam))} if all(found.values()) else {}
+
+
+def corners(results: dict[tuple, dict]) -> dict[str, dict[str, dict[tuple, dict]]]:
+    """The guards of each base and reward that have any."""
+    found = {}
+    for base, reward in dict.fromkeys((run.base, run.reward) for run in results):
+        if some := guards({run: r for run, r in results.items() if (run.base, run.reward) == (base, reward)}):
+            found[f"{base}, {reward}"] = some
+    return found
 
 
 def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """Other guards."""
-    rows, methods = [], list(dict.fromkeys(run.method for run in results))
-    for name, some in guards(results).items():
-        row = numbers[name] = {m: paired(some, lambda r, m=m: r[m], lambda r, m=m: r["default"][m]) for m in ("reward", "judge/overall", "FD", "saturation")}
-        row["ratio"] = {method: [r["ratio"] for run, r in some.items() if run.method == method] for method in methods}
-        row["preferred"] = paired(some, lambda r: r["preferred"])
-        rows.append([name, *(f"{np.mean(x):.3f}" if x else "-" for x in row["ratio"].values()), *(
-            f"{row[m]['a']:.{k}f} ({pm(row[m], k)})" if name != f"lam {LAM}" else f"**{row[m]['a']:.{k}f}**" for m, k in (
-                ("reward", 3), ("judge/overall", 3), ("FD", 2), ("saturation", 3))), pm(row["preferred"]) if name != f"lam {LAM}" else "", str(len(some))])
+    tables, methods = [], list(dict.fromkeys(run.method for run in results))
+    for corner, found in corners(results).items():
+        rows, known = [], numbers.setdefault(corner, {})
+        for name, some in found.items():
+            row = known[name] = {m: paired(some, lambda r, m=m: r[m], lambda r, m=m: r["default"][m]) for m in ("reward", "judge/overall", "FD", "saturation")}
+            row["ratio"] = {method: [r["ratio"] for run, r in some.items() if run.method == method] for method in methods}
+            row["preferred"] = paired(some, lambda r: r["preferred"])
+            rows.append([name, *(f"{np.mean(x):.3f}" if x else "-" for x in row["ratio"].values()), *(
+                f"{row[m]['a']:.{k}f} ({pm(row[m], k)})" if name != f"lam {LAM}" else f"**{row[m]['a']:.{k}f}**" for m, k in (
+                    ("reward", 3), ("judge/overall", 3), ("FD", 2), ("saturation", 3))), pm(row["preferred"]) if name != f"lam {LAM}" else "", str(len(some))])
+        tables.append(f"**{corner}**\n\n" + markdown(["guard", *(f"norm ratio, {m}" for m in methods), "reward", "judged good", "Fréchet distance", "saturation",
+                                                    "preferred to the default, less one half", "runs"], rows))
     return (f"In brackets: less lam {LAM} with NormGuard's own hinge, the default. On training prompts, with noise that no training saw; the default was fixed before.\n\n"
-            + markdown(["guard", *(f"norm ratio, {m}" for m in methods), "reward", "judged good", "Fréchet distance", "saturation",
-                        "preferred to the default, less one half", "runs"], rows) + "\n\n![guards](ASSETS/ablation.png)")
+            + "\n\n".join(tables) + "\n\n![guards](ASSETS/ablation.png)")
 
 
 # ---------------------------------------------------------------- figures
@@ -435,23 +447,24 @@ def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path)
 
 def draw_ablation(results: dict[tuple, dict], path: Path):
     """Norm ratio, reward and verdict over lam; other forms of the guard to the right. A dot a run, a line the mean."""
-    found, methods = guards(results), list(dict.fromkeys(run.method for run in results))
-    lams = sum(name.startswith("lam") for name in found)
+    found, methods = corners(results), list(dict.fromkeys(run.method for run in results))
     panels = (("norm ratio", "ratio"), ("reward", "reward"), ("judged good", "judge/overall"), ("Fréchet distance", "FD"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.8), layout="constrained")
-    for axis, (title, metric) in zip(axes, panels):
-        for i, method in enumerate(methods):
-            values = [[r[metric] for run, r in some.items() if run.method == method] for some in found.values()]
-            places = [x + 0.15 * (i - 1) for x in range(len(values))]
-            for x, y in zip(places, values):
-                axis.plot([x] * len(y), y, "o", color=plt.cm.Dark2.colors[i], markersize=3, alpha=0.6)
-            axis.plot(places[:lams], [np.mean(y) if y else math.nan for y in values[:lams]], color=plt.cm.Dark2.colors[i], linewidth=1, label=method)
-        axis.axvline(lams - 0.5, color="gray", linewidth=0.8)
-        axis.set(title=title, xticks=range(len(found)))
-        axis.set_xticklabels(found, rotation=60, ha="right", fontsize=8)
-        axis.grid(alpha=0.3)
-    axes[0].axhline(1, color="black", linewidth=0.8)
-    axes[0].legend(fontsize=8)
+    figure, axes = plt.subplots(len(found), len(panels), figsize=(4 * len(panels), 3.8 * len(found)), layout="constrained", squeeze=False)
+    for row, (corner, by_guard) in zip(axes, found.items()):
+        lams = sum(name.startswith("lam") for name in by_guard)
+        for axis, (title, metric) in zip(row, panels):
+            for i, method in enumerate(methods):
+                values = [[r[metric] for run, r in some.items() if run.method == method] for some in by_guard.values()]
+                places = [x + 0.15 * (i - 1) for x in range(len(values))]
+                for x, y in zip(places, values):
+                    axis.plot([x] * len(y), y, "o", color=plt.cm.Dark2.colors[i], markersize=3, alpha=0.6)
+                axis.plot(places[:lams], [np.mean(y) if y else math.nan for y in values[:lams]], color=plt.cm.Dark2.colors[i], linewidth=1, label=method)
+            axis.axvline(lams - 0.5, color="gray", linewidth=0.8)
+            axis.set(title=f"{title} ({corner})", xticks=range(len(by_guard)))
+            axis.set_xticklabels(by_guard, rotation=60, ha="right", fontsize=8)
+            axis.grid(alpha=0.3)
+        row[0].axhline(1, color="black", linewidth=0.8)
+    axes[0, 0].legend(fontsize=8)
     save(figure, path)
 
 
@@ -459,7 +472,8 @@ def draw_ablation(results: dict[tuple, dict], path: Path):
 
 READING = {  # claim: what we make of the numbers that are committed
     "1": "As the paper says, but for over-sharpening, of which there is next to nothing: colours turn loud, edges only a little harder. These pictures "
-         "have no fine texture that could be over-sharpened. Inflation is largest at the noisy steps. The exception is DPO on FLUX, where it is small and the pictures stay good.",
+         "have no fine texture that could be over-sharpened. Inflation is largest at the noisy steps. The exception is DPO on FLUX, whose norm peaks at 1.1 to 1.2 around "
+         "epoch 20 and then comes down by itself, and its pictures with it.",
     "2": "The miniature contradicts the paper: rescaling makes good more than half of what the judge sees and a third of the distance, for 4 % of the reward's gain. We think that the "
          "damage here is mostly loud colours, and that in whitened latents of smooth pictures the velocity's norm is nearly their contrast: to shrink it "
          "while sampling is to turn the colours down. What is co-adapted into the weights remains, and training with the guard does better on "
@@ -468,9 +482,9 @@ READING = {  # claim: what we make of the numbers that are committed
          "(tiny/README.md), so it gains to first order from longer velocities, and more so before RL has spent that gain. `pickscore`, which is "
          "nearly blind to contrast, comes near to the paper's claim once the model is trained. In neither is the signal as strong as the control's.",
     "4": "Over the trajectory, not at each step: the guard acts on each sample's norm at a random t, so that it leaves up to 7 % at the noisiest steps, where RL "
-         "pushes hardest, and has pushed the norm under the reference elsewhere. Nothing pulls it back up. It sinks furthest for DPO on FLUX, where there was "
-         "little to hold.",
-    "5 and 6": "The reward is preserved, and the judge agrees with the paper in all cells but DPO on FLUX, where the unguarded pictures were still good: there "
+         "pushes hardest, and has pushed the norm under the reference elsewhere. Nothing pulls it back up. It sinks furthest for DPO on FLUX, where the "
+         "unguarded norm comes down by itself.",
+    "5 and 6": "The reward is preserved, and the judge agrees with the paper in all cells but DPO on FLUX, where the unguarded pictures are good in the end: there "
                "the guard has nothing to repair and costs distance. The detector contradicts: it takes loud pictures for real. It knows samples by their softness "
                "(tiny/README.md) and has never seen loud colours among them, so on them its word is worth little. Against the base "
                "the guarded pictures are about as good to the judge, and further from renders: backdrops turn greyer.",
@@ -518,7 +532,7 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
         ("3", "The velocity's magnitude carries no coherent first-order reward signal at the batch level", has(done, "adjoint"), claim_3),
         ("4", "NormGuard holds the norm", done, claim_4), ("5 and 6", "It preserves the reward; judge and detector prefer it", done, claim_5_and_6),
         ("7", "Its gain grows at few steps", has(done, "few"), claim_7), ("8", "It is not early stopping", has(done, "early"), claim_8),
-        ("9", "Our own choices: the hinge's form, margin and lam", results if guards(results) else {}, claim_9))
+        ("9", "Our own choices: the hinge's form, margin and lam", results if corners(results) else {}, claim_9))
     for claim, title, some, write in sections:
         body = write(some, bases, numbers.setdefault(claim, {})) if some else "Not measured yet."
         reading = [READING[claim]] if committed and some and claim in READING else []
@@ -539,5 +553,5 @@ and "contradicted" are what the interval says; the judge, the detector and the p
             draw(some, assets / f"{name}.png")
     if some := has(done, "adjoint"):
         draw_adjoint(some, bases, assets / "adjoint.png")
-    if guards(results):
+    if corners(results):
         draw_ablation(results, assets / "ablation.png")

@@ -124,8 +124,8 @@ def per_token(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
 # times larger; ||v_ref|| is about 30 to 40 here, hence the lam of the absolute one.
 VARIANTS = {
     "lam 0.0005": ("--lam 0.0005", None), "lam 0.005": ("--lam 0.005", None), "lam 0.5": ("--lam 0.5", None), "lam 5": ("--lam 5", None),
-    "squared, lam 0.5": ("--lam 0.5", squared), "absolute, lam 0.0015": ("--lam 0.0015", absolute), "per token": (f"--lam {LAM}", per_token),
-    "margin 0.02": (f"--lam {LAM} --margin 0.02", None),
+    "squared, lam 0.05": ("--lam 0.05", squared), "squared, lam 0.5": ("--lam 0.5", squared), "squared, lam 5": ("--lam 5", squared),
+    "absolute, lam 0.0015": ("--lam 0.0015", absolute), "per token": (f"--lam {LAM}", per_token), "margin 0.02": (f"--lam {LAM} --margin 0.02", None),
 }
 
 
@@ -374,7 +374,8 @@ def main(args: Args):
     threads = max(1, os.cpu_count() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before a worker imports torch
     runs = [Run(*which, seed) for seed, *which in dict.fromkeys(product(args.seeds, args.bases, args.methods, args.rewards))]
-    ablated = [run for run in runs if (run.base, run.reward) == (args.bases[0], args.rewards[0])]  # one base, one reward
+    corners = {(args.bases[i], args.rewards[i]) for i in (0, -1)}  # a base and a reward to look at, others to confirm it
+    ablated = [run for run in runs if (run.base, run.reward) in corners]
     grid, ablation = todo(args, runs, False), todo(args, ablated, True)
     total = sum(map(len, [*grid.values(), *ablation.values()]))
 
