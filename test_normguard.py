@@ -1212,3 +1212,5 @@ def test_reproduce_refuses(capsys):
     refuses(capsys, lambda: reproduce.main(reproduce.Args(bases=("sdxl",))), "--bases", "sdxl", "flux")
     refuses(capsys, lambda: reproduce.main(reproduce.Args(only=10)), "--only")
     refuses(capsys, lambda: reproduce.main(reproduce.Args(seeds=())), "--seeds")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(jobs=0)), "--jobs")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(runs="a b")), "--runs", "a b")

@@ -356,6 +356,10 @@ def main(args: Args):
             fail(f"--{flag} {unknown.pop()}: {', '.join(known)}")
     if args.only is not None and not 1 <= args.only <= 9:
         fail(f"--only {args.only}: a claim is a number from 1 to 9")
+    if args.jobs is not None and args.jobs < 1:
+        fail(f"--jobs {args.jobs}: at least 1")
+    if len(args.runs.split()) != 1:  # commands are split at spaces
+        fail(f"--runs '{args.runs}': a path without spaces")
     if not all((args.bases, args.methods, args.rewards, args.seeds)):
         fail("--bases, --methods, --rewards and --seeds each take at least one")
     os.chdir(ROOT)
