@@ -212,14 +212,14 @@ def adjoint(pipe, noise: Tensor, text: dict, prompts: list[str], sigmas: Tensor,
                 path.append(path[-1] + dt * velocity(model, path[-1], torch.full((len(x),), now, device=device), inputs, guidance, null))
         last = path[-1].requires_grad_()
         pictures = decode_batch(pipe, last)
-        a = [torch.autograd.grad(reward(pictures, said).sum(), last, retain_graph=True)[0] for reward in rewards]
+        a = [torch.autograd.grad(reward(pictures, said).sum(), last, retain_graph=r + 1 < len(rewards))[0] for r, reward in enumerate(rewards)]
         s = [[] for _ in rewards]
         for x, now, dt in reversed(list(zip(path, sigmas.tolist(), sigmas.diff().tolist()))):
             x = x.detach().requires_grad_()
             v = velocity(model, x, torch.full((len(x),), now, device=device), inputs, guidance, null)
             for r in range(len(rewards)):
                 s[r].append((a[r] * dt * v.detach()).flatten(1).sum(1).cpu())
-                a[r] = a[r] + torch.autograd.grad(v, x, dt * a[r], retain_graph=True)[0]
+                a[r] = a[r] + torch.autograd.grad(v, x, dt * a[r], retain_graph=r + 1 < len(rewards))[0]
         for r in range(len(rewards)):
             out[r].append(torch.stack(s[r][::-1], 1))
     return [torch.cat(parts) for parts in out]
