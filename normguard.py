@@ -1,4 +1,4 @@
-"""NormGuard: hold the velocity norm of a flow model during RL post-training. One file, torch only: copy it into any repo.
+"""NormGuard: hold the velocity norm of a flow model during RL post-training. One file, torch only: copy it anywhere.
 
 RL fine-tuning (NFT, AWM, DPO) inflates the norm of the velocity v_theta over that of the reference v_ref, and pictures
 degrade (over-sharp, oversaturated, unnaturally lit) where the reward does not see it. NormGuard adds a hinge that acts
@@ -67,16 +67,17 @@ def renormalize(v: Tensor, v_ref: Tensor, cap: bool = False) -> Tensor:
 def reference(model: torch.nn.Module):
     """Inside, `model` is the frozen base it was before RL: LoRA adapters off, eval mode, no gradient recorded.
 
-    For diffusers models with adapters and for PeftModel (LoRA and its kin). Touches nothing but two flags of each module
-    and puts both back, also after an exception and when nested: which adapter is active, which parameters train, and
-    each module's train/eval mode come out as they went in. Does the model have dropout? Then compute v in eval mode too: its
-    noise would count as excess norm.
+    For diffusers models with adapters and for PeftModel (LoRA and its kin). Touches nothing but two flags of each
+    module and puts both back, also after an exception and when nested: which adapter is active, which parameters train,
+    and each module's train/eval mode come out as they went in. Does the model have dropout? Then compute v in eval mode
+    too: its noise would count as excess norm.
     Raises ValueError if the model holds no adapter: with full fine-tuning, keep a frozen copy as the reference.
     """
     # every adapter layer of peft reads this flag in its forward; disable_adapters() would also reset requires_grad
     layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
     if not layers:
-        raise ValueError("reference(model) found no adapter to switch off; add a LoRA, or keep a frozen copy as reference")
+        raise ValueError("reference(model) found no adapter to switch off; add a LoRA, or keep a frozen copy as the "
+                         "reference")
     disabled = [m._disable_adapters for m in layers]
     training = [(m, m.training) for m in model.modules()]
     try:

@@ -21,10 +21,20 @@ from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipel
 from PIL import Image
 
 import eval_judge
+import flow.checkpoint
+import flow.cli
+import flow.judge
+import flow.pictures
+import flow.pipeline
+import flow.realism
+import flow.rewards
+import flow.run
 import sample
 import train_awm
 import train_dpo
 import train_nft
+from flow.lora import add_lora
+from flow.pipeline import decode_batch, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from normguard import norm_hinge, norm_ratio, reference, renormalize, velocity_norm
 
 ROOT = Path(__file__).resolve().parent
@@ -34,7 +44,8 @@ import reproduce  # noqa: E402
 import world  # noqa: E402
 
 SCRIPTS = [train_nft, train_awm, train_dpo]
-SMALL = dict(epochs=4, group=4, groups=2, updates=2, batch=8, rank=4, steps=5, timesteps=1, eval_n=4, eval_every=2, save_every=1, lr=2e-3)
+SMALL = dict(epochs=4, group=4, groups=2, updates=2, batch=8, rank=4, steps=5, timesteps=1,
+             eval_n=4, eval_every=2, save_every=1, lr=2e-3)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +100,9 @@ def pixels(path) -> np.ndarray:
 def random_pair(b=5, scale=1.2, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     v_ref = torch.randn(b, 4, 3, 2, generator=g, dtype=dtype)
-    return v_ref * torch.linspace(0.7, scale, b, dtype=dtype).view(-1, 1, 1, 1) + 0.1 * torch.randn(v_ref.shape, generator=g, dtype=dtype), v_ref
+    scales = torch.linspace(0.7, scale, b, dtype=dtype).view(-1, 1, 1, 1)
+    v = v_ref * scales + 0.1 * torch.randn(v_ref.shape, generator=g, dtype=dtype)
+    return v, v_ref
 
 
 def test_norm_and_ratio_match_numpy():
@@ -133,10 +146,15 @@ def test_hinge_is_silent_on_the_reference_itself():
 
 
 def test_zero_velocities_stay_finite():
-    for v, v_ref in [(torch.zeros(2, 3), torch.ones(2, 3)), (torch.ones(2, 3), torch.zeros(2, 3)), (torch.zeros(2, 3), torch.zeros(2, 3))]:
+    for v, v_ref in [
+        (torch.zeros(2, 3), torch.ones(2, 3)),
+        (torch.ones(2, 3), torch.zeros(2, 3)),
+        (torch.zeros(2, 3), torch.zeros(2, 3)),
+    ]:
         v.requires_grad_()
         norm_hinge(v, v_ref).sum().backward()
-        assert norm_hinge(v, v_ref).isfinite().all() and v.grad.isfinite().all() and renormalize(v, v_ref).isfinite().all()
+        assert norm_hinge(v, v_ref).isfinite().all() and v.grad.isfinite().all()
+        assert renormalize(v, v_ref).isfinite().all()
 
 
 def test_shapes_must_agree():
@@ -150,7 +168,8 @@ def test_renormalize():
     cosine = torch.nn.functional.cosine_similarity(renormalize(v, v_ref).flatten(1), v.flatten(1))
     np.testing.assert_allclose(cosine.numpy(), 1, rtol=1e-6)
     capped, ratio = renormalize(v, v_ref, cap=True), norm_ratio(v, v_ref)
-    np.testing.assert_allclose(velocity_norm(capped).numpy(), torch.minimum(velocity_norm(v), velocity_norm(v_ref)).numpy(), rtol=1e-6)
+    smaller = torch.minimum(velocity_norm(v), velocity_norm(v_ref))
+    np.testing.assert_allclose(velocity_norm(capped).numpy(), smaller.numpy(), rtol=1e-6)
     np.testing.assert_allclose(capped[ratio <= 1].numpy(), v[ratio <= 1].numpy(), rtol=1e-6)
     assert renormalize(v.bfloat16(), v_ref.bfloat16()).dtype == torch.bfloat16
 
@@ -158,12 +177,18 @@ def test_renormalize():
 @pytest.fixture()
 def lora_model():
     """tiny/sd3's transformer with a LoRA that changes its output, and an input."""
-    model = SD3Transformer2DModel.from_pretrained("tiny/sd3", subfolder="transformer", dtype=torch.float32).requires_grad_(False)
+    model = SD3Transformer2DModel.from_pretrained("tiny/sd3", subfolder="transformer", dtype=torch.float32)
+    model.requires_grad_(False)
     g = torch.Generator().manual_seed(0)
-    inputs = dict(hidden_states=torch.randn(2, 16, 8, 8, generator=g), timestep=torch.tensor([900.0, 300.0]), return_dict=False,
-                  encoder_hidden_states=torch.randn(2, 16, 96, generator=g), pooled_projections=torch.randn(2, 80, generator=g))
+    inputs = dict(
+        hidden_states=torch.randn(2, 16, 8, 8, generator=g),
+        timestep=torch.tensor([900.0, 300.0]),
+        return_dict=False,
+        encoder_hidden_states=torch.randn(2, 16, 96, generator=g),
+        pooled_projections=torch.randn(2, 80, generator=g),
+    )
     base = model(**inputs)[0]
-    params = sample.add_lora(model, rank=4, seed=0)
+    params = add_lora(model, rank=4, seed=0)
     for p in params:
         torch.nn.init.normal_(p, std=0.1, generator=g)
     return model, inputs, base.detach(), params
@@ -175,7 +200,11 @@ def test_reference_is_the_base_and_puts_everything_back(lora_model):
     model.transformer_blocks[0].eval()  # a mode that differs inside the model must come back too
     tuned = model(**inputs)[0]
     assert not torch.equal(tuned, base)
-    before = [(m, m.training) for m in model.modules()], [p.requires_grad for p in model.parameters()], model.active_adapters()
+
+    def state():
+        modes = [(m, m.training) for m in model.modules()]
+        return modes, [p.requires_grad for p in model.parameters()], model.active_adapters()
+    before = state()
     with pytest.raises(RuntimeError, match="inside"):
         with reference(model):
             with reference(model):
@@ -184,7 +213,7 @@ def test_reference_is_the_base_and_puts_everything_back(lora_model):
             assert torch.equal(out, base) and not out.requires_grad and not model.training
             raise RuntimeError("inside")
     assert torch.equal(model(**inputs)[0], tuned) and torch.is_grad_enabled()
-    assert before == ([(m, m.training) for m in model.modules()], [p.requires_grad for p in model.parameters()], model.active_adapters())
+    assert before == state()
     model(**inputs)[0].sum().backward()
     assert all(p.grad is not None for p in params)
 
@@ -240,7 +269,10 @@ def test_awm_loss_value_and_gradient(clip):
     for i, j in np.ndindex(8, 6):
         step = np.zeros(6)
         step[j] = 1e-6
-        up, down = (awm_reference(v[i] + s * step.reshape(2, 3), v_old[i], x0[i], noise[i], t[i], adv[i], 0.25, clip) for s in (1, -1))
+        up, down = (
+            awm_reference(v[i] + s * step.reshape(2, 3), v_old[i], x0[i], noise[i], t[i], adv[i], 0.25, clip)
+            for s in (1, -1)
+        )
         slope[i].flat[j] = (up - down) / 2e-6
     x = torch.from_numpy(v).requires_grad_()
     loss = train_awm.awm_loss(x, *(torch.from_numpy(a) for a in (v_old, x0, noise, t, adv)), 0.25, clip)
@@ -271,7 +303,8 @@ def slopes(f, *velocities, h=1e-6):
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
 def test_nft_loss_value_and_gradient(beta):
-    """The official loss (train_nft_sd3.py), whose weights are held fixed in the differences as its no_grad holds them."""
+    """The official loss (train_nft_sd3.py), whose weights are held fixed in the differences as its no_grad holds
+    them."""
     g = np.random.default_rng(0)
     v, v_old, x0, xt = g.normal(size=(4, 6, 2, 3))
     t, r = g.uniform(0.1, 1, 6), np.array([0.0, 1.0, 0.5, 0.3, 0.8, 0.6])
@@ -324,7 +357,8 @@ def test_old_policy_follows_as_officially():
     """return_decay of train_nft_sd3.py, types 0, 1 and 2."""
     for start, rate, most in ((0, 0.0, 0.0), (0, 0.001, 0.5), (75, 0.0075, 0.999)):
         for step in (0, 1, 74, 75, 76, 200, 499, 500, 501, 9999):
-            assert train_nft.old_decay(step, start, rate, most) == (0.0 if step < start else min((step - start) * rate, most))
+            expected = 0.0 if step < start else min((step - start) * rate, most)
+            assert train_nft.old_decay(step, start, rate, most) == expected
 
 
 def test_nft_keeps_the_trained_lora_and_pays_for_the_old_one_only_where_it_differs(tmp_path, monkeypatch):
@@ -343,8 +377,8 @@ def test_nft_keeps_the_trained_lora_and_pays_for_the_old_one_only_where_it_diffe
 
 def sorted_lora(state: dict) -> list[torch.Tensor]:
     """A checkpoint's LoRA in the order of the model's parameters."""
-    pipe = sample.load_pipeline("tiny/sd3", torch.device("cpu"))
-    sample.add_lora(pipe.transformer, SMALL["rank"], 0)
+    pipe = load_pipeline("tiny/sd3", torch.device("cpu"))
+    add_lora(pipe.transformer, SMALL["rank"], 0)
     names = [n.replace(".default", "") for n, p in pipe.transformer.named_parameters() if p.requires_grad]
     return [state["lora"][n] for n in names]
 
@@ -352,23 +386,28 @@ def sorted_lora(state: dict) -> list[torch.Tensor]:
 def test_advantages():
     reward = np.random.default_rng(0).normal(size=(3, 4)) ** 5  # heavy tails, so that some are clipped
     expected = np.clip((reward - reward.mean(1, keepdims=True)) / (reward.std() + 1e-4), -1.5, 1.5) / 1.5
-    ours = sample.group_advantages(torch.from_numpy(reward.flatten()), group=4, clip=1.5)
+    ours = flow.run.group_advantages(torch.from_numpy(reward.flatten()), group=4, clip=1.5)
     np.testing.assert_allclose(ours.numpy(), expected.flatten(), rtol=1e-9)
     assert (abs(expected) == 1).any()
 
 
 def test_stratified_moments():
-    k = sample.stratified(4000, 6, 12, torch.Generator().manual_seed(0))
-    expected = [{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}]  # the official "discrete" ones for 14 steps and 6 moments
+    k = flow.run.stratified(4000, 6, 12, torch.Generator().manual_seed(0))
+    # the official "discrete" ones for 14 steps and 6 moments
+    expected = [{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}]
     assert [set(column.tolist()) for column in k.T] == expected
 
 
 # ---------------------------------------------------------------- sampling
 
-@pytest.mark.parametrize("guidance, lora", [(1.0, False), (3.0, True)])
+@pytest.mark.parametrize("guidance, lora", [
+    (1.0, False),
+    (3.0, True),
+])
 def test_sample_is_plain_diffusers(run, tmp_path, guidance, lora):
-    args = sample.Args(n=1, prompts="tiny/eval_prompts.txt", steps=6, guidance=guidance, lora=str(run / "lora") if lora else None, seed=5,
-                       batch=5, out=str(tmp_path), reward="tiny/pickscore")
+    args = sample.Args(n=1, prompts="tiny/eval_prompts.txt", steps=6, guidance=guidance,
+                       lora=str(run / "lora") if lora else None, seed=5, batch=5, out=str(tmp_path),
+                       reward="tiny/pickscore")
     sample.main(args)
     pipe = StableDiffusion3Pipeline.from_pretrained("tiny/sd3", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -397,56 +436,65 @@ def test_flux_trains_and_samples_as_plain_diffusers(tmp_path, script):
 
 
 def test_lora_changes_the_picture(run, tmp_path):
-    sample.main(sample.Args(steps=1, n=2, out=str(tmp_path / "base")))  # more pictures than the next sample into that folder has
+    # more pictures than the next sample into that folder has
+    sample.main(sample.Args(steps=1, n=2, out=str(tmp_path / "base")))
     for name, lora in (("base", None), ("lora", str(run / "lora"))):
         sample.main(sample.Args(prompt="a red star", steps=4, lora=lora, out=str(tmp_path / name)))
     assert np.abs(pixels(tmp_path / "base/00000.png") - pixels(tmp_path / "lora/00000.png")).max() > 2
 
 
+def seeded(n: int, first: int = 0) -> list[torch.Generator]:
+    """Generators of consecutive seeds."""
+    return [torch.Generator().manual_seed(first + i) for i in range(n)]
+
+
 @torch.no_grad()
 def test_norms_and_renorm(run):
-    pipe = sample.load_pipeline("tiny/sd3", torch.device("cpu"))
+    pipe, prompts, n = load_pipeline("tiny/sd3", torch.device("cpu")), world.CAPTIONS[:32], 32
     pipe.load_lora_weights(run / "lora")
     torch.manual_seed(1)
     for name, p in pipe.transformer.named_parameters():
         if "lora_B" in name:
             p.add_(0.03 * torch.randn(p.shape))  # far enough from the base for norms on both sides of it
-    prompts = world.CAPTIONS[:32]
-    text, sigmas, noise = sample.encode_prompts(pipe, prompts), sample.schedule(pipe, 5, (16, 8, 8)), sample.draw_noise(list(range(32)), (16, 8, 8))
-    _, ratios = sample.integrate(pipe, noise, text, prompts, sigmas, compare=True)
+    encode_prompts(pipe, prompts)
+    sigmas, noise = schedule(pipe, 5), draw_noise(pipe, n, seeded(n))
+    _, ratios = integrate(pipe, noise, prompts, sigmas, compare=True)
     # the first step by hand: from the same noise, with the LoRA and without it
-    embeds = sample.stack(text, prompts, noise.device)
-    v = sample.velocity(pipe.transformer, noise, torch.ones(32), embeds)
+    v = velocity(pipe, noise, torch.ones(n), prompts)
     pipe.disable_lora()
-    v_ref = sample.velocity(pipe.transformer, noise, torch.ones(32), embeds)
+    v_ref = velocity(pipe, noise, torch.ones(n), prompts)
     pipe.enable_lora()
-    np.testing.assert_allclose(ratios[:, 0], np.linalg.norm(v.flatten(1), axis=1) / np.linalg.norm(v_ref.flatten(1), axis=1), rtol=1e-5)
-    assert ratios.shape == (32, 5)
-    matched, _ = sample.integrate(pipe, noise, text, prompts, sigmas[:2], renorm="match")
-    expected = noise + (sigmas[1] - sigmas[0]) * v * (v_ref.flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-    np.testing.assert_allclose(matched, expected, atol=1e-5)
-    r = v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1)
-    assert (r > 1).any() and (r < 1).any()  # both sides of the cap
-    capped, _ = sample.integrate(pipe, noise, text, prompts, sigmas[:2], renorm="cap")
-    np.testing.assert_allclose(capped, noise + (sigmas[1] - sigmas[0]) * v / r.clamp_min(1).view(-1, 1, 1, 1), atol=1e-5)
+    r = torch.from_numpy(np.linalg.norm(v.flatten(1), axis=1) / np.linalg.norm(v_ref.flatten(1), axis=1))
+    np.testing.assert_allclose(ratios[:, 0], r, rtol=1e-5)
+    assert ratios.shape == (n, 5) and (r > 1).any() and (r < 1).any()  # both sides of the cap
+    dt = sigmas[1] - sigmas[0]
+    matched, _ = integrate(pipe, noise, prompts, sigmas[:2], renorm="match")
+    np.testing.assert_allclose(matched, noise + dt * v / r.view(-1, 1, 1, 1), atol=1e-5)
+    capped, _ = integrate(pipe, noise, prompts, sigmas[:2], renorm="cap")
+    np.testing.assert_allclose(capped, noise + dt * v / r.clamp_min(1).view(-1, 1, 1, 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("model, guidance", [("tiny/sd3", None), ("tiny/sd3", 3.0), ("tiny/flux", None)])
+@pytest.mark.parametrize("model, guidance", [
+    ("tiny/sd3", None),
+    ("tiny/sd3", 3.0),
+    ("tiny/flux", None),
+])
 def test_adjoint_is_autograd_through_the_whole_trajectory(model, guidance):
-    """dR/ds_k from one graph over all steps, in which every step's velocity is scaled by its own 1 + s_k; in float64."""
-    pipe, prompts = sample.load_pipeline(model, torch.device("cpu")), ["a red star", "a blue ring"]
-    text = {p: tuple(x.double() for x in pair) for p, pair in sample.encode_prompts(pipe, prompts).items()}
-    pipe.transformer.double()
-    pipe.vae.double()
-    noise, sigmas = sample.draw_noise([1, 2], sample.latent_shape(pipe, None)).double(), sample.schedule(pipe, 4, (16, 8, 8)).double()
-    velocity, rewards = sample.velocity, [lambda images, _: images[:, 0].double().mean((1, 2)), lambda images, _: images.double().square().mean((1, 2, 3))]
-    ours = sample.adjoint(pipe, noise, text, prompts, sigmas, rewards, guidance=guidance, batch=2)
+    """dR/ds_k from one graph over all steps, in which every step's velocity is scaled by its own 1 + s_k; in
+    float64."""
+    pipe, prompts = load_pipeline(model, torch.device("cpu")), ["a red star", "a blue ring"]
+    for part in (pipe.transformer, pipe.vae, *pipe.seam.encoders.values()):
+        part.double()
+    encode_prompts(pipe, prompts, guidance)
+    noise, sigmas = draw_noise(pipe, 2, seeded(2, first=1)).double(), schedule(pipe, 4).double()
+    rewards = [lambda images, _: images[:, 0].double().mean((1, 2)),
+               lambda images, _: images.double().square().mean((1, 2, 3))]
+    ours = sample.adjoint(pipe, noise, prompts, sigmas, rewards, guidance=guidance, batch=2)
     s, x = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True), noise
     for k in range(4):
-        null = sample.stack(text, [""] * 2, x.device) if guidance else None
-        v = velocity(pipe.transformer, x, sigmas[k].expand(2), sample.stack(text, prompts, x.device), guidance, null)
-        x = x + (sigmas[k + 1] - sigmas[k]) * (1 + s[:, k].view(2, 1, 1, 1)) * v
-    pictures = sample.decode_batch(pipe, x)
+        v = velocity(pipe, x, sigmas[k].expand(2), prompts, guidance)
+        x = x + (sigmas[k + 1] - sigmas[k]) * (1 + s[:, k].view(2, *[1] * (x.ndim - 1))) * v
+    pictures = decode_batch(pipe, x)
     for reward, mine in zip(rewards, ours):
         whole = torch.autograd.grad(reward(pictures, prompts).sum(), s, retain_graph=True)[0]
         assert whole.abs().max() > 1e-3
@@ -454,38 +502,50 @@ def test_adjoint_is_autograd_through_the_whole_trajectory(model, guidance):
 
 
 def test_adjoint_writes_what_it_says(tmp_path, capsys):
-    sample.main(sample.Args(adjoint=True, reward="tiny/pickscore", steps=3, prompt="a red star", n=6, out=str(tmp_path)))
+    args = sample.Args(adjoint=True, reward="tiny/pickscore", steps=3, prompt="a red star", n=6, out=str(tmp_path))
+    sample.main(args)
     said = json.loads((tmp_path / "adjoint.json").read_text())
-    assert set(said) == {"t", "n", "units", "tiny/pickscore", "energy (control)"} and said["n"] == said["units"] == 6 and (tmp_path / "adjoint.png").exists()
+    assert set(said) == {"t", "n", "units", "tiny/pickscore", "energy (control)"}
+    assert said["n"] == said["units"] == 6
+    assert (tmp_path / "adjoint.png").exists()
     control = said["energy (control)"]
     np.testing.assert_allclose(control["t_statistic"], np.divide(control["mean"], control["std"]) * 6**0.5)
     assert all(0 <= share <= 1 for share in control["same_sign"]) and -1 <= control["half_batch_cosine"] <= 1
     s = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)).double()
-    sample.write_adjoint(tmp_path, torch.linspace(1, 0, 4), {"r": s}, ["a", "a", "b", "b", "c", "c"])  # three prompts: three independent means
+    prompts = ["a", "a", "b", "b", "c", "c"]  # three prompts: three independent means
+    sample.write_adjoint(tmp_path, torch.linspace(1, 0, 4), {"r": s}, prompts)
     said, means = json.loads((tmp_path / "adjoint.json").read_text()), s.numpy().reshape(3, 2, 3).mean(1)
     np.testing.assert_allclose(said["r"]["t_statistic"], means.mean(0) / (means.std(0, ddof=1) / 3**0.5))
     halves = means[::2].mean(0), means[1]
-    assert said["r"]["half_batch_cosine"] == pytest.approx(np.dot(*halves) / np.linalg.norm(halves[0]) / np.linalg.norm(halves[1]))
+    cosine = np.dot(*halves) / np.linalg.norm(halves[0]) / np.linalg.norm(halves[1])
+    assert said["r"]["half_batch_cosine"] == pytest.approx(cosine)
     refuses(capsys, lambda: sample.main(sample.Args(adjoint=True, out=str(tmp_path / "x"))), "--adjoint", "--reward")
 
 
 @pytest.mark.parametrize("size", [64, 224, 512])
 def test_differentiable_rewards_are_the_rewards(size):
     """torch's bicubic against PIL's, for pictures smaller than, as large as and larger than what the network takes."""
-    pictures = torch.nn.functional.interpolate(world.render(world.scene(torch.arange(8), torch.Generator().manual_seed(1))), size, mode="bicubic").clamp(0, 1)
-    ours, theirs = (eval_judge.load_reward("tiny/pickscore", torch.device("cpu"), differentiable=d)(pictures, world.CAPTIONS[:8]) for d in (True, False))
+    drawn = world.render(world.scene(torch.arange(8), torch.Generator().manual_seed(1)))
+    pictures = torch.nn.functional.interpolate(drawn, size, mode="bicubic").clamp(0, 1)
+    ours, theirs = (
+        flow.rewards.load_reward("tiny/pickscore", torch.device("cpu"), differentiable=d)(pictures, world.CAPTIONS[:8])
+        for d in (True, False)
+    )
     np.testing.assert_allclose(ours, theirs, atol=0.01)
+    mean, std = flow.rewards.OPENAI_CLIP_MEAN, flow.rewards.OPENAI_CLIP_STD
     for picture in pictures[:2]:
-        pil, own = eval_judge.hps_pixels(picture), eval_judge.torch_pixels(picture[None], 224, eval_judge.OPENAI_CLIP_MEAN, eval_judge.OPENAI_CLIP_STD)[0]
+        pil = flow.rewards.hps_pixels(picture)
+        own = flow.rewards.torch_pixels(picture[None], 224, mean, std)[0]
         assert (pil - own).abs().mean() < 0.02  # both in standard deviations: half a level of 255
 
 
 def test_schedule_is_the_pipelines_own():
-    """FlowMatchEulerDiscreteScheduler shifts twice with shift = 3: its sigma_min is shifted, then the even schedule down to it."""
+    """FlowMatchEulerDiscreteScheduler shifts twice with shift = 3: its sigma_min is shifted, then the even schedule
+    down to it."""
     def shift(s):
         return 3 * s / (1 + 2 * s)
     expected = np.append(shift(np.linspace(1, shift(0.001), 8)), 0)
-    np.testing.assert_allclose(sample.schedule(sample.load_pipeline("tiny/sd3", torch.device("cpu")), 8, (16, 8, 8)), expected, atol=1e-6)
+    np.testing.assert_allclose(schedule(load_pipeline("tiny/sd3", torch.device("cpu")), 8), expected, atol=1e-6)
 
 
 # ---------------------------------------------------------------- rewards and distances
@@ -494,13 +554,16 @@ def test_pickscore_formula():
     from transformers import CLIPModel, CLIPTokenizer
     pictures = world.render(world.scene(torch.arange(4), torch.Generator().manual_seed(0)))
     prompts = world.CAPTIONS[:2] + world.CAPTIONS[40:42]
-    clip, tokenizer = CLIPModel.from_pretrained("tiny/pickscore", dtype=torch.float32), CLIPTokenizer.from_pretrained("tiny/pickscore")
-    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1), torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    clip = CLIPModel.from_pretrained("tiny/pickscore", dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained("tiny/pickscore")
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     with torch.no_grad():
-        image = clip.get_image_features(((pictures * 255).round() / 255 - mean) / std).pooler_output.numpy().astype(np.float64)
-        words = clip.get_text_features(**tokenizer(prompts, padding=True, return_tensors="pt")).pooler_output.numpy().astype(np.float64)
+        image = clip.get_image_features(((pictures * 255).round() / 255 - mean) / std).pooler_output
+        words = clip.get_text_features(**tokenizer(prompts, padding=True, return_tensors="pt")).pooler_output
+    image, words = image.numpy().astype(np.float64), words.numpy().astype(np.float64)
     cosine = (image * words).sum(1) / np.linalg.norm(image, axis=1) / np.linalg.norm(words, axis=1)
-    ours = eval_judge.load_reward("tiny/pickscore", torch.device("cpu"))(pictures, prompts)
+    ours = flow.rewards.load_reward("tiny/pickscore", torch.device("cpu"))(pictures, prompts)
     np.testing.assert_allclose(ours.numpy(), cosine * math.exp(clip.logit_scale.item()) / 26, rtol=1e-4)
     assert ours[:2].min() > ours[2:].max()  # renders of the first captions: right ones score above wrong colours
 
@@ -509,8 +572,10 @@ def test_weighted_sum_of_rewards(tmp_path):
     (tmp_path / "two.py").write_text("def a(images, prompts):\n    return images.mean((1, 2, 3))\n"
                                      "def b(images, prompts):\n    return images.amax((1, 2, 3))\n")
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = eval_judge.load_reward(f"{tmp_path}/two.py:a:0.25,{tmp_path}/two.py:b", torch.device("cpu"))(images, ["x"] * 3)
-    np.testing.assert_allclose(ours.numpy(), 0.25 * images.numpy().mean((1, 2, 3)) + images.numpy().max((1, 2, 3)), rtol=1e-6)
+    weighted = f"{tmp_path}/two.py:a:0.25,{tmp_path}/two.py:b"
+    ours = flow.rewards.load_reward(weighted, torch.device("cpu"))(images, ["x"] * 3)
+    expected = 0.25 * images.numpy().mean((1, 2, 3)) + images.numpy().max((1, 2, 3))
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-6)
 
 
 class OpenClip(torch.nn.Module):
@@ -524,9 +589,18 @@ class OpenClip(torch.nn.Module):
         self.conv1 = torch.nn.Conv2d(3, width, patch, patch, bias=False) if vocabulary is None else None
         self.token_embedding = None if vocabulary is None else torch.nn.Embedding(vocabulary, width)
         self.ln_pre, self.ln_post = torch.nn.LayerNorm(width) if vocabulary is None else None, torch.nn.LayerNorm(width)
-        self.blocks = torch.nn.ModuleList(torch.nn.ModuleDict({
-            "ln_1": torch.nn.LayerNorm(width), "attn": torch.nn.MultiheadAttention(width, heads, batch_first=True), "ln_2": torch.nn.LayerNorm(width),
-            "mlp": torch.nn.ModuleDict({"c_fc": torch.nn.Linear(width, 4 * width), "c_proj": torch.nn.Linear(4 * width, width)})}) for _ in range(2))
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ModuleDict({
+                "ln_1": torch.nn.LayerNorm(width),
+                "attn": torch.nn.MultiheadAttention(width, heads, batch_first=True),
+                "ln_2": torch.nn.LayerNorm(width),
+                "mlp": torch.nn.ModuleDict({
+                    "c_fc": torch.nn.Linear(width, 4 * width),
+                    "c_proj": torch.nn.Linear(4 * width, width),
+                }),
+            })
+            for _ in range(2)
+        )
         for p in self.parameters():
             p.data += 0.1 * torch.randn_like(p)
 
@@ -551,29 +625,33 @@ def test_hps_checkpoint_layout():
     from transformers import CLIPConfig, CLIPModel
     torch.manual_seed(0)
     image, words = OpenClip(32, 2, 5), OpenClip(24, 3, 8, vocabulary=50)
-    state = {f"visual.{k.replace('blocks.', 'transformer.resblocks.')}": v for k, v in image.state_dict().items()} | {"logit_scale": torch.tensor(2.0)}
+    state = {f"visual.{k.replace('blocks.', 'transformer.resblocks.')}": v for k, v in image.state_dict().items()}
+    state["logit_scale"] = torch.tensor(2.0)
     for k, v in words.state_dict().items():
-        state[{"proj": "text_projection"}.get(k, k.replace("blocks.", "transformer.resblocks.").replace("ln_post", "ln_final"))] = v
+        renamed = k.replace("blocks.", "transformer.resblocks.").replace("ln_post", "ln_final")
+        state[{"proj": "text_projection"}.get(k, renamed)] = v
     shared = dict(num_hidden_layers=2, hidden_act="gelu")
-    clip = CLIPModel(CLIPConfig(
-        vision_config=dict(hidden_size=32, intermediate_size=128, num_attention_heads=2, image_size=28, patch_size=14, **shared),
-        text_config=dict(hidden_size=24, intermediate_size=96, num_attention_heads=3, max_position_embeddings=8, vocab_size=50, eos_token_id=49, **shared),
-        projection_dim=16)).eval()
-    clip.load_state_dict(eval_judge.from_open_clip(state))
-    pixels, ids = torch.randn(3, 3, 28, 28, dtype=torch.float64), torch.tensor([[48, 3, 7, 49, 0], [48, 1, 49, 0, 0], [48, 1, 2, 3, 49]])
+    vision = dict(hidden_size=32, intermediate_size=128, num_attention_heads=2, image_size=28, patch_size=14, **shared)
+    text = dict(hidden_size=24, intermediate_size=96, num_attention_heads=3, max_position_embeddings=8,
+                vocab_size=50, eos_token_id=49, **shared)
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).eval()
+    clip.load_state_dict(flow.rewards.from_open_clip(state))
+    pixels = torch.randn(3, 3, 28, 28, dtype=torch.float64)
+    ids = torch.tensor([[48, 3, 7, 49, 0], [48, 1, 49, 0, 0], [48, 1, 2, 3, 49]])
     out = clip.double()(pixel_values=pixels, input_ids=ids)
     np.testing.assert_allclose(out.image_embeds, image.double()(pixels), atol=1e-12)
     np.testing.assert_allclose(out.text_embeds, words.double()(ids), atol=1e-12)
     assert clip.logit_scale == 2
     with torch.device("meta"):
-        published = CLIPModel(CLIPConfig(**eval_judge.VIT_H_CONFIG))
+        published = CLIPModel(CLIPConfig(**flow.rewards.VIT_H_CONFIG))
     assert sum(p.numel() for p in published.parameters()) == 986_109_441  # open_clip's ViT-H-14
 
 
 def test_hps_pixels():
     """Longest side to 224, the rest zero (black) before normalisation, as HPSv2's own ResizeMaxSize."""
-    x = eval_judge.hps_pixels(torch.ones(3, 32, 64))
-    black, white = (np.subtract(v, [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711] for v in (0, 1))
+    x = flow.rewards.hps_pixels(torch.ones(3, 32, 64))
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    black, white = (np.subtract(v, mean) / std for v in (0, 1))
     assert x.shape == (3, 224, 224)
     np.testing.assert_allclose(x[:, :56].amax((1, 2)), black, rtol=1e-5)
     np.testing.assert_allclose(x[:, 168:].amax((1, 2)), black, rtol=1e-5)
@@ -581,12 +659,15 @@ def test_hps_pixels():
 
 
 def test_the_two_proxies_differ():
-    """Both follow the caption; one is blind to a dimmed or blurred picture, the other was tuned on preferences and is not."""
+    """Both follow the caption; one is blind to a dimmed or blurred picture, the other was tuned on preferences and is
+    not."""
     pictures = world.render(world.scene(torch.arange(64), torch.Generator().manual_seed(5)))
-    dim, blurred = 0.65 * pictures, torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(pictures, 4), 64, mode="bilinear")
-    pick, hps = (eval_judge.load_reward(f"tiny/{name}", torch.device("cpu")) for name in ("pickscore", "hps"))
+    dim = 0.65 * pictures
+    blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(pictures, 4), 64, mode="bilinear")
+    pick, hps = (flow.rewards.load_reward(f"tiny/{name}", torch.device("cpu")) for name in ("pickscore", "hps"))
     for reward in (pick, hps):
-        assert reward(pictures, world.CAPTIONS).mean() > reward(pictures, world.CAPTIONS[9:] + world.CAPTIONS[:9]).mean() + 0.7
+        mismatched = reward(pictures, world.CAPTIONS[9:] + world.CAPTIONS[:9])
+        assert reward(pictures, world.CAPTIONS).mean() > mismatched.mean() + 0.7
     for worse in (dim, blurred):
         assert (pick(pictures, world.CAPTIONS) - pick(worse, world.CAPTIONS)).mean().abs() < 0.05
         assert (hps(pictures, world.CAPTIONS) - hps(worse, world.CAPTIONS)).mean() > 0.15
@@ -595,7 +676,7 @@ def test_the_two_proxies_differ():
 def test_reward_from_a_function(tmp_path):
     (tmp_path / "red.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2)) + len(prompts)\n")
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = eval_judge.load_reward(f"{tmp_path}/red.py:red", torch.device("cpu"), batch=2)(images, ["a"] * 3)
+    ours = flow.rewards.load_reward(f"{tmp_path}/red.py:red", torch.device("cpu"), batch=2)(images, ["a"] * 3)
     np.testing.assert_allclose(ours.numpy(), images[:, 0].numpy().reshape(3, -1).mean(1) + [2, 2, 1], rtol=1e-6)
 
 
@@ -622,7 +703,8 @@ def test_world_is_deterministic_and_split():
     a, b = (world.render(x) for x in f)
     assert torch.equal(a, b) and a.shape == (64, 3, 64, 64) and 0 <= a.min() and a.max() <= 1
     rl, held_out = (Path(p).read_text().splitlines() for p in ("tiny/prompts.txt", "tiny/eval_prompts.txt"))
-    assert not set(rl) & set(held_out) and set(rl) | set(held_out) == set(world.CAPTIONS) and (len(rl), len(held_out)) == (48, 16)
+    assert not set(rl) & set(held_out) and set(rl) | set(held_out) == set(world.CAPTIONS)
+    assert (len(rl), len(held_out)) == (48, 16)
 
 
 # ---------------------------------------------------------------- training
@@ -633,15 +715,19 @@ def test_run_writes_what_it_says(runs, script):
     lines, kl = metrics(run), script.Args.kl
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 9))  # 4 epochs of 2 updates
-    assert {"step", "epoch", "reward", "loss", "base_loss", "guard", "norm_ratio", "active", "grad_norm", "img_per_s"} <= set(steps[0])
+    logged = {"step", "epoch", "reward", "loss", "base_loss", "guard", "norm_ratio", "active", "grad_norm", "img_per_s"}
+    assert logged <= set(steps[0])
     assert steps[0]["norm_ratio"] == 1 and steps[0]["guard"] == 0  # before its first update the model is its reference
     for line in steps:
-        assert line["loss"] == pytest.approx(line["base_loss"] + 0.05 * line["guard"] + kl * line["kl"], rel=1e-6, abs=1e-6)
+        total = line["base_loss"] + 0.05 * line["guard"] + kl * line["kl"]
+        assert line["loss"] == pytest.approx(total, rel=1e-6, abs=1e-6)
         assert line["grad_norm"] > 0 and line["guard"] >= 0 and 0 <= line["active"] <= 1
     evals = [line for line in lines if "eval_reward" in line]
-    assert [line["epoch"] for line in evals] == [0, 2, 4] and evals[0]["eval_norm_ratio"] == 1 != evals[-1]["eval_norm_ratio"]
+    assert [line["epoch"] for line in evals] == [0, 2, 4]
+    assert evals[0]["eval_norm_ratio"] == 1 != evals[-1]["eval_norm_ratio"]
     assert len(evals[-1]["eval_norm_ratio_steps"]) == SMALL["steps"]
-    assert sorted(p.name for p in run.iterdir()) == ["args.json", "checkpoint", "curves.png", "lora", "metrics.jsonl", "samples"]
+    written = ["args.json", "checkpoint", "curves.png", "lora", "metrics.jsonl", "samples"]
+    assert sorted(p.name for p in run.iterdir()) == written
     assert [p.name for p in sorted((run / "samples").iterdir())] == ["00000.png", "00002.png", "00004.png"]
 
 
@@ -666,7 +752,7 @@ def test_killed_runs_resume_bit_for_bit(run, tmp_path):
 
 def test_a_save_cut_short_anywhere_resumes_bit_for_bit(run, tmp_path, monkeypatch):
     """save_checkpoint fails at each of its own steps in turn, at the end of some epoch; the next start goes on."""
-    for module, name in ((sample, "save_lora"), (sample, "plot_curves"), (torch, "save")):
+    for module, name in ((flow.checkpoint, "save_lora"), (flow.checkpoint, "plot_curves"), (torch, "save")):
         honest, calls = getattr(module, name), []
 
         def cut(*args, **kwargs):
@@ -709,10 +795,12 @@ def test_finished_run_says_so(run, capsys):
 def test_lam_0_is_the_script_without_the_guard(tmp_path, script):
     source = Path(script.__file__).read_text()
     inactive = "torch.zeros_like(base_loss)"  # what the log is told where nothing guards
-    for old, new in [("loss = base_loss + args.lam * guard + args.kl * kl", "loss = base_loss + args.kl * kl"),
-                     ("                    guard = norm_hinge(v, v_ref, args.margin)\n", ""),
-                     ('rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)', inactive),
-                     ("from normguard import norm_hinge, norm_ratio, reference", "from normguard import norm_ratio, reference")]:
+    for old, new in [
+        ("loss = base_loss + args.lam * guard + args.kl * kl", "loss = base_loss + args.kl * kl"),
+        ("                    guard = norm_hinge(v, v_ref, args.margin)\n", ""),
+        ('rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)', inactive),
+        ("from normguard import norm_hinge, norm_ratio, reference", "from normguard import norm_ratio, reference"),
+    ]:
         source = source.replace(old, new)
     code = source.split('"""', 2)[2]
     assert "norm_hinge" not in code and "args.lam * guard" not in code
@@ -730,17 +818,23 @@ def test_no_reference_forward_is_paid_when_none_is_needed(tmp_path, monkeypatch,
     def refuse(model):
         raise AssertionError("a reference forward was paid")
     monkeypatch.setattr(script, "reference", refuse)
-    monkeypatch.setattr(sample, "reference", refuse)
+    monkeypatch.setattr(flow.pipeline, "reference", refuse)
     lines = metrics(small_run(tmp_path, script, lam=0.0, kl=0.0, eval_every=0, epochs=1))
     assert [line["norm_ratio"] for line in lines] == [None, None]
 
 
-@pytest.mark.parametrize("script, lr", [(train_nft, 3e-3), (train_awm, 3e-3), (train_dpo, 3e-3)])
+@pytest.mark.parametrize("script, lr", [
+    (train_nft, 3e-3),
+    (train_awm, 3e-3),
+    (train_dpo, 3e-3),
+])
 def test_training_raises_a_reward_it_can_raise(tmp_path, script, lr):
-    """Brightness, in 10 epochs: the sign of the advantage, its pairing with rows, the noising and the accumulation all count."""
+    """Brightness, in 10 epochs: the sign of the advantage, its pairing with rows, the noising and the accumulation
+    all count."""
     (tmp_path / "bright.py").write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    lines = metrics(small_run(tmp_path / "run", script, reward=f"{tmp_path}/bright.py:bright", lam=0.0, epochs=10, groups=4, group=8, batch=32, timesteps=2,
-                              updates=1, eval_n=16, eval_every=10, lr=lr, rank=8))
+    out = small_run(tmp_path / "run", script, reward=f"{tmp_path}/bright.py:bright", lam=0.0, epochs=10, groups=4,
+                    group=8, batch=32, timesteps=2, updates=1, eval_n=16, eval_every=10, lr=lr, rank=8)
+    lines = metrics(out)
     first, last = lines[0], lines[-1]
     assert last["eval_reward"] - first["eval_reward"] > 3 * first["eval_reward_se"]
 
@@ -751,16 +845,19 @@ def test_micro_batches_and_gradient_checkpointing_change_nothing(run, tmp_path):
     whole = load_file(run / name)
     for changes in (dict(batch=3), dict(checkpointing=True)):
         other = load_file(small_run(tmp_path / str(len(changes) + changes.get("batch", 0)), **changes) / name)
-        assert max((whole[k] - other[k]).abs().max() for k in whole) < 2e-4  # Adam's first steps magnify rounding; lr is 2e-3
+        # Adam's first steps magnify rounding; lr is 2e-3
+        assert max((whole[k] - other[k]).abs().max() for k in whole) < 2e-4
 
 
 def test_guard_holds_the_norm(tmp_path):
-    """A reward that inflates the norm (contrast): with the guard the norm ends lower, and at most at the reference's."""
+    """A reward that inflates the norm (contrast): with the guard the norm ends lower, and at most at the
+    reference's."""
     (tmp_path / "contrast.py").write_text("def contrast(images, prompts):\n    return images.std((1, 2, 3))\n")
     ratio = {}
     for lam in (0.0, 1.0):
-        lines = metrics(small_run(tmp_path / str(lam), lam=lam, reward=f"{tmp_path}/contrast.py:contrast", epochs=10, groups=4, group=8, batch=32,
-                                  timesteps=2, updates=1, eval_n=16, eval_every=10, lr=3e-3, rank=8))
+        out = small_run(tmp_path / str(lam), lam=lam, reward=f"{tmp_path}/contrast.py:contrast", epochs=10, groups=4,
+                        group=8, batch=32, timesteps=2, updates=1, eval_n=16, eval_every=10, lr=3e-3, rank=8)
+        lines = metrics(out)
         ratio[lam] = lines[-1]["eval_norm_ratio"]
     assert ratio[0.0] > 1.02 and ratio[1.0] < 1.01
 
@@ -787,7 +884,8 @@ def refuses(capsys, call, *words):
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         call()
-    error = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # without progress bars
+    printed = capsys.readouterr().err.splitlines()
+    error = [line for line in printed if line.strip() and "%|" not in line]  # without progress bars
     assert end.value.code == 2 and len(error) == 1, error
     for word in words:
         assert word in error[0], error[0]
@@ -796,26 +894,50 @@ def refuses(capsys, call, *words):
 def test_bad_flags(tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "nan.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3)) * float('nan')\n"
-                                     "def g(images, prompts):\n    return images\ndef h(images, prompts):\n    return 1 / 0\n")
+                                     "def g(images, prompts):\n    return images\n"
+                                     "def h(images, prompts):\n    return 1 / 0\n")
     (tmp_path / "file").write_text("")
-    for changes, words in [(dict(model="no/such/folder"), ["--model no/such/folder"]), (dict(model="tiny/hps"), ["--model tiny/hps"]), (dict(prompts=f"{tmp_path}/empty.txt"), ["--prompts", "empty.txt"]),
-                           (dict(prompts="missing.txt"), ["--prompts missing.txt"]), (dict(eval_prompts="missing.txt"), ["--eval-prompts missing.txt"]),
-                           (dict(group=1), ["--group 1"]), (dict(groups=3, group=3, updates=2), ["--updates 2"]), (dict(timesteps=9), ["--timesteps 9"]),
-                           (dict(groups=99), ["--groups 99"]), (dict(lam=-1.0), ["--lam"]), (dict(lam=math.nan), ["--lam nan"]), (dict(size=60), ["--size 60"]),
-                           (dict(size=0), ["--size 0"]), (dict(size=256), ["--size 256"]), (dict(epochs=0), ["--epochs 0"]), (dict(seed=-1), ["--seed -1"]),
-                           (dict(adv_clip=0.0), ["--adv-clip"]), (dict(reward="tiny/pickscore:nan"), ["--reward", "weight"]),
-                           (dict(reward=f"{tmp_path}/nan.py:h"), ["--reward", "division", "nan.py:6"]), (dict(reward=f"{tmp_path}/nan.py"), ["--reward", "nan.py:FUNCTION"]),
-                           (dict(reward="no/such/clip"), ["--reward no/such/clip", "folder"]), (dict(reward="pickscor"), ["--reward pickscor", "pickscore,"]), (dict(reward="missing.py:f"), ["--reward", "missing.py"]),
-                           (dict(reward=f"{tmp_path}/nan.py:f"), ["--reward", "nan"]), (dict(reward=f"{tmp_path}/nan.py:g"), ["--reward", "shape"]),
-                           (dict(reward=f"{tmp_path}/nan.py:q"), ["--reward", "nan.py:q"]), (dict(out=f"{tmp_path}/file/run"), ["--out"])]:
+    for changes, words in [
+        (dict(model="no/such/folder"), ["--model no/such/folder"]),
+        (dict(model="tiny/hps"), ["--model tiny/hps"]),
+        (dict(prompts=f"{tmp_path}/empty.txt"), ["--prompts", "empty.txt"]),
+        (dict(prompts="missing.txt"), ["--prompts missing.txt"]),
+        (dict(eval_prompts="missing.txt"), ["--eval-prompts missing.txt"]),
+        (dict(group=1), ["--group 1"]),
+        (dict(groups=3, group=3, updates=2), ["--updates 2"]),
+        (dict(timesteps=9), ["--timesteps 9"]),
+        (dict(groups=99), ["--groups 99"]),
+        (dict(lam=-1.0), ["--lam"]),
+        (dict(lam=math.nan), ["--lam nan"]),
+        (dict(size=60), ["--size 60"]),
+        (dict(size=0), ["--size 0"]),
+        (dict(size=256), ["--size 256"]),
+        (dict(epochs=0), ["--epochs 0"]),
+        (dict(seed=-1), ["--seed -1"]),
+        (dict(adv_clip=0.0), ["--adv-clip"]),
+        (dict(reward="tiny/pickscore:nan"), ["--reward", "weight"]),
+        (dict(reward=f"{tmp_path}/nan.py:h"), ["--reward", "division", "nan.py:6"]),
+        (dict(reward=f"{tmp_path}/nan.py"), ["--reward", "nan.py:FUNCTION"]),
+        (dict(reward="no/such/clip"), ["--reward no/such/clip", "folder"]),
+        (dict(reward="pickscor"), ["--reward pickscor", "pickscore,"]),
+        (dict(reward="missing.py:f"), ["--reward", "missing.py"]),
+        (dict(reward=f"{tmp_path}/nan.py:f"), ["--reward", "nan"]),
+        (dict(reward=f"{tmp_path}/nan.py:g"), ["--reward", "shape"]),
+        (dict(reward=f"{tmp_path}/nan.py:q"), ["--reward", "nan.py:q"]),
+        (dict(out=f"{tmp_path}/file/run"), ["--out"]),
+    ]:
         refuses(capsys, lambda: small_run(**{"out": tmp_path / "run", **changes}), *words)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("argv, word", [(["--lamda", "0.05"], "--lamda"), (["--group", "many"], "--group"), (["--lr"], "--lr")])
+@pytest.mark.parametrize("argv, word", [
+    (["--lamda", "0.05"], "--lamda"),
+    (["--group", "many"], "--group"),
+    (["--lr"], "--lr"),
+])
 def test_command_line_errors_are_one_line(monkeypatch, capsys, argv, word):
     monkeypatch.setattr(sys, "argv", ["train_awm.py", *argv])
-    refuses(capsys, lambda: eval_judge.parse(train_awm.Args, train_awm.__doc__), word)
+    refuses(capsys, lambda: flow.cli.parse(train_awm.Args, train_awm.__doc__), word)
 
 
 def test_checkpoint_of_another_run_and_broken_checkpoint(run, tmp_path, capsys):
@@ -836,19 +958,34 @@ def test_checkpoint_of_another_run_and_broken_checkpoint(run, tmp_path, capsys):
 
 
 def test_a_model_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys):
-    """A hub id without network and without a cache: what to accept or download, and how to point the flag to a folder."""
+    """A hub id without network and without a cache: what to accept or download, and how to point the flag to a
+    folder."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for flag, call, name in [("--model", lambda n: sample.load_pipeline(n, torch.device("cpu")), "stabilityai/stable-diffusion-3.5-medium"),
-                             ("--embed", lambda n: eval_judge.load_embed(n, torch.device("cpu")), "facebook/dinov2-base")]:
-        refuses(capsys, lambda: call(name), f"{flag} {name}", "licence", f"hf download {name} --local-dir DIR", f"{flag} DIR")
-    for name, needs in (("pickscore", "yuvalkirstain/PickScore_v1"), ("hpsv2.1", "xswu/HPSv2"), ("clipscore", "openai/clip-vit-large-patch14")):
-        refuses(capsys, lambda: eval_judge.load_reward(name, torch.device("cpu")), f"--reward {name}", needs, "HF_HOME")
+    for flag, call, name in [
+        ("--model", lambda n: load_pipeline(n, torch.device("cpu")), "stabilityai/stable-diffusion-3.5-medium"),
+        ("--embed", lambda n: eval_judge.load_embed(n, torch.device("cpu")), "facebook/dinov2-base"),
+    ]:
+        refuses(capsys, lambda: call(name),
+                f"{flag} {name}", "licence", f"hf download {name} --local-dir DIR", f"{flag} DIR")
+    for name, needs in (
+        ("pickscore", "yuvalkirstain/PickScore_v1"),
+        ("hpsv2.1", "xswu/HPSv2"),
+        ("clipscore", "openai/clip-vit-large-patch14"),
+    ):
+        refuses(capsys, lambda: flow.rewards.load_reward(name, torch.device("cpu")),
+                f"--reward {name}", needs, "HF_HOME")
 
 
 def test_sample_refuses(run, tmp_path, capsys):
-    for changes, word in [(dict(renorm="both"), "--renorm"), (dict(norms=True), "--lora"), (dict(lora=str(tmp_path)), "--lora"), (dict(n=0), "--n"),
-                          (dict(lora=str(run / "lora"), model="tiny/flux", n=1), "does not fit --model tiny/flux")]:  # which has places for some of it
+    for changes, word in [
+        (dict(renorm="both"), "--renorm"),
+        (dict(norms=True), "--lora"),
+        (dict(lora=str(tmp_path)), "--lora"),
+        (dict(n=0), "--n"),
+        # tiny/flux has places for some of the LoRA
+        (dict(lora=str(run / "lora"), model="tiny/flux", n=1), "does not fit --model tiny/flux"),
+    ]:
         refuses(capsys, lambda: sample.main(sample.Args(**{"out": str(tmp_path / "x"), **changes})), word)
     assert not list((tmp_path / "x").glob("*"))
 
@@ -860,14 +997,16 @@ def folders(run, tmp_path_factory) -> tuple[str, str]:
     """16 pictures of the base and of a trained LoRA, same prompts and noise."""
     os.chdir(ROOT)
     root = tmp_path_factory.mktemp("folders")
-    sample.main(sample.Args(steps=1, n=2, out=str(root / "base")))  # more pictures than the next sample into that folder has
+    # more pictures than the next sample into that folder has
+    sample.main(sample.Args(steps=1, n=2, out=str(root / "base")))
     for name, lora in (("base", None), ("lora", str(run / "lora"))):
         sample.main(sample.Args(steps=4, lora=lora, out=str(root / name), reward="tiny/pickscore"))
     return f"{root}/base", f"{root}/lora"
 
 
 def compare(*dirs, out, **changes) -> dict:
-    eval_judge.main(eval_judge.Args(**{"dirs": dirs, "forensic": (), "judge": None, "judge_model": "tiny", "out": str(out), **changes}))
+    args = {"dirs": dirs, "forensic": (), "judge": None, "judge_model": "tiny", "out": str(out), **changes}
+    eval_judge.main(eval_judge.Args(**args))
     return json.loads((Path(out) / "report.json").read_text())
 
 
@@ -877,7 +1016,7 @@ def renders(folder, n=16, flaw=None, strength=0.0, seed=3) -> str:
     pictures = world.render(world.scene(index, torch.Generator().manual_seed(seed)))
     if flaw:
         pictures = world.degrade(pictures, flaw, torch.full((n,), strength), torch.Generator().manual_seed(seed + 1))
-    eval_judge.save_samples(str(folder), pictures, [{"prompt": world.CAPTIONS[i], "seed": seed} for i in index])
+    flow.pictures.save_samples(str(folder), pictures, [{"prompt": world.CAPTIONS[i], "seed": seed} for i in index])
     return str(folder)
 
 
@@ -887,15 +1026,19 @@ def test_eval_judge_compares_folders(folders, tmp_path, capsys):
     assert sorted(p.name for p in Path(base).glob("0*.png")) == [f"{i:05d}.png" for i in range(16)]
     rows = [json.loads(line)["reward"] for line in (Path(lora) / "samples.jsonl").read_text().splitlines()]
     mine = report["metrics"]["reward/pickscore"][lora]
-    assert mine["mean"] == pytest.approx(np.mean(rows), abs=2e-3) and mine["lo"] < mine["mean"] < mine["hi"] and report["n"] == mine["n"] == 16
-    assert mine["diff"]["mean"] == pytest.approx(mine["mean"] - report["metrics"]["reward/pickscore"][base]["mean"], abs=1e-6)
+    assert mine["mean"] == pytest.approx(np.mean(rows), abs=2e-3) and mine["lo"] < mine["mean"] < mine["hi"]
+    assert report["n"] == mine["n"] == 16
+    difference = mine["mean"] - report["metrics"]["reward/pickscore"][base]["mean"]
+    assert mine["diff"]["mean"] == pytest.approx(difference, abs=1e-6)
     distance = report["metrics"]["fd/embed"]
     assert abs(distance[base]["mean"]) < 1e-3 < distance[lora]["mean"]
-    assert set(report["metrics"]) == {"reward/pickscore", "forensic/forensic", "fd/embed", *(f"judge/{d}" for d in eval_judge.SINGLE)}
+    judged = [f"judge/{d}" for d in eval_judge.SINGLE]
+    assert set(report["metrics"]) == {"reward/pickscore", "forensic/forensic", "fd/embed", *judged}
     verdict = report["pairs"]["judge/quality"][f"{base} vs {lora}"]
     assert verdict["win"] + verdict["tie"] + verdict["loss"] == 16 and verdict["nan"] == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert table[0] == f"| metric | {base} | {lora} |" and f"{mine['mean']:.4f} [{mine['lo']:.4f}, {mine['hi']:.4f}]" in table[2]
+    assert table[0] == f"| metric | {base} | {lora} |"
+    assert f"{mine['mean']:.4f} [{mine['lo']:.4f}, {mine['hi']:.4f}]" in table[2]
 
 
 def test_bootstrap_interval_of_known_coverage():
@@ -907,7 +1050,8 @@ def test_bootstrap_interval_of_known_coverage():
     np.testing.assert_allclose([s["mean"] - s["lo"], s["hi"] - s["mean"]], 1.96 * se, rtol=0.1)
     two = eval_judge.summary(values, ["a"] * 200 + ["b"] * 200, 4000)  # two prompts: the interval spans their means
     assert sorted([values[:200].mean().item(), values[200:].mean().item()]) == pytest.approx([two["lo"], two["hi"]])
-    uneven = eval_judge.summary(torch.tensor([1.0] * 9 + [0.0]), ["a"] * 9 + ["b"], 4000)  # mean and interval weigh pictures alike
+    # mean and interval weigh pictures alike
+    uneven = eval_judge.summary(torch.tensor([1.0] * 9 + [0.0]), ["a"] * 9 + ["b"], 4000)
     assert (uneven["mean"], uneven["lo"], uneven["hi"]) == pytest.approx((0.9, 0.0, 1.0))
     one = eval_judge.summary(values, ["a"] * 400, 4000)  # one prompt: over its pictures
     np.testing.assert_allclose([one["mean"] - one["lo"], one["hi"] - one["mean"]], 1.96 * se, rtol=0.1)
@@ -924,8 +1068,12 @@ def test_judge_prefers_the_clean_picture(tmp_path, flaw):
     assert all(pairs[f"{a} vs {b}"]["rate"] >= 0.75 for a, b in zip(dirs[1:], dirs[2:]))  # the weaker flaw is preferred
     overall = [report["metrics"]["judge/overall"][d]["mean"] for d in dirs]
     assert overall[0] > 0.7 and max(overall[2:]) < 0.3
-    own = next((d for d, flaws in {"over-sharpening": ["sharpening"], "oversaturation": ["saturation"], "unnatural lighting": ["light", "contrast"]}.items()
-                if flaw in flaws), "artifacts")
+    flaws_told_by = {
+        "over-sharpening": ["sharpening"],
+        "oversaturation": ["saturation"],
+        "unnatural lighting": ["light", "contrast"],
+    }
+    own = next((d for d, flaws in flaws_told_by.items() if flaw in flaws), "artifacts")
     said = [report["metrics"][f"judge/{own}"][d]["mean"] for d in dirs]
     assert said[0] < 0.3 and min(said[2:]) > 0.7
 
@@ -934,37 +1082,47 @@ def test_identical_pictures_tie_and_swapped_folders_mirror(folders, tmp_path):
     import shutil
     base, lora = folders
     copy = str(shutil.copytree(base, tmp_path / "copy"))
-    verdict = compare(base, copy, judge="tiny/judge", out=tmp_path / "same")["pairs"]["judge/quality"][f"{base} vs {copy}"]
+    same = compare(base, copy, judge="tiny/judge", out=tmp_path / "same")
+    verdict = same["pairs"]["judge/quality"][f"{base} vs {copy}"]
     assert verdict["tie"] == 16 and verdict["rate"] == 0.5 and verdict["margin"] == 0
-    there, back = (compare(*pair, judge="tiny/judge", out=tmp_path / out) for pair, out in (((base, lora), "there"), ((lora, base), "back")))
+    there = compare(base, lora, judge="tiny/judge", out=tmp_path / "there")
+    back = compare(lora, base, judge="tiny/judge", out=tmp_path / "back")
     one, two = there["pairs"]["judge/quality"][f"{base} vs {lora}"], back["pairs"]["judge/quality"][f"{lora} vs {base}"]
     assert (one["win"], one["tie"], one["loss"], one["margin"]) == (two["loss"], two["tie"], two["win"], -two["margin"])
-    assert one["rate"] == pytest.approx(1 - two["rate"], abs=1e-12) and one["lo"] == pytest.approx(1 - two["hi"], abs=1e-12)
+    assert one["rate"] == pytest.approx(1 - two["rate"], abs=1e-12)
+    assert one["lo"] == pytest.approx(1 - two["hi"], abs=1e-12)
     for name in there["metrics"]:
         for d in (base, lora):
-            assert {k: there["metrics"][name][d][k] for k in ("mean", "lo", "hi")} == {k: back["metrics"][name][d][k] for k in ("mean", "lo", "hi")}
+            ours, mirrored = ({k: r["metrics"][name][d][k] for k in ("mean", "lo", "hi")} for r in (there, back))
+            assert ours == mirrored
 
 
 def test_read_answer():
     log = math.log
-    assert eval_judge.read_answer([("A", log(0.5)), (" a", log(0.1)), ("B", log(0.2)), ("The", log(0.2))], "A", "B") == pytest.approx(log(0.6 / 0.2))
-    assert eval_judge.read_answer([("YES", log(0.3)), ("No.", log(0.6))], "yes", "no") == pytest.approx(log(0.3 / 0.6))
-    assert eval_judge.read_answer([("A", log(0.9)), ("x", log(0.06))], "A", "B") == pytest.approx(log(0.9 / 0.04))  # B has what is left at most
-    assert eval_judge.read_answer([("A", log(0.5)), ("x", log(0.01))], "A", "B") == pytest.approx(log(0.5 / 0.01))  # and the last one's at most
-    assert eval_judge.read_answer([("B", 0.0)], "A", "B") == pytest.approx(log(1e-9))  # a server that gives a word without probabilities
+    spellings = [("A", log(0.5)), (" a", log(0.1)), ("B", log(0.2)), ("The", log(0.2))]
+    assert flow.judge.read_answer(spellings, "A", "B") == pytest.approx(log(0.6 / 0.2))
+    assert flow.judge.read_answer([("YES", log(0.3)), ("No.", log(0.6))], "yes", "no") == pytest.approx(log(0.3 / 0.6))
+    # B has what is left at most
+    assert flow.judge.read_answer([("A", log(0.9)), ("x", log(0.06))], "A", "B") == pytest.approx(log(0.9 / 0.04))
+    # and the last one's at most
+    assert flow.judge.read_answer([("A", log(0.5)), ("x", log(0.01))], "A", "B") == pytest.approx(log(0.5 / 0.01))
+    # a server that gives a word without probabilities
+    assert flow.judge.read_answer([("B", 0.0)], "A", "B") == pytest.approx(log(1e-9))
     for top in ([], [("The", 0.0)], [("A", log(0.002)), ("B", log(0.003)), ("I", log(0.9))]):
-        assert math.isnan(eval_judge.read_answer(top, "A", "B"))
+        assert math.isnan(flow.judge.read_answer(top, "A", "B"))
 
 
 @pytest.fixture(scope="session")
 def server():
-    """An OpenAI-compatible server of tiny/judge. Pictures whose content hash is in `faults` get that fault in place of an answer."""
+    """An OpenAI-compatible server of tiny/judge. Pictures whose content hash is in `faults` get that fault in place of
+    an answer."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from threading import Lock, Thread
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
     os.chdir(ROOT)
-    model, processor = AutoModelForImageTextToText.from_pretrained("tiny/judge", dtype=torch.float32).eval(), AutoProcessor.from_pretrained("tiny/judge")
+    model = AutoModelForImageTextToText.from_pretrained("tiny/judge", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained("tiny/judge")
     faults, asked, lock = {}, [], Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -976,7 +1134,8 @@ def server():
             import hashlib
             import io
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert (request["temperature"], request["max_tokens"], request["logprobs"], request["top_logprobs"]) == (0, 1, True, 20)
+            assert (request["temperature"], request["max_tokens"]) == (0, 1)
+            assert (request["logprobs"], request["top_logprobs"]) == (True, 20)
             (message,), raw = request["messages"], []
             for part in message["content"]:
                 if part["type"] == "image_url":
@@ -989,15 +1148,20 @@ def server():
                 return None
             if fault == "cut":
                 return self.connection.close()
-            if fault == "500" or self.path != "/v1/chat/completions" or self.headers.get("Authorization") == "Bearer wrong":
-                return self.send_error(500 if fault else 404 if self.path != "/v1/chat/completions" else 401)
+            wrong_path = self.path != "/v1/chat/completions"
+            wrong_key = self.headers.get("Authorization") == "Bearer wrong"
+            if fault == "500" or wrong_path or wrong_key:
+                return self.send_error(500 if fault else 404 if wrong_path else 401)
             with lock, torch.no_grad():
-                inputs = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+                inputs = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True,
+                                                       return_dict=True, return_tensors="pt")
                 top = model(**inputs).logits[0, -1].log_softmax(0).topk(20)
-            top = [{"token": processor.tokenizer.decode([i]), "logprob": p} for i, p in zip(top.indices.tolist(), top.values.tolist())]
+            likeliest = zip(top.indices.tolist(), top.values.tolist())
+            top = [{"token": processor.tokenizer.decode([i]), "logprob": p} for i, p in likeliest]
             if fault == "words":
                 top = [{"token": "Well", "logprob": -0.01}]
-            content = {"choices": [{"message": {"content": top[0]["token"]}, "logprobs": {"content": [{**top[0], "top_logprobs": top}]}}]}
+            logprobs = {"content": [{**top[0], "top_logprobs": top}]}
+            content = {"choices": [{"message": {"content": top[0]["token"]}, "logprobs": logprobs}]}
             body = b"<html>" if fault == "garbage" else b"{}" if fault == "empty" else json.dumps(content).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -1017,7 +1181,8 @@ def server():
 
 def test_judge_over_http_is_the_judge_in_process(folders, server, tmp_path, monkeypatch, capsys):
     url, _, asked = server
-    there, here = (compare(*folders, judge=judge, judge_model="tiny", out=tmp_path / name) for judge, name in ((url, "http"), ("tiny/judge", "local")))
+    there = compare(*folders, judge=url, judge_model="tiny", out=tmp_path / "http")
+    here = compare(*folders, judge="tiny/judge", judge_model="tiny", out=tmp_path / "local")
     for name, verdict in here["pairs"]["judge/quality"].items():
         assert verdict == pytest.approx(there["pairs"]["judge/quality"][name], abs=1e-4)
     for name in here["metrics"]:
@@ -1028,23 +1193,28 @@ def test_judge_over_http_is_the_judge_in_process(folders, server, tmp_path, monk
     again = compare(*folders, judge=url, judge_model="tiny", out=tmp_path / "http")  # all is known
     assert again == there and len(asked) == before
     scores = (tmp_path / "http/scores.jsonl").read_text().splitlines()
-    (tmp_path / "http/scores.jsonl").write_text("\n".join(scores[:-3]) + "\n" + scores[-3][:20])  # killed while it wrote
+    # killed while it wrote
+    (tmp_path / "http/scores.jsonl").write_text("\n".join(scores[:-3]) + "\n" + scores[-3][:20])
     for _ in range(2):  # the second time it finds all that the first has added
-        assert compare(*folders, judge=url, judge_model="tiny", out=tmp_path / "http") == there and len(asked) == before + 3
+        assert compare(*folders, judge=url, judge_model="tiny", out=tmp_path / "http") == there
+        assert len(asked) == before + 3
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     refuses(capsys, lambda: compare(*folders, judge=url, out=tmp_path / "key"), "--judge", "401", "OPENAI_API_KEY")
     refuses(capsys, lambda: compare(*folders, judge=url[:-3] + "/v2", out=tmp_path / "path"), "--judge", "404")
-    refuses(capsys, lambda: compare(*folders, judge="http://127.0.0.1:9/v1", judge_retries=0, out=tmp_path / "port"), "--judge", "reached")
+    refuses(capsys, lambda: compare(*folders, judge="http://127.0.0.1:9/v1", judge_retries=0, out=tmp_path / "port"),
+            "--judge", "reached")
     refuses(capsys, lambda: compare(*folders, judge=url, judge_model=None, out=tmp_path / "port"), "--judge-model")
 
 
 def test_faults_of_the_server_are_counted(folders, server, tmp_path, monkeypatch, capsys):
     url, faults, asked = server
     monkeypatch.setattr(eval_judge, "SINGLE", {"overall": eval_judge.SINGLE["overall"]})
-    rows = eval_judge.read_folder(folders[1])
+    rows = flow.pictures.read_folder(folders[1])
     try:
-        faults.update({row["hash"]: fault for row, fault in zip(rows, ("garbage", "empty", "words", "500", "hang", "cut"))})
-        report = compare(*folders, judge=url, judge_retries=0, judge_timeout=5.0, judge_concurrency=4, out=tmp_path / "report")
+        kinds = ("garbage", "empty", "words", "500", "hang", "cut")
+        faults.update({row["hash"]: fault for row, fault in zip(rows, kinds)})
+        report = compare(*folders, judge=url, judge_retries=0, judge_timeout=5.0, judge_concurrency=4,
+                         out=tmp_path / "report")
     finally:
         faults.clear()
     verdict = report["pairs"]["judge/quality"][f"{folders[0]} vs {folders[1]}"]
@@ -1056,7 +1226,8 @@ def test_faults_of_the_server_are_counted(folders, server, tmp_path, monkeypatch
     assert captured.out.count("6 of 16 not read") == len(eval_judge.SINGLE) and "500" in captured.err
     before = len(asked)
     whole = compare(*folders, judge=url, out=tmp_path / "report")  # what failed is asked again, and only that
-    assert len(asked) == before + 6 + 2 * 6 and whole["pairs"]["judge/quality"][f"{folders[0]} vs {folders[1]}"]["nan"] == 0
+    assert len(asked) == before + 6 + 2 * 6
+    assert whole["pairs"]["judge/quality"][f"{folders[0]} vs {folders[1]}"]["nan"] == 0
     assert all(m["nan"] == 0 for scores in whole["metrics"].values() for m in scores.values())
 
 
@@ -1064,19 +1235,31 @@ def test_forensic_tells_renders_from_samples(tmp_path):
     """Of a base and of prompts that the detector was not trained on."""
     sample.main(sample.Args(steps=12, n=6, seed=500, out=str(tmp_path / "base")))
     score = eval_judge.load_forensic("tiny/forensic", None, torch.device("cpu"))
-    real, drawn = (score([row["file"] for row in eval_judge.read_folder(folder)]) for folder in (renders(tmp_path / "renders", n=96), str(tmp_path / "base")))
+    dirs = (renders(tmp_path / "renders", n=96), str(tmp_path / "base"))
+    real, drawn = (score([row["file"] for row in flow.pictures.read_folder(folder)]) for folder in dirs)
     auc = (real[:, None] > drawn[None]).float().mean().item()  # P(a render scores above a sample)
     assert auc >= 0.9 and 0 <= min(real.min(), drawn.min()) and max(real.max(), drawn.max()) <= 1
 
 
 def test_detector_labels(capsys):
-    for labels, real in [({0: "artificial", 1: "human"}, [1]), ({0: "REAL", 1: "FAKE"}, [0]), ({0: "AI-generated image", 1: "Natural image"}, [1]),
-                         ({0: "Real", 1: "Synthetic", 2: "Deepfake, generated"}, [0])]:
-        assert eval_judge.real_labels("x", labels, None) == real
-    assert eval_judge.real_labels("x", {0: "LABEL_0", 1: "LABEL_1"}, "LABEL_1") == [1]
-    refuses(capsys, lambda: eval_judge.real_labels("x", {0: "fake", 1: "real"}, "typo"), "--real-label typo", "fake, real")
-    for labels in ({0: "LABEL_0", 1: "LABEL_1"}, {0: "real", 1: "cat"}, {0: "ai", 1: "fake"}, {0: "real fake", 1: "fake"}):
-        refuses(capsys, lambda: eval_judge.real_labels("x", labels, None), "--forensic x", labels[0], labels[1], "--real-label")
+    for labels, real in [
+        ({0: "artificial", 1: "human"}, [1]),
+        ({0: "REAL", 1: "FAKE"}, [0]),
+        ({0: "AI-generated image", 1: "Natural image"}, [1]),
+        ({0: "Real", 1: "Synthetic", 2: "Deepfake, generated"}, [0]),
+    ]:
+        assert flow.realism.real_labels("x", labels, None) == real
+    assert flow.realism.real_labels("x", {0: "LABEL_0", 1: "LABEL_1"}, "LABEL_1") == [1]
+    refuses(capsys, lambda: flow.realism.real_labels("x", {0: "fake", 1: "real"}, "typo"),
+            "--real-label typo", "fake, real")
+    for labels in (
+        {0: "LABEL_0", 1: "LABEL_1"},
+        {0: "real", 1: "cat"},
+        {0: "ai", 1: "fake"},
+        {0: "real fake", 1: "fake"},
+    ):
+        refuses(capsys, lambda: flow.realism.real_labels("x", labels, None),
+                "--forensic x", labels[0], labels[1], "--real-label")
 
 
 def test_folders_that_do_not_fit(folders, tmp_path, capsys):
@@ -1094,30 +1277,42 @@ def test_folders_that_do_not_fit(folders, tmp_path, capsys):
         jsonl = folder / "samples.jsonl"
         jsonl.write_text("".join(line + "\n" for line in keep(jsonl.read_text().splitlines())))
 
-    for change, word in [(lambda d: (d / "00003.png").write_bytes(b"not a picture"), "00003.png"), (lambda d: (d / "00004.png").unlink(), "00004.png"),
-                         (lambda d: (d / "00005.png").write_bytes((d / "00005.png").read_bytes()[:200]), "00005.png"),
-                         (lambda d: (d / "samples.jsonl").unlink(), "samples.jsonl"), (lambda d: (d / "samples.jsonl").write_text("{}\n"), "samples.jsonl"),
-                         (lambda d: (d / "samples.jsonl").write_text("[1]\n"), "samples.jsonl"),
-                         (lambda d: (d / "samples.jsonl").write_text('{"prompt": ["a"], "seed": 0, "file": "00000.png"}\n'), "samples.jsonl"),
-                         (lambda d: (d / "samples.jsonl").write_text(""), "no picture"),
-                         (lambda d: Image.open(d / "00006.png").resize((32, 32)).save(d / "00006.png"), "00006.png"),
-                         (lambda d: lines(d, lambda rows: [row.replace('"seed": ', '"seed": 9') for row in rows]), "no prompt and seed")]:
+    for change, word in [
+        (lambda d: (d / "00003.png").write_bytes(b"not a picture"), "00003.png"),
+        (lambda d: (d / "00004.png").unlink(), "00004.png"),
+        (lambda d: (d / "00005.png").write_bytes((d / "00005.png").read_bytes()[:200]), "00005.png"),
+        (lambda d: (d / "samples.jsonl").unlink(), "samples.jsonl"),
+        (lambda d: (d / "samples.jsonl").write_text("{}\n"), "samples.jsonl"),
+        (lambda d: (d / "samples.jsonl").write_text("[1]\n"), "samples.jsonl"),
+        (lambda d: (d / "samples.jsonl").write_text('{"prompt": ["a"], "seed": 0, "file": "00000.png"}\n'),
+         "samples.jsonl"),
+        (lambda d: (d / "samples.jsonl").write_text(""), "no picture"),
+        (lambda d: Image.open(d / "00006.png").resize((32, 32)).save(d / "00006.png"), "00006.png"),
+        (lambda d: lines(d, lambda rows: [row.replace('"seed": ', '"seed": 9') for row in rows]), "no prompt and seed"),
+    ]:
         refuses(capsys, lambda: compare(base, broken(change), out=tmp_path / "report"), word)
     refuses(capsys, lambda: compare(base, base, out=tmp_path / "report"), "twice")
     refuses(capsys, lambda: compare(base, str(tmp_path / "none"), out=tmp_path / "report"), "none", "no such folder")
     refuses(capsys, lambda: compare(out=tmp_path / "report"), "folders")
-    refuses(capsys, lambda: compare(base, real=broken(lambda d: lines(d, lambda rows: rows[:1])), out=tmp_path / "report"), "--real", "at least two")
+    single = broken(lambda d: lines(d, lambda rows: rows[:1]))
+    refuses(capsys, lambda: compare(base, real=single, out=tmp_path / "report"), "--real", "at least two")
     refuses(capsys, lambda: compare(base, reward=(), out=tmp_path / "report"), "--reward")
     assert not (tmp_path / "report").exists()
-    fewer = broken(lambda d: lines(d, lambda rows: rows[::-2]))  # half of them, in another order: the common ones are compared
+    # half of them, in another order: the common ones are compared
+    fewer = broken(lambda d: lines(d, lambda rows: rows[::-2]))
     report = compare(base, fewer, out=tmp_path / "report")
     assert report["n"] == 8 and "8 of the 16 pictures in " + base in capsys.readouterr().out
-    turned = broken(lambda d: lines(d, lambda rows: rows[::-1]))  # the same pictures in another order: each is paired with itself
+    # the same pictures in another order: each is paired with itself
+    turned = broken(lambda d: lines(d, lambda rows: rows[::-1]))
     report = compare(lora, turned, judge="tiny/judge", out=tmp_path / "turned")
-    verdict, diff = report["pairs"]["judge/quality"][f"{lora} vs {turned}"], report["metrics"]["reward/pickscore"][turned]["diff"]
+    verdict = report["pairs"]["judge/quality"][f"{lora} vs {turned}"]
+    diff = report["metrics"]["reward/pickscore"][turned]["diff"]
     assert verdict["tie"] == 16 and verdict["margin"] == 0 and diff == {"mean": 0, "lo": 0, "hi": 0}
-    one = compare(base, broken(lambda d: lines(d, lambda rows: rows[:1])), judge="tiny/judge", out=tmp_path / "one")  # no interval of a single picture
-    assert one["metrics"]["reward/pickscore"][base]["lo"] is None and one["pairs"]["judge/quality"].popitem()[1]["lo"] is None
+    # no interval of a single picture
+    single = broken(lambda d: lines(d, lambda rows: rows[:1]))
+    one = compare(base, single, judge="tiny/judge", out=tmp_path / "one")
+    assert one["metrics"]["reward/pickscore"][base]["lo"] is None
+    assert one["pairs"]["judge/quality"].popitem()[1]["lo"] is None
 
 
 def test_a_report_of_odd_names(tmp_path):
@@ -1135,15 +1330,19 @@ def test_a_report_of_odd_names(tmp_path):
 
 @pytest.mark.parametrize("margin", [0.0, 0.02])
 def test_other_guards(margin):
-    """Claim 9's hinges against numpy in float64, their slopes against finite differences, and no pull where all norms are small."""
+    """Claim 9's hinges against numpy in float64, their slopes against finite differences, and no pull where all norms
+    are small."""
     v, v_ref = (F.interpolate(x, (4, 2)) for x in random_pair(scale=1.6))  # (5, 4, 4, 2): two tokens a sample
     a, b = v.numpy(), v_ref.numpy()
     norms = [np.sqrt((x**2).sum((1, 2, 3))) for x in (a, b)]
     tokens = [np.sqrt(np.stack([(x[:, :, :2] ** 2).sum((1, 2, 3)), (x[:, :, 2:] ** 2).sum((1, 2, 3))])) for x in (a, b)]
     ratio = norms[0] / norms[1]
     assert ratio.max() > 1 + margin and ratio.min() < 1
-    for hinge, expected in ((reproduce.squared, np.maximum(ratio - 1 - margin, 0) ** 2), (reproduce.absolute, np.maximum(norms[0] - norms[1] - margin, 0)),
-                            (reproduce.per_token, np.maximum(tokens[0] / tokens[1] - 1 - margin, 0).mean(0))):
+    for hinge, expected in (
+        (reproduce.squared, np.maximum(ratio - 1 - margin, 0) ** 2),
+        (reproduce.absolute, np.maximum(norms[0] - norms[1] - margin, 0)),
+        (reproduce.per_token, np.maximum(tokens[0] / tokens[1] - 1 - margin, 0).mean(0)),
+    ):
         np.testing.assert_allclose(hinge(v, v_ref, margin).numpy(), expected, rtol=1e-5, atol=1e-6)
         longer = v.clone().requires_grad_()
         hinge(longer, v_ref, margin).sum().backward()
@@ -1156,30 +1355,48 @@ def test_other_guards(margin):
 
 
 def test_paired_differences_and_verdicts():
-    """Student's quantiles from a table; the variance of the cells' means; verdicts of both signs; the judge's counts from either side."""
+    """Student's quantiles from a table; the variance of the cells' means; verdicts of both signs; the judge's counts
+    from either side."""
     for df, expected in ((1, 12.706), (2, 4.303), (11, 2.201), (35, 2.030)):
         assert report.quantile(df) == pytest.approx(expected, rel=1e-3)
     g = np.random.default_rng(0)
-    results = {reproduce.Run(f"b{cell}", "awm", "hps", seed): {"a": cell + g.normal(), "b": 1.0} for cell in range(4) for seed in range(3)}
-    d, values = report.paired(results, lambda r: r["a"], lambda r: r["b"]), np.array([r["a"] - 1 for r in results.values()]).reshape(4, 3)
+    results = {
+        reproduce.Run(f"b{cell}", "awm", "hps", seed): {"a": cell + g.normal(), "b": 1.0}
+        for cell in range(4)
+        for seed in range(3)
+    }
+    d = report.paired(results, lambda r: r["a"], lambda r: r["b"])
+    values = np.array([r["a"] - 1 for r in results.values()]).reshape(4, 3)
     parts = values.var(1, ddof=1) / 3
     assert d["difference"] == pytest.approx(values.mean()) and (d["runs"], d["cells"]) == (12, 4)
     assert d["cells larger"] == (values.mean(1) > 0).sum() and d["runs larger"] == (values > 0).sum()
     df = parts.sum() ** 2 / (parts**2 / 2).sum()  # Satterthwaite's
     assert d["half"] == pytest.approx(report.quantile(round(df, 1)) * parts.sum() ** 0.5 / 4)
     one = {run: r for run, r in results.items() if run.seed == 0}
-    assert math.isnan(report.paired(one, lambda r: r["a"])["half"]) and "no interval" in report.verdict(report.paired(one, lambda r: r["a"]), 1)
-    for difference, half, claimed, said in ((1, 0.5, 1, "holds"), (1, 0.5, -1, "**contradicted**"), (-1, 0.5, -1, "holds"), (-1, 0.5, 1, "**contradicted**"),
-                                            (1, 2, 1, "not resolved"), (1, 0.5, 0, "**contradicted**"), (-1, 0.5, 0, "holds"), (0, 0.5, 0, "not resolved")):
+    assert math.isnan(report.paired(one, lambda r: r["a"])["half"])
+    assert "no interval" in report.verdict(report.paired(one, lambda r: r["a"]), 1)
+    for difference, half, claimed, said in (
+        (1, 0.5, 1, "holds"),
+        (1, 0.5, -1, "**contradicted**"),
+        (-1, 0.5, -1, "holds"),
+        (-1, 0.5, 1, "**contradicted**"),
+        (1, 2, 1, "not resolved"),
+        (1, 0.5, 0, "**contradicted**"),
+        (-1, 0.5, 0, "holds"),
+        (0, 0.5, 0, "not resolved"),
+    ):
         assert report.verdict({"difference": difference, "half": half}, claimed) == said
     assert report.verdict({"difference": 0.01, "half": 0.02}, 0, at_least=0.05) == "holds"
     part = {"p": {"verdicts": {"a vs b": [6, 2, 2, 5]}}}  # of 10 that could be read, 6 won, 2 tied
-    assert report.rate("p", "a vs b")(part) == pytest.approx(0.2) and report.rate("p", "b vs a")(part) == pytest.approx(-0.2)
+    assert report.rate("p", "a vs b")(part) == pytest.approx(0.2)
+    assert report.rate("p", "b vs a")(part) == pytest.approx(-0.2)
 
 
 def test_reproduce_goes_on_where_it_was_killed(tmp_path):
-    """The smoke run of everything, killed without warning once it has a number: what it has is kept, and the report is of its own pictures."""
-    command, file = [sys.executable, "tiny/reproduce.py", "--smoke", "--runs", str(tmp_path)], tmp_path / "results" / "sd3-awm-hps-s0.json"
+    """The smoke run of everything, killed without warning once it has a number: what it has is kept, and the report is
+    of its own pictures."""
+    command = [sys.executable, "tiny/reproduce.py", "--smoke", "--runs", str(tmp_path)]
+    file = tmp_path / "results" / "sd3-awm-hps-s0.json"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not file.exists():
         assert process.poll() is None
@@ -1196,13 +1413,16 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path):
 
     for name, folder in (("unguarded", "awm"), ("guarded", "awm+normguard")):
         rows = [json.loads(line) for line in (home / folder / "samples.jsonl").read_text().splitlines()]
-        pictures = torch.stack([torch.from_numpy(pixels(home / folder / row["file"])).permute(2, 0, 1) / 255 for row in rows])
-        score = eval_judge.load_reward("tiny/hps", torch.device("cpu"))(pictures, [row["prompt"] for row in rows])
+        arrays = [pixels(home / folder / row["file"]) for row in rows]
+        pictures = torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
+        score = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))(pictures, [row["prompt"] for row in rows])
         assert done["main"]["means"][name]["reward"] == pytest.approx(score.mean().item(), rel=1e-4)
     assert lora_bytes(home / "per-token") != lora_bytes(home / "lam0.05")  # the other hinge was in place
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.count("\n## ") == 8 and "Not measured" not in text and set(json.loads((tmp_path / "results.json").read_text())) >= set("123478")
-    assert {p.name for p in tmp_path.glob("*.png")} == {"inflation.png", "differences.png", "adjoint.png", "ablation.png", "early.png"}
+    assert text.count("\n## ") == 8 and "Not measured" not in text
+    assert set(json.loads((tmp_path / "results.json").read_text())) >= set("123478")
+    graphs = {"inflation.png", "differences.png", "adjoint.png", "ablation.png", "early.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == graphs
     before = (home / "commands.txt").read_text()
     subprocess.run(command, check=True, capture_output=True)
     assert (home / "commands.txt").read_text() == before

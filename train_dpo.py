@@ -1,38 +1,38 @@
-r"""Flow-DPO, online, + NormGuard for flow-matching text-to-image models, on one GPU.
+r"""Flow-DPO, online, + NormGuard for flow-matching models, on one GPU.
 
     python train_dpo.py --lam 0.05                              # the miniature world, a minute on two cores
-    python train_dpo.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE --eval-prompts FILE \
-        --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --pairs 1 --batch 4 --lr 3e-4 \
-        --dpo-beta 100 --max-grad-norm 0.02
+    python train_dpo.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
+        --eval-prompts FILE --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --pairs 1 --batch 4 --lr 3e-4 \
+        --guidance 4.5 --dpo-beta 100 --max-grad-norm 0.02
 
 Diffusion-DPO (arXiv 2311.12908) on velocities, as Flow-DPO (arXiv 2501.13918) and Flow-GRPO's train_sd3_dpo.py
-(github.com/yifan123/flow_grpo): of a prompt's pictures the best by reward, w, is preferred to the worst, l. Both get the same
-noise eps and moment t, x_t = (1 - t) x0 + t eps, and with e(v) = mean ||v - (eps - x0)||^2
+(github.com/yifan123/flow_grpo): of a prompt's pictures the best by reward, w, is preferred to the worst, l. Both get
+the same noise eps and moment t, x_t = (1 - t) x0 + t eps, and with e(v) = mean ||v - (eps - x0)||^2
 
     base_loss = -2 / beta * log sigmoid(-beta / 2 * [(e(v_w) - e(v_ref,w)) - (e(v_l) - e(v_ref,l))])
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2      guard: normguard.py, the mean over w and l
 
-As there: the reference is the base model, t is logit-normal in the schedule's own (shifted) noise levels. Not as there: the
-pictures come from the policy as it stands (there from the reference, which moves along only if told to), several pairs a
-prompt with --pairs (i-th best against i-th worst), a pair of equal reward counts as zero loss, the factor 2 / beta, by which
-lam and kl weigh as in the other methods (Adam does not see it, but max_grad_norm does: the official 1 is 0.02 here), no
-guidance in the rollout (4.5 there), Euler steps, diffusers' T5 length of 256 instead of 128, no EMA of the weights.
+As there: the reference is the base model, t is logit-normal in the schedule's own (shifted) noise levels; with
+--guidance (4.5 there, by default none here) it is rollouts that are guided, while the velocities in the loss are the
+conditional ones. Not as there: the pictures come from the policy as it stands (there from the reference, which moves
+along only if told to), several pairs a prompt with --pairs (i-th best against i-th worst), a pair of equal reward
+counts as zero loss, the factor 2 / beta, by which lam and kl weigh as in the other methods (Adam does not see it, but
+max_grad_norm does: the official 1 is 0.02 here), Euler steps, diffusers' T5 length of 256 instead of 128, no EMA of the
+weights.
 
 To resume, run the same command again.
 """
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from tqdm import tqdm
 
-from eval_judge import fail, grid, load_reward, parse
+from flow.cli import fail, parse
+from flow.pipeline import add_noise, decode, draw_noise, integrate, schedule, velocity
+from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally
 from normguard import norm_hinge, norm_ratio, reference
-from sample import (add_lora, check_numbers, clipped_step, decode, draw_noise, draw_prompts, encode_prompts, evaluate, integrate,
-                    latent_shape, load_checkpoint, load_pipeline, log_line, max_tokens, open_run, rng, save_checkpoint, schedule, stack, velocity)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Args:
     margin: float = 0.0
     """relative excess of the velocity norm that the hinge lets pass"""
     model: str = "tiny/sd3"
-    """diffusers folder or hub id"""
+    """any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id"""
     reward: str = "tiny/pickscore"
     """pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, or a sum of such: A:0.5,B:0.5"""
     prompts: str = "tiny/prompts.txt"
@@ -65,6 +65,9 @@ class Args:
     """prompts an epoch"""
     steps: int = 8
     """Euler steps of a rollout and of an evaluation"""
+    guidance: float | None = None
+    """guidance scale of rollouts and evaluations (default: none), or what a guidance embedding is told (its own
+    default)"""
     pairs: int = 4
     """pairs a prompt: the best against the worst picture, the second best against the second worst, ..."""
     timesteps: int = 2
@@ -81,6 +84,8 @@ class Args:
     """gradient clipping"""
     size: int | None = None
     """pixels a side (default: the model's own)"""
+    frames: int | None = None
+    """frames of a video, for a model that makes videos (default: the model's own)"""
     eval_n: int = 64
     """held-out pictures an evaluation"""
     eval_every: int = 10
@@ -90,21 +95,24 @@ class Args:
     checkpointing: bool | None = None
     """gradient checkpointing (default: on a GPU)"""
     compile: bool = False
-    """torch.compile the transformer"""
+    """torch.compile the transformer's blocks"""
 
 
-def dpo_loss(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor, beta: float = 100.0) -> Tensor:
+def dpo_loss(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor,
+             beta: float = 100.0) -> Tensor:
     """Diffusion-DPO's loss per pair on velocities, in fp32; all (b, ...) -> (b,). Gradient to v_w and v_l."""
     def error(v, target):
         """e(v): mean squared error, (b, ...) -> (b,)."""
         return (v.float() - target.float()).square().flatten(1).mean(1)
 
-    margin = (error(v_w, target_w) - error(v_ref_w.detach(), target_w)) - (error(v_l, target_l) - error(v_ref_l.detach(), target_l))
-    return -F.logsigmoid(-beta / 2 * margin)
+    w = error(v_w, target_w) - error(v_ref_w.detach(), target_w)
+    l = error(v_l, target_l) - error(v_ref_l.detach(), target_l)
+    return -F.logsigmoid(-beta / 2 * (w - l))
 
 
 def best_and_worst(reward: Tensor, group: int, pairs: int) -> tuple[Tensor, Tensor]:
-    """Indices of each prompt's i-th best and i-th worst picture, i < pairs. reward (prompts * group,) -> two of (prompts * pairs,)."""
+    """Indices of each prompt's i-th best and i-th worst picture, i < pairs. reward (prompts * group,) -> two of
+    (prompts * pairs,)."""
     order = rearrange(reward, "(p k) -> p k", k=group).argsort(dim=1, descending=True, stable=True)
     order += torch.arange(0, len(reward), group)[:, None]
     return order[:, :pairs].flatten(), order.flip(1)[:, :pairs].flatten()
@@ -118,100 +126,49 @@ def main(args: Args):
         fail(f"--pairs {args.pairs}: from 1 to {args.group // 2}, half of --group {args.group}")
     if pairs % args.updates:
         fail(f"--updates {args.updates}: must divide the epoch's {pairs} pairs (--groups x --pairs)")
-    used, eval_prompts = draw_prompts(args)
+    run = start_run("dpo", args)
+    pipe, sigmas = run.pipe, run.sigmas
+    levels = schedule(pipe, 1000)
 
-    # ---- model, reward, run folder
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipe, reward_fn = load_pipeline(args.model, device), load_reward(args.reward, device)
-    model, shape = pipe.transformer, latent_shape(pipe, args.size)
-    levels, sigmas = schedule(pipe, 1000, shape), schedule(pipe, args.steps, shape)
-    reward_fn(decode(pipe, torch.zeros(2, *shape)), used[:1] * 2)  # does it work? before anything is written
-    out, state = open_run(args, "dpo", max_sequence_length=max_tokens(pipe))
-    params = add_lora(model, args.rank, args.seed)
-    opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
-    step, first, skipped, bad = 0, 0, 0, 0  # bad: non-finite steps in a row
-    if state:
-        load_checkpoint(state, pipe, opt)
-        step, first, skipped, bad = state["step"], state["epoch"], state["skipped"], state["bad"]
-        print(f"{out}: resumed at epoch {first}")
-    if args.checkpointing or (args.checkpointing is None and device.type == "cuda"):
-        model.enable_gradient_checkpointing()
-    if args.compile:
-        model.compile()
-
-    # ---- prompts, encoded once
-    text = encode_prompts(pipe, used[first * args.groups:] + eval_prompts)
-    eval_noise = draw_noise(list(range(args.eval_n)), shape)  # the same for every run and seed
-
-    def look(epoch: int):
-        """Evaluate on the held-out prompts; keep the pictures and the numbers."""
-        numbers, pictures = evaluate(pipe, reward_fn, text, eval_prompts, eval_noise, sigmas, args.batch)
-        grid(pictures, 8).save(out / "samples" / f"{epoch:05d}.png")
-        log_line(out, {"step": step, "epoch": epoch, **numbers})
-
-    if first == 0 and args.eval_every:
-        look(0)
-    bar = tqdm(range(first, args.epochs), desc="train", initial=first, total=args.epochs)
-    for epoch in bar:
-        start, g = time.time(), rng(args.seed, 1, epoch)
-
+    for prompts, g in epochs(run):
         # ---- rollout: `group` pictures of each prompt from the policy as it stands
-        batch_prompts = [p for p in used[epoch * args.groups:(epoch + 1) * args.groups] for _ in range(args.group)]
-        x0, _ = integrate(pipe, torch.randn(n, *shape, generator=g), text, batch_prompts, sigmas, batch=args.batch, desc="rollout")
+        x0, _ = integrate(pipe, draw_noise(pipe, n, g), prompts, sigmas, guidance=args.guidance, batch=args.batch,
+                          desc="rollout")
 
         # ---- reward and pairs
-        reward = reward_fn(decode(pipe, x0), batch_prompts)
+        reward = run.reward(decode(pipe, x0), prompts)
         w, l = best_and_worst(reward, args.group, args.pairs)  # (pairs,) each
         differ = (reward[w] > reward[l]).float()
 
         # ---- training rows (pair, t): each pair, in random order, at `timesteps` moments
         pair = torch.randperm(pairs, generator=g).repeat_interleave(args.timesteps)
         t = levels[(1000 * torch.sigmoid(torch.randn(len(pair), generator=g))).long()]  # (rows,)
-        noise = torch.randn(len(t), *shape, generator=g)  # (rows, c, h, w)
+        noise = draw_noise(pipe, len(t), g)  # (rows, ...)
         x_w, x_l, differ = x0[w[pair]], x0[l[pair]], differ[pair]
-        row_prompts = [batch_prompts[i] for i in w[pair]]
         updates = torch.arange(len(t)).split(len(t) // args.updates)
 
         # ---- updates
         for u, update in enumerate(updates):
-            sums = torch.zeros(6)
+            sums = {}
             for b in update.split(max(1, args.batch // 2)):
-                x0_b, noise_b = torch.cat([x_w[b], x_l[b]]).to(device), noise[b].repeat(2, 1, 1, 1).to(device)  # (w and l, c, h, w)
-                t_b, differ_b = t[b].repeat(2).to(device), differ[b].to(device)
-                xt_b = torch.lerp(x0_b, noise_b, t_b.view(-1, 1, 1, 1))  # (1 - t) x0 + t eps
-                text_b = stack(text, [row_prompts[i] for i in b] * 2, device)
-                v = velocity(model, xt_b, t_b, text_b)
-                with reference(model):
-                    v_ref = velocity(model, xt_b, t_b, text_b)
-                base_loss = 2 / args.dpo_beta * differ_b * dpo_loss(*v.chunk(2), *v_ref.chunk(2), *(noise_b - x0_b).chunk(2), args.dpo_beta)
+                prompts_b = [prompts[i] for i in w[pair[b]]] * 2
+                x0_b = torch.cat([x_w[b], x_l[b]]).to(pipe.device)  # (w and l, ...)
+                noise_b, t_b = torch.cat([noise[b]] * 2).to(pipe.device), t[b].repeat(2)
+                xt_b = add_noise(x0_b, noise_b, t_b.to(pipe.device))
+                v = velocity(pipe, xt_b, t_b, prompts_b)
+                with reference(pipe.transformer):
+                    v_ref = velocity(pipe, xt_b, t_b, prompts_b)
+                base_loss = dpo_loss(*v.chunk(2), *v_ref.chunk(2), *(noise_b - x0_b).chunk(2), args.dpo_beta)
+                base_loss = 2 / args.dpo_beta * differ[b].to(pipe.device) * base_loss
                 guard = rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)
                 kl = rearrange((v - v_ref).square().flatten(1).mean(1), "(two b) -> two b", two=2).mean(0)
                 ratio = rearrange(norm_ratio(v.detach(), v_ref), "(two b) -> two b", two=2)
                 loss = base_loss + args.lam * guard + args.kl * kl
                 (loss.sum() / len(update)).backward()
-                active = (ratio > 1 + args.margin).float().mean(0)
-                sums += torch.stack([x.detach().sum() for x in (loss, base_loss, guard, kl, ratio.mean(0), active)]).cpu()
-            loss, base_loss, guard, kl, ratio, active = (sums / len(update)).tolist()
-            grad_norm, finite = clipped_step(opt, loss, args.max_grad_norm)
-            bad, skipped, step = (0, skipped, step + 1) if finite else (bad + 1, skipped + 1, step + 1)
-            line = {"step": step, "epoch": epoch, "reward": reward.mean().item(), "reward_std": reward.std().item(), "loss": loss,
-                    "base_loss": base_loss, "guard": guard, "kl": kl, "norm_ratio": ratio,
-                    "active": active, "grad_norm": grad_norm, "skipped": skipped,
-                    "img_per_s": n * (u + 1) / args.updates / (time.time() - start)}
-            if device.type == "cuda":
-                line["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
-            log_line(out, line)
-            if bad == 10:
-                fail(f"{out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try a lower --lr in another --out")
-        bar.set_postfix(reward=f"{line['reward']:.3f}", norm_ratio=f"{ratio:.3f}")
-
-        # ---- look and save
-        done = epoch + 1
-        if args.eval_every and (done % args.eval_every == 0 or done == args.epochs):
-            look(done)
-        if done % args.save_every == 0 or done == args.epochs:
-            save_checkpoint(out, pipe, opt, epoch=done, step=step, skipped=skipped, bad=bad)
-    print(f"done: {out}/ holds lora/, samples/, curves.png and metrics.jsonl")
+                tally(sums, loss=loss, base_loss=base_loss, guard=guard, kl=kl)
+                tally(sums, norm_ratio=ratio.mean(0), active=(ratio > 1 + args.margin).float().mean(0))
+            finish_step(run, sums, len(update), reward, share=(u + 1) / args.updates)
+        finish_epoch(run)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """The paper's claims, measured on the miniature world by one command.
 
-    python tiny/reproduce.py                                  # what is not in tiny/results yet; then the report of all of it
-    python tiny/reproduce.py --results runs/mine              # all of it anew, beside the committed numbers
+    python tiny/reproduce.py                            # what is not in tiny/results yet; then the report of all of it
+    python tiny/reproduce.py --results runs/mine        # all of it anew, beside the committed numbers
     python tiny/reproduce.py --bases sd3 --methods awm --rewards pickscore --seeds 0 --only 4
-    python tiny/reproduce.py --smoke                          # a toy of it, in runs/smoke: does everything still work?
+    python tiny/reproduce.py --smoke                    # a toy of it, in runs/smoke: does everything still work?
 
-A run is a base, a method, a reward and a seed, trained with --lam 0 ("unguarded") and --lam 0.05 ("guarded"), the scripts'
-defaults otherwise. Trainings, pictures and their scores come from the project's own scripts, carried out in this process; their
-commands stand in RUNS/<run>/commands.txt. A run's numbers go to RESULTS/<run>.json part by part as they come, and are not computed
-again, whatever has changed since: to measure anew, delete them. Killed at any moment, the same command goes on. Writes RESULTS.md
-and results.json beside RESULTS, the figures to assets/.
+A run is a base, a method, a reward and a seed, trained with --lam 0 ("unguarded") and --lam 0.05 ("guarded"), the
+scripts' defaults otherwise. Trainings, pictures and their scores come from the project's own scripts, carried out in
+this process; their commands stand in RUNS/<run>/commands.txt. A run's numbers go to RESULTS/<run>.json part by part as
+they come, and are not computed again, whatever has changed since: to measure anew, delete them. Killed at any moment,
+the same command goes on. Writes RESULTS.md and results.json beside RESULTS, the figures to assets/.
 
-Pictures that are judged show held-out prompts. What is chosen (claim 8: a checkpoint; claim 9: a guard) is chosen on training
-prompts.
+Pictures that are judged show held-out prompts. What is chosen (claim 8: a checkpoint; claim 9: a guard) is chosen on
+training prompts.
 """
 import contextlib
 import fcntl
@@ -39,13 +39,17 @@ import numpy as np
 import torch
 import tyro
 from einops import rearrange
+from report import LAM, read_json, rounded, write_report, write_text
 from torch import Tensor
 from tqdm import tqdm
 
-from eval_judge import SINGLE, fail, load_pictures, local_judge, make_dir, parse, read_answer, read_folder
+from eval_judge import SINGLE
+from flow import run as flow_run
+from flow.cli import fail, make_dir, parse
+from flow.judge import local_judge, read_answer
+from flow.lora import save_lora
+from flow.pictures import load_pictures, read_folder
 from normguard import norm_ratio, velocity_norm
-from report import LAM, read_json, rounded, write_report, write_text
-from sample import save_lora
 
 
 @dataclass
@@ -115,32 +119,43 @@ def absolute(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
 
 
 def per_token(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
-    """The hinge of each token's norm, averaged over the tokens, which are patches of 2x2: (b, c, h, w) -> (b,)."""
-    tokens = (rearrange(x, "b c (h p) (w q) -> (b h w) (c p q)", p=2, q=2) for x in (v, v_ref))
-    return torch.relu(norm_ratio(*tokens) - 1 - margin).view(len(v), -1).mean(1)
+    """The hinge of each token's norm, averaged over the tokens: patches of 2x2 of (b, c, h, w), or (b, tokens, c)
+    -> (b,)."""
+    if v.ndim == 4:
+        v, v_ref = (rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2) for x in (v, v_ref))
+    ratio = norm_ratio(v.flatten(0, 1), v_ref.flatten(0, 1))
+    return torch.relu(ratio - 1 - margin).view(len(v), -1).mean(1)
 
 
-# name: (flags, hinge or None for normguard's own). A squared hinge's slope is the linear one's at an excess of 5 % if lam is ten
-# times larger; ||v_ref|| is about 30 to 40 here, hence the lam of the absolute one.
+# name: (flags, hinge or None for normguard's own). A squared hinge's slope is the linear one's at an excess of 5 % if
+# lam is ten times larger; ||v_ref|| is about 30 to 40 here, hence the lam of the absolute one.
 VARIANTS = {
-    "lam 0.0005": ("--lam 0.0005", None), "lam 0.005": ("--lam 0.005", None), "lam 0.5": ("--lam 0.5", None), "lam 5": ("--lam 5", None),
-    "squared, lam 0.05": ("--lam 0.05", squared), "squared, lam 0.5": ("--lam 0.5", squared), "squared, lam 5": ("--lam 5", squared),
-    "absolute, lam 0.0015": ("--lam 0.0015", absolute), "per token": (f"--lam {LAM}", per_token), "margin 0.02": (f"--lam {LAM} --margin 0.02", None),
+    "lam 0.0005": ("--lam 0.0005", None),
+    "lam 0.005": ("--lam 0.005", None),
+    "lam 0.5": ("--lam 0.5", None),
+    "lam 5": ("--lam 5", None),
+    "squared, lam 0.05": ("--lam 0.05", squared),
+    "squared, lam 0.5": ("--lam 0.5", squared),
+    "squared, lam 5": ("--lam 5", squared),
+    "absolute, lam 0.0015": ("--lam 0.0015", absolute),
+    "per token": (f"--lam {LAM}", per_token),
+    "margin 0.02": (f"--lam {LAM} --margin 0.02", None),
 }
 
 
 # ---------------------------------------------------------------- what is done to a run
 
 def command(log: Path, line: str, out: Path | None = None, note: str = ""):
-    """Carry out `python <line>` in this process and note it in commands.txt, unless out/command.txt says that this has been done."""
-    said = " ".join(f"python {line} {note}".split()) + "\n"
-    if out and (out / "command.txt").exists() and (out / "command.txt").read_text() == said:
+    """Carry out `python <line>` in this process and note it in commands.txt, unless out/command.txt says that this has
+    been done."""
+    noted = " ".join(f"python {line} {note}".split()) + "\n"
+    if out and (out / "command.txt").exists() and (out / "command.txt").read_text() == noted:
         return
     script, *flags = line.split()
     module = importlib.import_module(Path(script).stem)
     log.mkdir(parents=True, exist_ok=True)
     with open(log / "commands.txt", "a") as f:
-        f.write(said)
+        f.write(noted)
     with open(log / "output.txt", "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         try:
             module.main(tyro.cli(module.Args, args=flags))
@@ -148,25 +163,27 @@ def command(log: Path, line: str, out: Path | None = None, note: str = ""):
             if end.code:
                 raise RuntimeError(f"python {line}: exit code {end.code}; its output is in {log}/output.txt") from end
     if out:
-        write_text(out / "command.txt", said)
+        write_text(out / "command.txt", noted)
 
 
 def train(home: Path, run: Run, size: Size, name: str, flags: str, hinge: Callable | None = None) -> Path:
-    """The folder home/name of a finished training, in which lora-EPOCH holds each checkpoint's LoRA. `hinge` takes norm_hinge's place."""
+    """The folder home/name of a finished training, in which lora-EPOCH holds each checkpoint's LoRA. `hinge` takes
+    norm_hinge's place."""
     module, out = importlib.import_module(f"train_{run.method}"), home / name
-    own = module.save_checkpoint, module.norm_hinge
+    save_checkpoint, norm_hinge = flow_run.save_checkpoint, module.norm_hinge
 
-    def keep(out, pipe, opt, epoch, **extra):
+    def keep(training, epoch, **state):
         """Save as ever, and keep a copy."""
-        save_lora(pipe, out / f"lora-{epoch:05d}")
-        own[0](out, pipe, opt, epoch=epoch, **extra)
+        save_lora(training.pipe, training.out / f"lora-{epoch:05d}")
+        save_checkpoint(training, epoch, **state)
 
-    module.save_checkpoint, module.norm_hinge = keep, hinge or own[1]
+    line = f"train_{run.method}.py --model tiny/{run.base} --reward tiny/{run.reward} --seed {run.seed} --out {out}"
+    note = f"# with norm_hinge = reproduce.{hinge.__name__}" if hinge else ""
+    flow_run.save_checkpoint, module.norm_hinge = keep, hinge or norm_hinge
     try:
-        command(home, f"train_{run.method}.py --model tiny/{run.base} --reward tiny/{run.reward} --seed {run.seed} --out {out} {flags} {size.train}",
-                out, f"# with norm_hinge = reproduce.{hinge.__name__}" if hinge else "")
+        command(home, f"{line} {flags} {size.train}", out, note)
     finally:
-        module.save_checkpoint, module.norm_hinge = own
+        flow_run.save_checkpoint, module.norm_hinge = save_checkpoint, norm_hinge
     return out
 
 
@@ -176,9 +193,11 @@ def sample(home: Path, base: str, out: Path, flags: str) -> Path:
     return out
 
 
-def held_out(home: Path, run: Run, size: Size, name: str, lora: Path, steps: int | None = None, flags: str = "--norms") -> Path:
+def held_out(home: Path, run: Run, size: Size, name: str, lora: Path, steps: int | None = None,
+             flags: str = "--norms") -> Path:
     """Pictures home/name of held-out prompts, their noise the same for every run."""
-    return sample(home, run.base, home / name, f"--lora {lora} --n {size.n} --steps {steps or size.steps} --seed 1000 {flags}")
+    steps = steps or size.steps
+    return sample(home, run.base, home / name, f"--lora {lora} --n {size.n} --steps {steps} --seed 1000 {flags}")
 
 
 def colours(folder: Path) -> dict[str, float]:
@@ -191,18 +210,27 @@ def colours(folder: Path) -> dict[str, float]:
 
 
 def judge(home: Path, run: Run, folders: dict[str, Path], renders: Path) -> dict:
-    """eval_judge.py's report on folders of pictures by their names here: {name: {metric: mean}}, and the verdicts on each two."""
+    """eval_judge.py's report on folders of pictures by their names here: {name: {metric: mean}}, and the verdicts on
+    each two."""
     home_eval, names = home / "eval", {str(path): name for name, path in folders.items()}
-    command(home, f"eval_judge.py {' '.join(names)} --reward tiny/pickscore tiny/hps --real {renders} --out {home_eval}")
+    rewards = "--reward tiny/pickscore tiny/hps"
+    command(home, f"eval_judge.py {' '.join(names)} {rewards} --real {renders} --out {home_eval}")
     report = json.loads((home_eval / "report.json").read_text())
-    kind = {"reward/pickscore": "other reward", "reward/hps": "other reward", f"reward/{run.reward}": "reward", "forensic/forensic": "P(real)",
-            "fd/embed": "FD"}
+    label = {
+        "reward/pickscore": "other reward",
+        "reward/hps": "other reward",
+        f"reward/{run.reward}": "reward",
+        "forensic/forensic": "P(real)",
+        "fd/embed": "FD",
+    }
     means = {name: colours(path) for name, path in folders.items()}
     for metric, by_folder in report["metrics"].items():
         for path, numbers in by_folder.items():
-            means[names[path]][kind.get(metric, metric)] = numbers["mean"]
-    verdicts = {" vs ".join(names[path] for path in pair.split(" vs ")): [m[k] for k in ("win", "tie", "loss", "nan")]
-                for pair, m in report["pairs"]["judge/quality"].items()}
+            means[names[path]][label.get(metric, metric)] = numbers["mean"]
+    verdicts = {}
+    for pair, counts in report["pairs"]["judge/quality"].items():
+        first, second = pair.split(" vs ")
+        verdicts[f"{names[first]} vs {names[second]}"] = [counts[k] for k in ("win", "tie", "loss", "nan")]
     return {"means": means, "verdicts": verdicts}
 
 
@@ -220,28 +248,35 @@ def both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
 def shown(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
     """Their pictures at full steps."""
     unguarded, guarded = both(home, run, size)
-    return held_out(home, run, size, run.method, unguarded / "lora"), held_out(home, run, size, f"{run.method}+normguard", guarded / "lora")
+    pictures = held_out(home, run, size, run.method, unguarded / "lora")
+    return pictures, held_out(home, run, size, f"{run.method}+normguard", guarded / "lora")
 
 
 def main_part(root: Path, run: Run, size: Size) -> dict:
     """Claims 1, 4, 5, 6: the norm over training and over t, and what reward, judge and detector say of the pictures."""
     home = root / run.name
     unguarded, guarded = shown(home, run, size)
+    keys = ("eval_reward", "eval_reward_se", "eval_norm_ratio", "eval_norm_ratio_steps", "eval_saturation")
     curves = {}
     for name, out in zip(("unguarded", "guarded"), both(home, run, size)):
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        curves[name] = [{k.removeprefix("eval_"): line[k] for k in ("epoch", "eval_reward", "eval_reward_se", "eval_norm_ratio",
-                                                                    "eval_norm_ratio_steps", "eval_saturation")} for line in lines if "eval_reward" in line]
-    said = judge(home, run, {"base": root / run.base / "base", "unguarded": unguarded, "guarded": guarded}, root / "renders")
+        evals = [line for line in lines if "eval_reward" in line]
+        curves[name] = [{k.removeprefix("eval_"): line[k] for k in ("epoch", *keys)} for line in evals]
+    ratios = {"unguarded": ratio_of(unguarded), "guarded": ratio_of(guarded)}
+    folders = {"base": root / run.base / "base", "unguarded": unguarded, "guarded": guarded}
+    judged = judge(home, run, folders, root / "renders")
     shutil.copy(home / "eval" / "report.png", home / "report.png")  # the other parts write their own
-    return {"curves": curves, "ratio": {"unguarded": ratio_of(unguarded), "guarded": ratio_of(guarded)}, **said}
+    return {"curves": curves, "ratio": ratios, **judged}
 
 
 def renorm_part(root: Path, run: Run, size: Size) -> dict:
     """Claim 2: the unguarded model's velocity rescaled to the reference's norm while sampling."""
-    home, (unguarded, guarded) = root / run.name, shown(root / run.name, run, size)
+    home = root / run.name
+    unguarded, guarded = shown(home, run, size)
     lora = both(home, run, size)[0] / "lora"
-    rescaled = {how: held_out(home, run, size, f"renorm-{how}", lora, flags=f"--renorm {how}") for how in ("match", "cap")}
+    rescaled = {}
+    for how in ("match", "cap"):
+        rescaled[how] = held_out(home, run, size, f"renorm-{how}", lora, flags=f"--renorm {how}")
     return judge(home, run, {"unguarded": unguarded, **rescaled, "guarded": guarded}, root / "renders")
 
 
@@ -255,12 +290,14 @@ def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: st
     """sample.py --adjoint on held-out prompts at the rollouts' 8 steps."""
     sample(home, base, out, f"--adjoint --reward tiny/{reward} --n {size.n_adjoint} --steps 8 --seed 3000 {flags}")
     rows = json.loads((out / "adjoint.json").read_text())
-    return {"t": rows["t"], "units": rows["units"], "reward": rows[f"tiny/{reward}"], "energy": rows["energy (control)"]}
+    sensitivities = {"reward": rows[f"tiny/{reward}"], "energy": rows["energy (control)"]}
+    return {"t": rows["t"], "units": rows["units"], **sensitivities}
 
 
 def few_part(root: Path, run: Run, size: Size) -> dict:
     """Claim 7: the same models at few steps."""
-    home, (unguarded, guarded), out = root / run.name, both(root / run.name, run, size), {}
+    home, out = root / run.name, {}
+    unguarded, guarded = both(home, run, size)
     for steps in size.few:
         folders = {"base": root / run.base / f"base-{steps}"}
         for name, folder in (("unguarded", unguarded), ("guarded", guarded)):
@@ -269,42 +306,71 @@ def few_part(root: Path, run: Run, size: Size) -> dict:
     return out
 
 
+def slug(name: str) -> str:
+    """A folder's name."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
 def early_part(root: Path, run: Run, size: Size) -> dict:
-    """Claim 8: the guarded model against the unguarded run's first checkpoint of equal reward, and against the one that the judge
-    likes best. Equal: not below the guarded one's by more than a standard error (paired, over prompts); if none is, the best."""
-    home, (unguarded, guarded) = root / run.name, both(root / run.name, run, size)
-    ask, found, rewards = local_judge("tiny/judge", torch.device("cuda" if torch.cuda.is_available() else "cpu")), {}, {}
+    """Claim 8: the guarded model against the unguarded run's first checkpoint of equal reward, and against the one
+    that the judge likes best. Equal: not below the guarded one's by more than a standard error (paired, over prompts);
+    if none is, the best."""
+    home, found, rewards = root / run.name, {}, {}
+    unguarded, guarded = both(home, run, size)
+    ask = local_judge("tiny/judge", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    flags = f"--prompts tiny/prompts.txt --n {size.n_choose} --steps 8 --seed 5000 --reward tiny/{run.reward}"
     for lora in (guarded / "lora", *sorted(unguarded.glob("lora-*"))):
         name = "guarded" if lora.parent == guarded else lora.name.removeprefix("lora-")
-        folder = sample(home, run.base, home / "choose" / name, f"--lora {lora} --prompts tiny/prompts.txt --n {size.n_choose} --steps 8 "
-                                                                f"--seed 5000 --reward tiny/{run.reward}")
+        folder = sample(home, run.base, home / "choose" / name, f"--lora {lora} {flags}")
         rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-        margins = [read_answer(top, "yes", "no") for i in range(0, len(rows), 32)
-                   for top in ask(SINGLE["overall"], [[str(folder / row["file"])] for row in rows[i:i + 32]])]
+        margins = []
+        for i in range(0, len(rows), 32):
+            pictures = [[str(folder / row["file"])] for row in rows[i:i + 32]]
+            margins += [read_answer(top, "yes", "no") for top in ask(SINGLE["overall"], pictures)]
+        good = 1 / (1 + np.exp(-np.array(margins)))
         rewards[name] = np.reshape([row["reward"] for row in rows], (-1, size.n_choose)).mean(1)  # of each prompt
         less = rewards["guarded"] - rewards[name]
-        found[name] = {"reward": float(rewards[name].mean()), "overall": float(np.nanmean(1 / (1 + np.exp(-np.array(margins))))),
-                       "less": float(less.mean()), "se": float(less.std(ddof=1) / len(less) ** 0.5)}
+        found[name] = {
+            "reward": float(rewards[name].mean()),
+            "overall": float(np.nanmean(good)),
+            "less": float(less.mean()),
+            "se": float(less.std(ddof=1) / len(less) ** 0.5),
+        }
     checkpoints = [name for name in found if name != "guarded"]
     equal = [name for name in checkpoints if found[name]["less"] <= found[name]["se"]]
-    chosen = {"early, equal reward": (equal or [max(checkpoints, key=lambda name: found[name]["reward"])])[0],
-              "early, best judged": max(checkpoints, key=lambda name: found[name]["overall"])}
-    pictures = {how: held_out(home, run, size, how.replace(", ", "-").replace(" ", "-"), unguarded / f"lora-{name}", flags="")
-                for how, name in chosen.items()}
-    return {"found": found, "chosen": chosen, "reached": bool(equal), **judge(home, run, {"guarded": shown(home, run, size)[1], **pictures}, root / "renders")}
+    highest = max(checkpoints, key=lambda name: found[name]["reward"])
+    best_judged = max(checkpoints, key=lambda name: found[name]["overall"])
+    chosen = {"early, equal reward": equal[0] if equal else highest, "early, best judged": best_judged}
+    folders = {}
+    for how, name in chosen.items():
+        folders[how] = held_out(home, run, size, slug(how), unguarded / f"lora-{name}", flags="")
+    folders = {"guarded": shown(home, run, size)[1], **folders}
+    judged = judge(home, run, folders, root / "renders")
+    return {"found": found, "chosen": chosen, "reached": bool(equal), **judged}
 
 
 def variant_part(root: Path, run: Run, size: Size, name: str) -> dict:
     """Claim 9: another guard, on training prompts: it is a matter of choice."""
-    home, (flags, hinge), folder = root / run.name, VARIANTS[name], name.replace(", ", "-").replace(" ", "-")
-    trained = dict(zip(("unguarded", "guarded"), both(home, run, size))) | {"variant": train(home, run, size, folder, f"{flags} --eval-every 0", hinge)}
-    pictures = {who: sample(home, run.base, home / "guards" / out.name, f"--lora {out / 'lora'} --prompts tiny/prompts.txt --n {size.n_guard} "
-                                                                        f"--steps {size.steps} --seed 5000 --norms") for who, out in trained.items()}
-    return {"ratio": {who: ratio_of(path) for who, path in pictures.items()}, **judge(home, run, pictures, root / "renders-training")}
+    home = root / run.name
+    flags, hinge = VARIANTS[name]
+    trained = dict(zip(("unguarded", "guarded"), both(home, run, size)))
+    trained["variant"] = train(home, run, size, slug(name), f"{flags} --eval-every 0", hinge)
+    flags = f"--prompts tiny/prompts.txt --n {size.n_guard} --steps {size.steps} --seed 5000 --norms"
+    pictures = {}
+    for who, out in trained.items():
+        pictures[who] = sample(home, run.base, home / "guards" / out.name, f"--lora {out / 'lora'} {flags}")
+    ratios = {who: ratio_of(path) for who, path in pictures.items()}
+    return {"ratio": ratios, **judge(home, run, pictures, root / "renders-training")}
 
 
-PARTS = {"main": (main_part, tuple(range(1, 9))), "renorm": (renorm_part, (2,)), "adjoint": (adjoint_part, (3,)), "few": (few_part, (7,)),
-         "early": (early_part, (8,)), **{f"guard: {name}": (partial(variant_part, name=name), (9,)) for name in VARIANTS}}
+PARTS = {  # name: (what measures it, the claims that it serves)
+    "main": (main_part, tuple(range(1, 9))),
+    "renorm": (renorm_part, (2,)),
+    "adjoint": (adjoint_part, (3,)),
+    "few": (few_part, (7,)),
+    "early": (early_part, (8,)),
+    **{f"guard: {name}": (partial(variant_part, name=name), (9,)) for name in VARIANTS},
+}
 
 
 # ---------------------------------------------------------------- the work, spread over processes
@@ -315,28 +381,36 @@ def add(file: Path, part: str, numbers: Callable[[], dict]):
     if part not in known:
         start = time.time()
         known[part] = rounded({**numbers(), "seconds": time.time() - start})
-        write_text(file, "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()) + "\n}\n")  # a part a line
+        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()]  # a part a line
+        write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def work_on_base(base: str, args: Args, size: Size):
     """What the runs of a base share: its pictures, and its sensitivities."""
-    root, home = Path(args.runs), Path(args.runs) / base
+    root, home, file = Path(args.runs), Path(args.runs) / base, Path(args.results) / f"{base}.json"
     for name, steps in (("base", size.steps), *((f"base-{steps}", steps) for steps in size.few)):
         sample(home, base, home / name, f"--n {size.n} --steps {steps} --seed 1000")
-    add(Path(args.results) / f"{base}.json", "colours", lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
+    add(file, "colours", lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
     for reward in args.rewards if args.only in (None, 3) else ():
-        add(Path(args.results) / f"{base}.json", f"adjoint {reward}", lambda r=reward: adjoint(home, base, r, size, home / f"adjoint-{r}"))
+        add(file, f"adjoint {reward}", partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}"))
 
 
 def work_on_run(run: Run, parts: list[str], args: Args, size: Size):
     """A run's parts, one after the other."""
     for part in parts:
-        add(Path(args.results) / f"{run.name}.json", part, lambda p=part: PARTS[p][0](Path(args.runs), run, size))
+        measure, _ = PARTS[part]
+        add(Path(args.results) / f"{run.name}.json", part, partial(measure, Path(args.runs), run, size))
 
 
 def start_worker(threads: int):
-    """Each process its share of the cores. It does not outlive the one that started it, whose successor may be at work already."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    """Each process its share of the cores. It does not outlive the one that started it, whose successor may be at work
+    already."""
+    def follow():
+        """End when the parent does."""
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
     torch.set_num_threads(threads)
 
 
@@ -345,7 +419,8 @@ def todo(args: Args, runs: list[Run], ablation: bool) -> dict[Run, list[str]]:
     out = {}
     for run in runs:
         known = read_json(Path(args.results) / f"{run.name}.json")
-        out[run] = [p for p, (_, claims) in PARTS.items() if (claims == (9,)) == ablation and (args.only or claims[0]) in claims and p not in known]
+        parts = [part for part, (_, claims) in PARTS.items() if (claims == (9,)) == ablation and part not in known]
+        out[run] = [part for part in parts if args.only is None or args.only in PARTS[part][1]]
     return {run: parts for run, parts in out.items() if parts}
 
 
@@ -377,25 +452,31 @@ def main(args: Args):
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     threads = max(1, os.cpu_count() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before a worker imports torch
-    runs = [Run(*which, seed) for seed, *which in dict.fromkeys(product(args.seeds, args.bases, args.methods, args.rewards))]
-    corners = {(args.bases[i], args.rewards[i]) for i in (0, -1)}  # a base and a reward to look at, others to confirm it
+    combinations = dict.fromkeys(product(args.seeds, args.bases, args.methods, args.rewards))
+    runs = [Run(*which, seed) for seed, *which in combinations]
+    # a base and a reward to look at, others to confirm it
+    corners = {(args.bases[i], args.rewards[i]) for i in (0, -1)}
     ablated = [run for run in runs if (run.base, run.reward) in corners]
     grid, ablation = todo(args, runs, False), todo(args, ablated, True)
-    total = sum(map(len, [*grid.values(), *ablation.values()]))
+    wanted = [(run, part) for phase in (grid, ablation) for run, parts in phase.items() for part in parts]
+    total = len(wanted)
 
     def left() -> int:
         """Parts to do."""
-        return sum(part not in read_json(results / f"{run.name}.json") for some in (grid, ablation) for run, parts in some.items() for part in parts)
+        return sum(part not in read_json(results / f"{run.name}.json") for run, part in wanted)
 
     if total:
         for out, prompts in (("renders", "eval_prompts"), ("renders-training", "prompts")):
-            command(root, f"tiny/world.py --n {size.renders} --seed 1 --prompts tiny/{prompts}.txt --out {root / out}", root / out)
+            flags = f"--n {size.renders} --seed 1 --prompts tiny/{prompts}.txt --out {root / out}"
+            command(root, f"tiny/world.py {flags}", root / out)
+    # each phase needs the one before
+    phases = [[partial(work_on_base, base, args, size) for base in dict.fromkeys(args.bases) if total]]
+    for phase in (grid, ablation):
+        phases.append([partial(work_on_run, run, parts, args, size) for run, parts in phase.items()])
     with tqdm(total=total, desc="reproduce", unit="part") as bar:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
         try:
-            for tasks in ([partial(work_on_base, base, args, size) for base in dict.fromkeys(args.bases) if total],  # each phase needs the one before
-                          [partial(work_on_run, run, parts, args, size) for run, parts in grid.items()],
-                          [partial(work_on_run, run, parts, args, size) for run, parts in ablation.items()]):
+            for tasks in phases:
                 pending = {pool.submit(task) for task in tasks}
                 while pending:
                     done, pending = wait(pending, timeout=5, return_when=FIRST_EXCEPTION)
@@ -408,8 +489,10 @@ def main(args: Args):
             raise
         pool.shutdown()
 
-    found = {Run(b, m, r, int(file.stem.rpartition("-s")[2])): read_json(file) for b, m, r in product(Args.bases, Args.methods, Args.rewards)
-             for file in sorted(results.glob(f"{b}-{m}-{r}-s*.json"))}
+    found = {}
+    for cell in product(Args.bases, Args.methods, Args.rewards):
+        for file in sorted(results.glob(f"{'-'.join(cell)}-s*.json")):
+            found[Run(*cell, int(file.stem.rpartition("-s")[2]))] = read_json(file)
     bases = {base: numbers for base in Args.bases if (numbers := read_json(results / f"{base}.json"))}
     write_report(found, bases, size, results.parent, assets)
     if (front := root / Run("sd3", "awm", "pickscore", 0).name / "report.png").exists():

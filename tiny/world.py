@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval_judge import fail, parse, read_prompts, save_samples  # noqa: E402
+from flow.cli import fail, parse, read_prompts
+from flow.pictures import save_samples
 
 SIZE = 64  # pixels a side
-COLOURS = {"red": 0, "orange": 27, "yellow": 52, "green": 118, "teal": 176, "blue": 218, "purple": 272, "pink": 328}  # hue, degrees
+# hue, degrees
+COLOURS = {"red": 0, "orange": 27, "yellow": 52, "green": 118, "teal": 176, "blue": 218, "purple": 272, "pink": 328}
 SHAPES = ["circle", "square", "triangle", "star", "ring", "cross", "heart", "moon"]
 COMBOS = [(c, s) for c in range(len(COLOURS)) for s in range(len(SHAPES))]
 HELD_OUT = [(c, s) for c, s in COMBOS if (s - c) % 8 in (0, 3)]  # 16 of 64: each colour and each shape twice
@@ -63,7 +65,8 @@ def hsv_to_rgb(hsv: torch.Tensor) -> torch.Tensor:
 
 
 def signed_distance(p: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-    """Approximate signed distance, negative inside, to unit-sized shapes. p (n, 2, h, w), y down; shape (n,) -> (n, h, w)."""
+    """Approximate signed distance, negative inside, to unit-sized shapes. p (n, 2, h, w), y down; shape (n,)
+    -> (n, h, w)."""
     out = torch.empty(p.shape[0], *p.shape[2:])
     for i, name in enumerate(SHAPES):
         rows = (shape == i).nonzero()[:, 0]
@@ -107,7 +110,8 @@ def render(f: dict[str, torch.Tensor]) -> torch.Tensor:
     def smooth(d, width):
         return torch.sigmoid(-d / width)
 
-    noise = torch.stack([torch.randn(2, SIZE, SIZE, generator=torch.Generator().manual_seed(int(s))) for s in f["noise"]])
+    generators = [torch.Generator().manual_seed(int(s)) for s in f["noise"]]
+    noise = torch.stack([torch.randn(2, SIZE, SIZE, generator=g) for g in generators])
     texture = F.interpolate(noise[:, :1, ::8, ::8], SIZE, mode="bicubic", align_corners=False)
     grain = F.avg_pool2d(noise[:, 1:], 3, 1, 1, count_include_pad=False) * 3  # grain has a size: white noise is no film
 
@@ -175,7 +179,8 @@ def degrade(pictures: torch.Tensor, flaw: str, strength: torch.Tensor, generator
         out = torch.lerp(pictures, F.interpolate(F.avg_pool2d(pictures, 8), SIZE), 0.8 * s)
     else:  # shapes: bent out of shape
         bend = 0.18 * s * F.interpolate(small, SIZE, mode="bicubic", align_corners=False)
-        out = F.grid_sample(pictures, (torch.stack([x, y])[None] + bend).permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+        grid = (torch.stack([x, y])[None] + bend).permute(0, 2, 3, 1)
+        out = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
     return torch.where(s > 0, out.clamp(0, 1), pictures)
 
 

@@ -1,0 +1,84 @@
+"""LoRA on a diffusers transformer: its places are found, not listed; in and out in diffusers' own format."""
+import json
+import warnings
+from pathlib import Path
+
+import diffusers
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from flow.cli import fail, reason
+
+warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT has two adapters and means it
+
+
+def lora_targets(model: torch.nn.Module) -> list[str]:
+    """The linear layers of a transformer's attentions, whatever their names; but not of an attn2 beside an attn:
+    SD3.5's second attention stays as it is in DiffusionNFT, AWM and Flow-GRPO."""
+    parts = dict(model.named_modules())
+    found = {name for name, part in parts.items() if hasattr(part, "to_q") or "Attention" in type(part).__name__}
+    inside = tuple(name + "." for name in found if not (name.endswith(".attn2") and name[:-1] in found))
+    return [name for name, part in parts.items() if isinstance(part, torch.nn.Linear) and name.startswith(inside)]
+
+
+def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default") -> list[torch.nn.Parameter]:
+    """A LoRA with alpha = 2 rank on the attention projections of a diffusers transformer; returns its fp32
+    parameters."""
+    torch.manual_seed(seed)
+    before = {id(p) for p in model.parameters()}
+    others = list(getattr(model, "peft_config", {}).values())  # a second adapter goes where the first is
+    targets = others[0].target_modules if others else lora_targets(model)
+    inject(model, name, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets))
+    diffusers.training_utils.cast_training_params(model, torch.float32)
+    return [p for p in model.parameters() if id(p) not in before]
+
+
+def inject(model: torch.nn.Module, name: str, config: LoraConfig):
+    """Put an adapter into a transformer, by diffusers' own means if it has them."""
+    if hasattr(model, "add_adapter"):
+        model.add_adapter(config, name)
+    else:
+        inject_adapter_in_model(config, model, name)
+
+
+def use_adapter(model: torch.nn.Module, name: str):
+    """Make one of several adapters the active one, which is then the one that trains."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.set_adapter(name)
+
+
+def save_lora(pipe, folder: Path):
+    """pytorch_lora_weights.safetensors, which `pipe.load_lora_weights(folder)` reads back with its rank and alpha.
+    Written here, not by `pipe.save_lora_weights`, whose two metadata keys come in random order: equal runs are to give
+    equal files."""
+    config = pipe.transformer.peft_config["default"].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])  # peft holds a set
+    lora = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(pipe.transformer).items()}
+    metadata = json.dumps({f"transformer.{k}": v for k, v in config.items()}, sort_keys=True)
+    folder.mkdir(exist_ok=True)
+    save_file(lora, folder / "lora.tmp", {"lora_adapter_metadata": metadata})
+    (folder / "lora.tmp").replace(folder / "pytorch_lora_weights.safetensors")
+
+
+def load_lora(pipe, folder: str, model: str):
+    """Put a LoRA on; one that does not fit ends the process, naming --lora and --model."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # peft's, of weights that have no place in this model
+            if hasattr(pipe, "transformer_name"):  # a loader for transformers; PRX has one for UNets
+                pipe.load_lora_weights(folder)
+            else:
+                with safe_open(Path(folder) / "pytorch_lora_weights.safetensors", "pt") as opened:
+                    config = json.loads(opened.metadata()["lora_adapter_metadata"])
+                    lora = {name.removeprefix("transformer."): opened.get_tensor(name) for name in opened.keys()}
+                config = {name.removeprefix("transformer."): value for name, value in config.items()}
+                inject(pipe.transformer, "default", LoraConfig(**config))
+                set_peft_model_state_dict(pipe.transformer, lora)
+        if not any(isinstance(layer, BaseTunerLayer) for layer in pipe.transformer.modules()):
+            raise ValueError("it holds nothing for the transformer")
+    except Exception as e:  # of another rank, model or library: peft, diffusers and safetensors each raise their own
+        fail(f"--lora {folder}: does not fit --model {model} ({reason(e)})")

@@ -1,0 +1,126 @@
+"""Pictures: from tensors to PNGs and grids, videos to GIFs, and the folder that sample.py writes and eval_judge.py
+reads."""
+import hashlib
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from flow.cli import fail, make_dir, reason
+
+matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
+import matplotlib.pyplot as plt  # noqa: E402
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # a folder's files that are pictures
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, h, w) in [0, 1] -> PIL, rounded to 8 bits as diffusers does."""
+    return Image.fromarray((picture.cpu() * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def middle_frames(pictures: Tensor) -> Tensor:
+    """Videos (n, frames, 3, h, w) -> (n, 3, h, w); pictures stay as they are."""
+    return pictures[:, pictures.shape[1] // 2] if pictures.ndim == 5 else pictures
+
+
+def grid(pictures: Tensor, columns: int) -> Image.Image:
+    """(n, 3, h, w) in [0, 1] -> one picture, row by row; the last row is filled with white."""
+    blank = torch.ones(-len(pictures) % columns, *pictures.shape[1:])
+    return to_image(rearrange(torch.cat([pictures.cpu(), blank]), "(r c) k h w -> k (r h) (c w)", c=columns))
+
+
+def save_grid(path: Path, pictures: Tensor, columns: int):
+    """A grid as `path`.png; of videos (n, frames, 3, h, w) the middle frames', and one that moves as `path`.gif."""
+    grid(middle_frames(pictures), columns).save(path.with_suffix(".png"))
+    if pictures.ndim == 5:
+        first, *rest = [grid(frame, columns) for frame in pictures.unbind(1)]
+        first.save(path.with_suffix(".gif"), save_all=True, append_images=rest, duration=125, loop=0)  # 8 a second
+
+
+def save_samples(out: str, pictures: Tensor, rows: list[dict]):
+    """PNGs (of videos: of the middle frame, and a GIF), grid.png and samples.jsonl in the folder `out`, for pictures
+    (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1] and n dicts that hold at least prompt and seed."""
+    folder = make_dir(out, "--out")
+    for old in [*folder.glob("[0-9]" * 5 + ".png"), *folder.glob("[0-9]" * 5 + ".gif")]:
+        old.unlink()  # an earlier sample's, of which there may have been more
+    for i in range(len(pictures)):
+        save_grid(folder / f"{i:05d}", pictures[i:i + 1], 1)
+    lines = [json.dumps({"file": f"{i:05d}.png", **row}) + "\n" for i, row in enumerate(rows)]
+    (folder / "samples.jsonl").write_text("".join(lines))
+    save_grid(folder / "grid", pictures[:64], min(8, len(pictures)))
+    print(f"{len(rows)} pictures in {folder}/")
+
+
+def read_folder(folder: str, plain: bool = False) -> list[dict]:
+    """samples.jsonl's rows, each with its picture's file, size and content hash. `plain`: any folder of pictures."""
+    rows, row = [], {}
+    listed = Path(folder) / "samples.jsonl"
+    if not Path(folder).is_dir():
+        fail(f"{folder}: there is no such folder")
+    try:
+        if plain and not listed.exists():
+            found = sorted(p.name for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
+            lines = [{"prompt": "", "seed": i, "file": name} for i, name in enumerate(found)]
+        else:
+            lines = [json.loads(line) for line in listed.read_text().splitlines()]
+            if not all(isinstance(line, dict) and isinstance(line.get("prompt"), str) for line in lines):
+                raise ValueError("a line is no JSON object with a prompt")
+        for row in lines:
+            content = (Path(folder) / row["file"]).read_bytes()
+            size = Image.open(io.BytesIO(content)).convert("RGB").size  # decodes it: a broken file is to show now
+            rows.append({"key": (row["prompt"], row["seed"]), "prompt": row["prompt"], "size": size,
+                         "file": f"{folder}/{row['file']}", "hash": hashlib.sha256(content).hexdigest()})
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as e:  # SyntaxError: PIL's for a broken PNG
+        name = f"{folder}/{row.get('file', 'samples.jsonl')}"
+        fail(f"{name}: cannot be read, as sample.py writes it ({type(e).__name__}: {reason(e)})")
+    if not rows:
+        fail(f"{folder}: holds no picture")
+    seen = Counter()
+    for row in rows:  # a prompt and seed that come again are told apart by their order
+        seen[row["key"]] += 1
+        row["key"] += (seen[row["key"]],)
+    return rows
+
+
+def load_pictures(files: list[str]) -> Tensor:
+    """Files of one size -> (n, 3, h, w) in [0, 1]."""
+    arrays = [np.array(Image.open(file).convert("RGB")) for file in files]
+    return torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
+
+
+def plot_curves(out: Path):
+    """curves.png from metrics.jsonl: reward, norm ratio and guard over the steps, and each evaluation's norm ratio over
+    t."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    panels = {"reward": ["reward", "eval_reward"],
+              "norm ratio to the reference": ["norm_ratio", "eval_norm_ratio", "eval_norm_ratio_max"],
+              "guard: share of samples over the reference": ["active"]}
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3.4), layout="constrained")
+    for axis, (title, keys) in zip(axes, panels.items()):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            marker = "o" if key.startswith("eval") else None
+            axis.plot(*zip(*points) if points else ([], []), label=key, marker=marker, markersize=3, linewidth=1)
+        axis.set(title=title, xlabel="optimizer step")
+        axis.legend(fontsize=8)
+    evals = [line for line in lines if "eval_norm_ratio_steps" in line]
+    for i, line in enumerate(evals):
+        colour = plt.cm.viridis(i / max(len(evals) - 1, 1))
+        axes[3].plot(line["eval_norm_ratio_steps"], color=colour, label=f"epoch {line['epoch']}", linewidth=1)
+    axes[3].set(title="norm ratio along the trajectory", xlabel="sampling step (0 is noise)")
+    if evals:
+        axes[3].legend(fontsize=7)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(out / "curves.tmp", dpi=110, format="png")
+    plt.close(figure)
+    (out / "curves.tmp").replace(out / "curves.png")

@@ -1,0 +1,300 @@
+"""Any flow-matching pipeline of diffusers, text to image or video, without a line that knows its family.
+
+Rectified flow: x_t = (1 - t) x0 + t eps, velocity v = eps - x0, t in [0, 1], t = 1 is noise. The seam is the scheduler:
+whatever a transformer's signature, packing, sign, text or way of telling the time, its pipeline hands its scheduler v
+in this one convention. So v(x_t, t | prompt) is what the pipeline hands its scheduler when it starts from x_t at noise
+level t, and latents have the layout in which the pipeline keeps them between two steps: pictures of latents, packed
+tokens, video.
+
+    pipe = load_pipeline("tiny/sd3", device)
+    encode_prompts(pipe, prompts)                                   # once; the text encoders are gone after that
+    sigmas = schedule(pipe, 28)                                     # the pipeline's own noise levels, from 1 down to 0
+    noise = draw_noise(pipe, len(prompts), torch.Generator())       # (n, ...), as the pipeline draws it
+    x0, _ = integrate(pipe, noise, prompts, sigmas)                 # Euler, in the pipeline's own loop
+    pictures = decode(pipe, x0)                                     # (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1]
+    v = velocity(pipe, add_noise(x0, noise, t), t, prompts)         # with a gradient, each sample at a t of its own
+"""
+import inspect
+import json
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+from flow.cli import cannot_load, check_model, fail, reason
+from flow.seam import Seen, call, guided, listening, prepare, rows_of, seen, telling, told
+from flow.text import batches, remember_prompts, same, text_encoders
+from normguard import norm_ratio, reference, renormalize
+
+for library in (diffusers, transformers):
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+
+EULER = diffusers.FlowMatchEulerDiscreteScheduler
+PAIR = ["a grey cat", "a grey dog"]  # prompts of one length, to try a pipeline on
+CHUNK = 16  # prompts that are encoded in one go; always so many, since their number can change last bits
+TRY = [*PAIR, "", "a grey cat asleep beside a grey dog by the fire"] * (CHUNK // 4)
+
+
+# ---------------------------------------------------------------- loading
+
+def load_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None):
+    """A frozen pipeline from a diffusers folder or hub id, for pictures of `size` pixels a side and videos of `frames`
+    frames (None: its own). Transformer and VAE on `device`, bf16 and fp32 on a GPU; text encoders on the CPU until they
+    are needed. Ends the process, naming --model, if it cannot be loaded or is no flow that draws from a prompt
+    alone."""
+    check_model("--model", model)
+    dtype = {"default": torch.bfloat16, "vae": torch.float32} if device.type == "cuda" else torch.float32
+    try:
+        check_parts(model, diffusers.DiffusionPipeline.load_config(model))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
+    except Exception as e:  # no network, a gated repository, a broken file: each library raises its own
+        cannot_load("--model", model, e)
+    encoders = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    for part in encoders.values():
+        part.requires_grad_(False).eval()
+    for name in ("transformer", "vae"):
+        encoders.pop(name, None)
+    for name in encoders:
+        setattr(pipe, name, None)
+    if getattr(pipe, "guider", None) is not None:  # guidance as a part of its own, which has no scale to set here
+        pipe.guider = pipe.guider.new(enabled=False)
+    if device.type == "cuda":  # an fp32 LoRA on a bf16 base
+        pipe.transformer.forward = torch.autocast("cuda", torch.bfloat16)(pipe.transformer.forward)
+    pipe.set_progress_bar_config(disable=True)
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if frames and not takes.keys() & {"num_frames", "frames"}:
+        fail(f"--frames {frames}: --model {model} is a {type(pipe).__name__}, which makes no videos")
+    pipe.seam = SimpleNamespace(
+        device=device, takes=takes, settings=own_settings(pipe, takes, size, frames), encoders=encoders,
+        scheduler=replace_scheduler(pipe, model), inverted=bool(pipe.scheduler.config.get("invert_sigmas")),
+        in_one_go=None, one_by_one={}, shapes={}, timesteps={}, clock=None, told={}, prepared={})
+    if hasattr(pipe, "encode_prompt"):
+        remember_prompts(pipe)
+    try:
+        learn(pipe)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # a pipeline's own words for what it lacks or cannot do
+        flags = f"--model {model}" + f" --size {size}" * bool(size) + f" --frames {frames}" * bool(frames)
+        kind = ", an image-to-image pipeline," if "image" in takes and not size else ""
+        why = f"{type(e).__name__}: {reason(e)}"
+        fail(f"{flags}: {type(pipe).__name__}{kind} cannot draw that from a prompt alone ({why})")
+    if size and pipe.seam.picture[-2:] != (size, size):
+        fail(f"--size {size}: {type(pipe).__name__} makes it {pipe.seam.picture[-1]}x{pipe.seam.picture[-2]}")
+    return pipe
+
+
+def check_parts(model: str, config: dict):
+    """End the process, before the weights are loaded, if a model_index.json names no denoising transformer, or two
+    denoisers."""
+    has = [name for name in ("transformer", "transformer_2", "unet", "prior") if (config.get(name) or [None])[0]]
+    if has != ["transformer"]:
+        fail(f"--model {model}: is a {config['_class_name']} with {' and '.join(has) or 'no denoiser'}; "
+             "it takes a flow-matching pipeline with one transformer")
+
+
+def replace_scheduler(pipe, model: str) -> dict | None:
+    """Any scheduler over a flow's noise levels but the plain Euler one makes place for that, with its shift. Its
+    config, if so."""
+    config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
+    if not ("FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
+        fail(f"--model {model}: is a {type(pipe).__name__} with {name}; it takes a flow-matching pipeline")
+    if type(pipe.scheduler) is EULER and not config.stochastic_sampling:
+        return None
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    pipe.scheduler = EULER.from_config(config, shift=shift, stochastic_sampling=False)
+    return json.loads(pipe.scheduler.to_json_string())
+
+
+def own_settings(pipe, takes, size: int | None, frames: int | None) -> dict:
+    """The pipeline's arguments besides steps and guidance: a picture no larger than the VAE was made for, and as much
+    (padded) text as the last tokenizer takes, where these are less than the pipeline's defaults."""
+    most = takes["max_sequence_length"].default if "max_sequence_length" in takes else None
+    tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
+    if most and tokenizers:
+        most = min(most, tokenizers[-1].model_max_length)
+    if size is None and "height" in takes and takes["height"].default is None and hasattr(pipe, "default_sample_size"):
+        made_for = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
+        if isinstance(made_for, int) and made_for < pipe.default_sample_size * pipe.vae_scale_factor:
+            size = made_for
+    settings = {"height": size, "width": size, "num_frames": frames, "frames": frames, "max_sequence_length": most,
+                "enable_prompt_rewrite": False}  # a reward is asked about the prompt that was given
+    return {name: value for name, value in settings.items() if value is not None and name in takes}
+
+
+@torch.no_grad()
+def learn(pipe):
+    """Find out by calling the pipeline: what keeps it from guidance, its latents, its noise levels and how its
+    transformer is told them, whether samples of a batch are as each alone, and its pictures' shape; all into
+    pipe.seam."""
+    seam, rows = pipe.seam, []
+    scales = [seam.takes["guidance_scale"].default, 1.0, 0.0] if "guidance_scale" in seam.takes else [None]
+
+    for scale in scales:
+        seam.unguided = {} if scale is None else {"guidance_scale": scale}
+        rows.clear()
+        try:
+            with text_encoders(pipe):
+                for prompt in ("", *PAIR):
+                    call(pipe, [prompt], levels=torch.zeros(1))
+                if seam.in_one_go is None:
+                    seen(lambda: call(pipe, TRY, levels=torch.zeros(1)))
+            levels = schedule(pipe, 1000)
+            with listening(pipe, lambda given: rows.append(rows_of(given))):
+                x = first_latents(pipe)
+        except (TypeError, ValueError):  # guided by default, it wants more
+            if scale == scales[-1]:
+                raise
+        if rows == [1]:  # the transformer was called once, for one sample
+            break
+    else:
+        raise ValueError("its guidance cannot be switched off")
+    if levels[0] > 1.001:
+        raise ValueError(f"its noise levels reach {levels[0]:g}; a rectified flow's end at 1")
+    seam.latents = tuple(x.shape[1:])
+    one, other = (told(pipe, level) for level in levels[[100, 700]].tolist())
+    seam.clock = [name for name, value in one.items() if torch.is_tensor(value) and not same(value, other[name])]
+
+    seam.one_by_one = {None: not holds_in_batches(pipe)}
+    x = draw_noise(pipe, 1, torch.Generator().manual_seed(0)).to(seam.device)
+    seam.picture = tuple(decode_batch(pipe, x).shape[1:])
+
+
+@torch.no_grad()
+def holds_in_batches(pipe, guidance: float | None = None) -> bool:
+    """Are the velocities of two samples the same together as each alone? For a pipeline that fails here, batches are of
+    one."""
+    x = draw_noise(pipe, 2, torch.Generator().manual_seed(0)).to(pipe.seam.device)
+    try:
+        for t in torch.tensor([[0.9, 0.4], [0.4, 0.4]]):
+            alone = torch.cat([velocity(pipe, x[i:i + 1], t[i:i + 1], PAIR[i:i + 1], guidance) for i in range(2)])
+            if (velocity(pipe, x, t, PAIR, guidance) - alone).norm() > 0.03 * alone.norm():
+                return False
+        return True
+    except RuntimeError:  # PyTorch's, of shapes that do not fit
+        return False
+
+
+# ---------------------------------------------------------------- what the scripts call
+
+def encode_prompts(pipe, prompts: list[str], guidance: float | None = None):
+    """Encode each of the prompts once, for calls without guidance and with that, and let the text encoders go. What a
+    guidance embedding is told belongs to the model: from now on it is told that in every call."""
+    if guidance is not None and pipe.transformer.config.get("guidance_embeds"):
+        pipe.seam.unguided = guided(pipe, guidance)
+    if hasattr(pipe, "encode_prompt"):
+        unique = list(dict.fromkeys(["", *PAIR, *prompts]))
+        with text_encoders(pipe):
+            for i in tqdm(range(0, len(unique), CHUNK), desc="encode prompts", leave=False):
+                chunk = (unique[i:i + CHUNK] + [""] * CHUNK)[:CHUNK]
+                for scale in dict.fromkeys([None, guidance]):
+                    for batch in [chunk] if pipe.seam.in_one_go else [[prompt] for prompt in chunk]:
+                        call(pipe, batch, levels=torch.zeros(1), guidance=scale)
+        pipe.seam.encoders = None
+    if guidance is not None:
+        pipe.seam.one_by_one[guidance] = not holds_in_batches(pipe, guidance)
+    if pipe.seam.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # peak_gb is to tell what training takes
+
+
+def schedule(pipe, steps: int) -> Tensor:
+    """The pipeline's own noise levels for these steps, its shift (by resolution, for some) included: (steps + 1,), 1
+    down to 0."""
+    levels, timesteps = seen(lambda: call(pipe, [""], steps=steps))
+    levels = 1 - levels if pipe.seam.inverted else levels
+    pipe.seam.timesteps.update(zip(levels.tolist(), timesteps.tolist()))
+    return levels
+
+
+def first_latents(pipe, n: int = 1, generator=None) -> Tensor:
+    """What the pipeline hands its scheduler to step from, (n, ...), where it draws that itself."""
+    def see(v, x, i):
+        """The latents in the scheduler's layout."""
+        raise Seen(x)
+    return seen(lambda: call(pipe, [""] * n, levels=torch.tensor([1.0, 0.0]), step=see, generator=generator))
+
+
+def draw_noise(pipe, n: int, generator: torch.Generator | list[torch.Generator]) -> Tensor:
+    """(n, ...) latents of pure noise as the pipeline draws them, on the CPU, from one generator or from one for
+    each."""
+    if not hasattr(type(pipe), "prepare_latents"):
+        return first_latents(pipe, n, generator).float().cpu()
+    made = prepare(pipe, generator, batch_size=n, dtype=torch.float32, device=torch.device("cpu"))
+    made = made[0] if isinstance(made, tuple) else made
+    return made[(slice(None), *map(slice, pipe.seam.latents))]
+
+
+def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x0 + t noise; x0 and noise (b, ...), t (b,)."""
+    return torch.lerp(x0, noise, t.view(-1, *[1] * (x0.ndim - 1)))
+
+
+def velocity(pipe, x: Tensor, t: Tensor, prompts: list[str], guidance: float | None = None) -> Tensor:
+    """v(x_t, t | prompt), fp32. x (b, ...), t (b,) in [0, 1]; guidance: a scale in the pipeline's own convention.
+    Gradients reach x and the transformer's weights; which adapter is on, and whether gradients are recorded, is for the
+    caller to say."""
+    def see(v, x, i):
+        """The velocity, at the only step."""
+        raise Seen(v.float())
+    order, parts = [], []
+    for rows in batches(pipe, prompts, len(prompts), guidance):
+        whole, levels = len(rows) == len(prompts), t[rows].tolist()
+        some, x_rows = (prompts, x) if whole else ([prompts[i] for i in rows], x[rows])
+        with telling(pipe, levels):
+            parts.append(seen(lambda: call(pipe, some, x_rows, torch.tensor([levels[0], 0.0]), see, guidance)))
+        order += rows
+    return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.tensor(order).argsort().to(x.device)]
+
+
+@torch.no_grad()
+def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidance: float | None = None,
+              renorm: str = "none", compare: bool = False, batch: int = 64,
+              desc: str = "sample") -> tuple[Tensor, Tensor | None]:
+    """Euler from noise (n, ...) down `sigmas` (steps + 1,), in the pipeline's own loop. Returns x0 (n, ...) on the CPU
+    and, with `compare` or a renorm of "match" or "cap", the norm ratio to the reference at each step, (n, steps),
+    before any of that."""
+    out, dts = torch.empty_like(noise), sigmas.diff().tolist()
+    ratios = torch.empty(len(noise), len(dts)) if compare or renorm != "none" else None
+    for rows in tqdm(batches(pipe, prompts, batch, guidance), desc=desc, leave=False):
+        some = [prompts[i] for i in rows]
+
+        def step(v, x, i):
+            """Euler's, of (b, ...)."""
+            v = v.float()
+            if ratios is not None:
+                with reference(pipe.transformer):
+                    v_ref = velocity(pipe, x, sigmas[i].expand(len(x)), some, guidance)
+                ratios[rows, i] = norm_ratio(v, v_ref).cpu()
+                v = v if renorm == "none" else renormalize(v, v_ref, cap=renorm == "cap")
+            x = x + dts[i] * v
+            if i == len(dts) - 1:
+                out[rows] = x.cpu()
+            return x
+        call(pipe, some, noise[rows].to(pipe.seam.device), sigmas, step, guidance)
+    return out, ratios
+
+
+def decode_batch(pipe, x0: Tensor) -> Tensor:
+    """Latents (b, ...) -> pictures (b, 3, h, w), or videos (b, frames, 3, h, w), fp32 in [0, 1], with a gradient if
+    recorded."""
+    return call(pipe, [""] * len(x0), x0, torch.zeros(1), output="pt")[0].float()
+
+
+@torch.no_grad()
+def decode(pipe, x0: Tensor) -> Tensor:
+    """The same for latents (n, ...) anywhere, on the CPU, a megapixel at a time."""
+    batch = max(1, 3 * 2**20 // int(np.prod(pipe.seam.picture)))
+    return torch.cat([decode_batch(pipe, z.to(pipe.seam.device)).cpu() for z in x0.split(batch)])
+
+
+def compile_blocks(model: torch.nn.Module):
+    """torch.compile each of a transformer's blocks; the whole is called through hooks."""
+    for blocks in model.children():
+        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
+            block.compile()

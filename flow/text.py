@@ -1,0 +1,138 @@
+"""Prompts: each is encoded once and by itself, remembered, and put into batches; the text encoders come and go."""
+import functools
+import inspect
+from contextlib import contextmanager
+
+import torch
+
+from flow.seam import Seen
+
+
+@contextmanager
+def text_encoders(pipe):
+    """While this lasts, the text encoders are in their places and on the device; transformer and VAE make room for
+    them."""
+    seam, others = pipe.seam, [part for part in (pipe.transformer, getattr(pipe, "vae", None)) if part is not None]
+    if seam.encoders is None:
+        raise ValueError("the text encoders are gone: give all prompts to encode_prompts")
+    if any(getattr(pipe, name) is not None for name in seam.encoders):  # it is nested
+        yield
+        return
+    for part in others:
+        part.to("cpu")
+    for name, encoder in seam.encoders.items():
+        setattr(pipe, name, encoder.to(seam.device))
+    try:
+        yield
+    finally:
+        for name, encoder in seam.encoders.items():
+            setattr(pipe, name, None)
+            encoder.to("cpu")
+        for part in others:
+            part.to(seam.device)
+
+
+def remember_prompts(pipe):
+    """Make pipe.encode_prompt encode each prompt once, and put batches together from what it remembers. Prompts are
+    encoded one by one, or in one go if the pipeline's encoding of a batch is found to be that of each prompt alone: no
+    padding to the longest."""
+    encode, seam, rows, empty = pipe.encode_prompt, pipe.seam, {}, {}
+    signature = inspect.signature(encode)
+
+    @torch.no_grad()
+    def run(asked: dict) -> tuple:
+        """The pipeline's own encoding, on the CPU."""
+        with text_encoders(pipe):
+            bound = inspect.BoundArguments(signature, asked)
+            encoded = encode(*bound.args, **bound.kwargs)
+        return moved(encoded if isinstance(encoded, tuple) else (encoded,), "cpu")
+
+    @functools.lru_cache(4)
+    def batch(keys: tuple) -> tuple:
+        """Encodings of several prompts as those of a batch."""
+        return moved(tuple(map(join, zip(*(rows[key] for key in keys)))), seam.device)
+
+    def encode_prompt(*args, **kwargs):
+        """As the pipeline's own; a batch's encodings must have one length (see `batches`)."""
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        asked = bound.arguments
+        prompts = asked["prompt"] or [""] * asked.get("batch_size", 1)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        n = len(prompts)
+        asked.update({name: value for name, value in (("device", seam.device), ("batch_size", 1)) if name in asked})
+        each = {"prompt": prompts} | {name: value for name, value in asked.items() if "prompt" in name
+                                      and isinstance(value, list) and len(value) == n}
+        rest = repr([value for name, value in asked.items() if name not in each])
+        keys = tuple((rest, *one) for one in zip(*each.values()))
+        together = {**asked, **each} | ({"batch_size": n} if "batch_size" in asked else {})
+        missing = [key for key in dict.fromkeys(keys) if key not in rows]
+        if seam.in_one_go and len(missing) > 1:
+            found = zip(keys, split(run(together), n))
+        else:
+            found = ((key, run({**asked, **{name: [value] for name, value in zip(each, key[1:])}})) for key in missing)
+        for key, row in found:
+            if key not in rows:
+                known = empty.setdefault(rest, row)  # encoded with every prompt, the empty one is kept once
+                rows[key] = tuple(a if same(a, b) else b for a, b in zip(known, row))
+                seam.shapes[key[1]] = str([value.shape for value in row if torch.is_tensor(value)])
+        if seam.in_one_go is None and n > 1:
+            seam.in_one_go = all(alike(rows[key], row) for key, row in zip(keys, split(run(together), n)))
+            raise Seen(None)
+        encoded = batch(keys)
+        return encoded if len(encoded) > 1 else encoded[0]
+
+    pipe.encode_prompt = encode_prompt
+
+
+def same(a, b) -> bool:
+    """Are two values the same tensor?"""
+    return torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
+
+
+def moved(value, device):
+    """Tensors in tuples and lists, on a device."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(moved(part, device) for part in value)
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+def alike(a, b) -> bool:
+    """Are two encodings the same but for rounding?"""
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    if not torch.is_tensor(a) or not torch.is_tensor(b):
+        return a is b
+    return a.shape == b.shape and bool((a.float() - b.float()).norm() <= 0.03 * a.float().norm())
+
+
+def join(parts: tuple):
+    """One of several prompts' encodings as that of a batch: along a tensor's first dimension of 1; without one it is
+    shared."""
+    if isinstance(parts[0], list):
+        return [value for part in parts for value in part]
+    if torch.is_tensor(parts[0]) and 1 in parts[0].shape:
+        return torch.cat(parts, list(parts[0].shape).index(1))
+    return parts[0]
+
+
+def split(encoded: tuple, n: int) -> list[tuple]:
+    """The reverse of `join`, of all encodings: along a tensor's first dimension of n."""
+    def part(value, i):
+        """One prompt's."""
+        if isinstance(value, list):
+            return value[i:i + 1]
+        if torch.is_tensor(value) and n in value.shape:
+            return value.narrow(list(value.shape).index(n), i, 1).clone()
+        return value
+    return [tuple(part(value, i) for value in encoded) for i in range(n)]
+
+
+def batches(pipe, prompts: list[str], most: int, guidance: float | None = None) -> list[list[int]]:
+    """Places of prompts in batches of at most `most`, in each of which all encodings have one length: padding might be
+    seen."""
+    groups = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(pipe.seam.shapes.get(prompt), []).append(i)
+    most = 1 if pipe.seam.one_by_one.get(guidance) else most
+    return [rows[i:i + most] for rows in groups.values() for i in range(0, len(rows), most)]
