@@ -1,0 +1,259 @@
+"""Tests of the pipeline, its seam and LoRAs against plain diffusers, on tiny random pipelines (tiny/families.py).
+
+They show that the velocities, pictures and LoRAs are right. Random weights can say nothing of quality.
+"""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train_awm
+import train_dpo
+import train_nft
+from flow import pipeline, run
+from flow.lora import lora_targets
+from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
+from flow.rewards import load_reward
+from flow.seam import rows_of
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tiny"))
+from families import build  # noqa: E402
+
+CPU = torch.device("cpu")
+IMAGES = ["z_image", "qwen_image", "flux2_klein", "sana", "lumina2", "chroma", "aura_flow", "cogview4", "prx",
+          "ernie_image"]
+VIDEOS = {"wan": 5, "mochi": 7, "kandinsky5_t2v": 5}  # their frames
+PROMPTS = ["a red star", "a very large blue ring", "a green moon"]  # of several lengths
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    """Defaults like tiny/sd3 are relative to the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """folder(name): of a family's pipeline, built once."""
+    made = tmp_path_factory.mktemp("families")
+
+    def of(name: str) -> str:
+        if not (made / name).exists():
+            build(name, made / name)
+        return str(made / name)
+    return of
+
+
+def shape(name: str) -> dict:
+    """The flags for small pictures, or videos."""
+    return {"size": 32 if name == "wan" else 64, "frames": VIDEOS.get(name)}
+
+
+def plain_picture(row: dict) -> np.ndarray:
+    """What plain diffusers makes of a line of samples.jsonl; of a video the middle frame."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(row["model"], dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if row["scheduler"]:
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(row["scheduler"])
+    if row["lora"]:
+        pipe.load_lora_weights(row["lora"])
+    generator = torch.Generator("cpu").manual_seed(row["seed"])
+    made = pipe(prompt=row["prompt"], generator=generator, output_type="np", **row["pipe"])[0][0]
+    made = made if made.ndim == 3 else made[len(made) // 2]
+    return (made * 255).round().astype(int)
+
+
+def compare_with_plain(out: Path, most: int = 1):
+    """The pictures in a folder are plain diffusers', up to the last of 8 bits."""
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        ours = np.asarray(Image.open(out / row["file"]).convert("RGB")).astype(int)
+        assert ours.std() > 5  # something is to be seen
+        assert np.abs(ours - plain_picture(row)).max() <= most
+    return rows
+
+
+@pytest.mark.parametrize("guidance", [None, 3.0])
+@pytest.mark.parametrize("name", [*IMAGES, *VIDEOS])
+def test_pictures_are_plain_diffusers(folder, tmp_path, name, guidance):
+    sample.main(sample.Args(model=folder(name), prompt=PROMPTS[1], seed=5, steps=3, guidance=guidance, n=2,
+                            out=str(tmp_path), **shape(name)))
+    rows = compare_with_plain(tmp_path)
+    assert (rows[0]["scheduler"] is None) == (name not in ("sana", "wan"))
+    assert len(list(tmp_path.glob("*.gif"))) == (3 if name in VIDEOS else 0)  # each video, and the grid
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [None, 3.0])
+@pytest.mark.parametrize("name", [*IMAGES, *VIDEOS])
+def test_a_mixed_batch_is_one_sample_at_a_time(folder, name, guidance):
+    """Samples at noise levels and with prompts of their own, against the pipeline told one time for one prompt; nothing
+    moves the global generator."""
+    pipe = load_pipeline(folder(name), CPU, **shape(name))
+    encode_prompts(pipe, PROMPTS, guidance)
+    before = torch.get_rng_state()
+    x = draw_noise(pipe, 3, torch.Generator().manual_seed(0))
+    for t in ([0.9, 0.31, 0.55], schedule(pipe, 7)[1:4].tolist(), [0.4, 0.4, 0.4]):
+        t = torch.tensor(t)
+        together = velocity(pipe, x, t, PROMPTS, guidance)
+        alone = torch.cat([velocity(pipe, x[i:i + 1], t[i:i + 1], PROMPTS[i:i + 1], guidance) for i in range(3)])
+        assert (together - alone).norm() <= 1e-4 * alone.norm()
+    assert torch.equal(before, torch.get_rng_state())
+    for other in (velocity(pipe, x, t + 0.3, PROMPTS, guidance), velocity(pipe, x, t, PROMPTS[::-1], guidance)):
+        assert (other - together).norm() > 1e-3 * together.norm()  # time and prompt are heard
+
+
+@pytest.mark.parametrize("name", ["z_image", "mochi", "flux2_klein"])
+def test_gradients_reach_the_latents(folder, name):
+    """Along a direction, against central differences; Z-Image's pipeline turns the sign, Mochi's noise levels rise."""
+    pipe = load_pipeline(folder(name), CPU, **shape(name))
+    g = torch.Generator().manual_seed(0)
+    x, w, h = draw_noise(pipe, 2, g).requires_grad_(), draw_noise(pipe, 2, g), 1e-2 * draw_noise(pipe, 2, g)
+    t = torch.tensor([0.8, 0.4])
+    (velocity(pipe, x, t, PROMPTS[::2]) * w).sum().backward()
+    with torch.no_grad():
+        up, down = (velocity(pipe, x + sign * h, t, PROMPTS[::2]) for sign in (1, -1))
+    assert (x.grad * h).sum().item() == pytest.approx(((up - down) / 2 * w).sum().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("script, name", [
+    *((train_awm, name) for name in ("z_image", "sana", "aura_flow", "kandinsky5_t2v")),
+    *((train_nft, name) for name in ("qwen_image", "lumina2", "cogview4", "wan")),
+    *((train_dpo, name) for name in ("flux2_klein", "chroma", "prx", "ernie_image"))])
+def test_short_training(folder, tmp_path, script, name):
+    """Two epochs; then the pictures of sample.py with the LoRA are those of plain diffusers with it."""
+    guidance = 3.0 if name in ("flux2_klein", "qwen_image") else None
+    out, more = tmp_path / "run", {"pairs": 1} if script is train_dpo else {}
+    script.main(script.Args(
+        model=folder(name), out=str(out), epochs=2, group=2, groups=2, batch=3, rank=4, steps=3, timesteps=1, eval_n=2,
+        eval_every=2, save_every=2, lr=2e-2, guidance=guidance, **shape(name), **more))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [lines[0]["eval_norm_ratio"], lines[1]["norm_ratio"]] == pytest.approx([1, 1], abs=1e-5)
+    assert lines[-1]["eval_norm_ratio"] != 1 and all(line["grad_norm"] > 0 for line in lines if "loss" in line)
+    assert (out / "samples/00002.png").exists() and (out / "samples/00002.gif").exists() == (name in VIDEOS)
+    sample.main(sample.Args(model=folder(name), lora=f"{out}/lora", prompt=PROMPTS[0], steps=3, norms=True,
+                            out=f"{tmp_path}/lora", **shape(name)))
+    assert json.loads((tmp_path / "lora/norms.json").read_text())["overall"] != 1
+    if name != "prx":  # diffusers has no LoRA loader for it
+        compare_with_plain(tmp_path / "lora")
+
+
+def test_rollouts_are_guided_and_training_is_conditional(tmp_path, monkeypatch):
+    """As in Flow-GRPO's train_sd3_dpo.py: with a gradient the transformer sees each sample once, in rollouts twice."""
+    seen, honest = [], run.load_pipeline
+
+    def watched(*args):
+        pipe = honest(*args)
+        pipe.transformer.register_forward_hook(
+            lambda m, args, kwargs, out: seen.append((torch.is_grad_enabled(), rows_of(kwargs))), with_kwargs=True)
+        return pipe
+    monkeypatch.setattr(run, "load_pipeline", watched)
+    train_awm.main(train_awm.Args(out=str(tmp_path), epochs=1, group=3, groups=2, rank=4, steps=3, timesteps=1,
+                                  eval_every=0, guidance=4.0, lam=0, kl=0))
+    trained, rolled = ([rows for grad, rows in seen if grad == kind] for kind in (True, False))
+    assert trained == [6] and rolled[-3:] == [12, 12, 12]
+
+
+def test_a_guidance_embedding_is_told_the_same_in_rollouts_and_training(tmp_path, monkeypatch):
+    told, honest = set(), run.load_pipeline
+
+    def watched(*args):
+        pipe = honest(*args)
+        pipe.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs: told.update(kwargs["guidance"].tolist()), with_kwargs=True)
+        return pipe
+    monkeypatch.setattr(run, "load_pipeline", watched)
+    for guidance in (None, 2.0):
+        train_awm.main(train_awm.Args(
+            model="tiny/flux", out=f"{tmp_path}/{guidance}", epochs=1, group=2, groups=2, rank=4, steps=3, timesteps=1,
+            eval_n=2, guidance=guidance))
+        assert told == {guidance or 3.5}
+        told.clear()
+
+
+def test_lora_goes_where_it_went_before():
+    """On SD3, SD3.5 and FLUX.1 the layers that DiffusionNFT, AWM and Flow-GRPO list by name, without SD3.5's attn2."""
+    names = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+             "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+    small = dict(num_layers=3, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
+                 pooled_projection_dim=8)
+    sd3 = dict(sample_size=8, patch_size=2, caption_projection_dim=16, pos_embed_max_size=8, **small)
+    for model, count in [
+            (diffusers.SD3Transformer2DModel(**sd3), 23),
+            (diffusers.SD3Transformer2DModel(dual_attention_layers=(0, 1), qk_norm="rms_norm", **sd3), 23),
+            (diffusers.FluxTransformer2DModel(num_single_layers=2, axes_dims_rope=(2, 2, 4), **small), 30)]:
+        parts = dict(model.named_modules())
+        listed = [name for name in parts if any(name.endswith("." + target) for target in names)]
+        assert lora_targets(model) == listed and len(listed) == count
+        assert any(".attn2." in name for name in parts) == bool(getattr(model.config, "dual_attention_layers", ()))
+
+
+def test_what_is_no_such_pipeline_is_refused(folder, tmp_path, capsys):
+    image_to_image = shutil.copytree("tiny/sd3", tmp_path / "img2img")
+    index = json.loads((image_to_image / "model_index.json").read_text())
+    changed = {**index, "_class_name": "StableDiffusion3Img2ImgPipeline"}
+    (image_to_image / "model_index.json").write_text(json.dumps(changed))
+    noise = shutil.copytree("tiny/sd3", tmp_path / "noise")
+    (noise / "scheduler/scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    (noise / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
+    for name, words in [
+            (folder("stable_diffusion"), ["StableDiffusionPipeline", "unet", "flow-matching"]),
+            (folder("wan_a14b"), ["WanPipeline", "transformer and transformer_2"]),
+            (folder("qwen_image_edit"), ["QwenImageEditPipeline", "image-to-image"]),
+            (image_to_image, ["StableDiffusion3Img2ImgPipeline", "image-to-image"]),
+            (noise, ["DDIMScheduler", "flow-matching"])]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            load_pipeline(str(name), CPU)
+        error = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert end.value.code == 2 and len(error) == 1 and f"--model {name}" in error[0], error
+        assert all(word in error[0] for word in words), error
+    for changes, word in [({"frames": 5}, "--frames 5"), ({"size": 60}, "--size 60")]:
+        with pytest.raises(SystemExit):
+            load_pipeline("tiny/sd3", CPU, **changes)
+        assert word in capsys.readouterr().err
+
+
+def test_prompts_are_encoded_once(folder, monkeypatch):
+    """By the pipeline's own encoding, each prompt; with the encoders gone a prompt that was not encoded is told."""
+    pipe, asked = load_pipeline(folder("qwen_image"), CPU, 64), []
+    pipe.seam.encoders["text_encoder"].register_forward_hook(lambda *args: asked.append(None))
+    encode_prompts(pipe, PROMPTS * 3)
+    assert len(asked) == len(PROMPTS)
+    noise = draw_noise(pipe, 6, torch.Generator().manual_seed(0))
+    integrate(pipe, noise, PROMPTS * 2, schedule(pipe, 2))
+    assert len(asked) == len(PROMPTS)
+    with pytest.raises(ValueError, match="encode_prompts"):
+        velocity(pipe, noise[:1], torch.ones(1), ["a prompt that nobody has encoded"])
+
+
+def test_a_pipeline_whose_batches_do_not_hold_is_called_one_by_one(folder):
+    """PRX, guided, tells its time to two samples, however many there are."""
+    pipe = load_pipeline(folder("prx"), CPU, 64)
+    encode_prompts(pipe, PROMPTS, 3.0)
+    assert pipe.seam.one_by_one == {None: False, 3.0: True}
+
+
+def test_a_videos_reward_is_the_mean_over_four_frames(tmp_path):
+    (tmp_path / "red.py").write_text("def red(images, prompts):\n    assert images.ndim == 4\n"
+                                     "    return images[:, 0].mean((1, 2))\n")
+    reward = load_reward(f"{tmp_path}/red.py:red", CPU)
+    videos = torch.rand(2, 10, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(reward(videos, ["a", "b"]), videos[:, [0, 3, 6, 9], 0].mean((1, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(reward(videos[:, :3], ["a", "b"]), videos[:, :3, 0].mean((1, 2, 3)), rtol=1e-6)
+
+
+def test_the_empty_loop_decodes_and_nothing_else(folder):
+    """Decoding calls no transformer."""
+    pipe = load_pipeline(folder("flux2_klein"), CPU, 64)
+    x0 = draw_noise(pipe, 3, torch.Generator().manual_seed(0))
+    pipe.transformer.register_forward_pre_hook(lambda *args: pytest.fail("the transformer was called"))
+    assert pipeline.decode(pipe, x0).shape == (3, 3, 64, 64)
