@@ -73,21 +73,23 @@ def reference(model: torch.nn.Module):
     too: its noise would count as excess norm.
     Raises ValueError if the model holds no adapter: with full fine-tuning, keep a frozen copy as the reference.
     """
+    modules = list(model.modules())
     # every adapter layer of peft reads this flag in its forward; disable_adapters() would also reset requires_grad
-    layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    layers = [m for m in modules if hasattr(type(m), "_disable_adapters")]
     if not layers:
         raise ValueError("reference(model) found no adapter to switch off; add a LoRA, or keep a frozen copy as the "
                          "reference")
     disabled = [m._disable_adapters for m in layers]
-    training = [(m, m.training) for m in model.modules()]
+    training = [m for m in modules if m.training]
     try:
         for m in layers:
             m._disable_adapters = True
-        model.eval()
+        for m in training:
+            m.training = False
         with torch.no_grad():
             yield model
     finally:
         for m, was in zip(layers, disabled):
             m._disable_adapters = was
-        for m, was in training:
-            m.training = was
+        for m in training:
+            m.training = True

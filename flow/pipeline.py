@@ -44,9 +44,8 @@ TRY = [*PAIR, "", "a grey cat asleep beside a grey dog by the fire"] * (CHUNK //
 
 def load_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None):
     """A frozen pipeline from a diffusers folder or hub id, for pictures of `size` pixels a side and videos of `frames`
-    frames (None: its own). Transformer and VAE on `device`, bf16 and fp32 on a GPU; text encoders on the CPU until they
-    are needed. Ends the process, naming --model, if it cannot be loaded or is no flow that draws from a prompt
-    alone."""
+    frames (None: its own). Transformer and VAE on `device`, in bf16 and fp32 on a GPU; text encoders wait on the CPU.
+    Ends the process, naming --model, if it cannot be loaded or is no flow that draws from a prompt alone."""
     check_model("--model", model)
     dtype = {"default": torch.bfloat16, "vae": torch.float32} if device.type == "cuda" else torch.float32
     try:
@@ -66,6 +65,8 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
     if device.type == "cuda":  # an fp32 LoRA on a bf16 base
         pipe.transformer.forward = torch.autocast("cuda", torch.bfloat16)(pipe.transformer.forward)
     pipe.set_progress_bar_config(disable=True)
+    # diffusers' look-up of a pipeline's device walks through all modules, several times a call
+    pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"device": device, "_execution_device": device})
     takes = inspect.signature(type(pipe).__call__).parameters
     if frames and not takes.keys() & {"num_frames", "frames"}:
         fail(f"--frames {frames}: --model {model} is a {type(pipe).__name__}, which makes no videos")
@@ -90,8 +91,7 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
 
 
 def check_parts(model: str, config: dict):
-    """End the process, before the weights are loaded, if a model_index.json names no denoising transformer, or two
-    denoisers."""
+    """End the process, before weights are loaded, if a model_index.json does not name one denoiser, a transformer."""
     has = [name for name in ("transformer", "transformer_2", "unet", "prior") if (config.get(name) or [None])[0]]
     if has != ["transformer"]:
         fail(f"--model {model}: is a {config['_class_name']} with {' and '.join(has) or 'no denoiser'}; "
@@ -99,8 +99,7 @@ def check_parts(model: str, config: dict):
 
 
 def replace_scheduler(pipe, model: str) -> dict | None:
-    """Any scheduler over a flow's noise levels but the plain Euler one makes place for that, with its shift. Its
-    config, if so."""
+    """Any scheduler of a flow but plain Euler makes place for that, with its shift; returns its config, if so."""
     config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
     if not ("FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
         fail(f"--model {model}: is a {type(pipe).__name__} with {name}; it takes a flow-matching pipeline")
@@ -129,12 +128,10 @@ def own_settings(pipe, takes, size: int | None, frames: int | None) -> dict:
 
 @torch.no_grad()
 def learn(pipe):
-    """Find out by calling the pipeline: what keeps it from guidance, its latents, its noise levels and how its
-    transformer is told them, whether samples of a batch are as each alone, and its pictures' shape; all into
-    pipe.seam."""
+    """Find out by calling the pipeline, into pipe.seam: what keeps it from guidance, its latents, its noise levels and
+    how its transformer is told them, whether samples of a batch are as each alone, and its pictures' shape."""
     seam, rows = pipe.seam, []
     scales = [seam.takes["guidance_scale"].default, 1.0, 0.0] if "guidance_scale" in seam.takes else [None]
-
     for scale in scales:
         seam.unguided = {} if scale is None else {"guidance_scale": scale}
         rows.clear()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from flow.seam import Seen
+from flow.seam import Seen, call
 
 
 @contextmanager
@@ -132,6 +132,8 @@ def batches(pipe, prompts: list[str], most: int, guidance: float | None = None) 
     """Places of prompts in batches of at most `most`, in each of which all encodings have one length: padding might be
     seen."""
     groups = {}
+    for prompt in set(prompts) - pipe.seam.shapes.keys() if hasattr(pipe, "encode_prompt") else ():
+        call(pipe, [prompt], levels=torch.zeros(1))  # nobody has asked encode_prompts for it
     for i, prompt in enumerate(prompts):
         groups.setdefault(pipe.seam.shapes.get(prompt), []).append(i)
     most = 1 if pipe.seam.one_by_one.get(guidance) else most

@@ -44,11 +44,12 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from world import CAPTIONS, COLOURS, COMBOS, FLAWS, HELD_OUT, SHAPES, SIZE, caption, degrade, render, scene
 
-from eval_judge import PAIR, SINGLE, embed_images, frechet_distance, load_embed, load_forensic
+from eval_judge import PAIR, SINGLE
 from flow.cli import fail, parse
 from flow.judge import local_judge, messages, read_answer
 from flow.pictures import to_image
 from flow.pipeline import add_noise, decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule
+from flow.realism import embed_images, frechet_distance, load_embed, load_forensic
 
 TOKENS = 8  # length of an encoded caption, for CLIP and T5
 PARTS = ["vae", "pickscore", "hps", "embed", "sd3", "flux", "judge", "forensic"]
