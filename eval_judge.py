@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,11 +32,11 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.cli import fail, make_dir, parse
+from flow.cli import check_model, fail, json_text, make_dir, parse, reason
 from flow.judge import http_judge, local_judge, read_answer
 from flow.pictures import load_pictures, read_folder
 from flow.realism import embed_images, frechet_distance, load_embed, load_forensic
-from flow.rewards import load_reward
+from flow.rewards import load_reward, without_questions
 
 # What the judge is asked. One word answers; only its probability counts.
 PAIR = ("Which of these two pictures, A or B, has the better quality? Look at sharpness, colours, light and artifacts, "
@@ -51,6 +52,8 @@ SINGLE = {
 
 Folders = dict[str, list[dict]]  # the rows of each
 Load = Callable[[], Callable]  # a model, when it is needed
+# a line of scores.jsonl, whole or cut short by a kill
+SCORE = re.compile(r'\{("[0-9a-f]{0,32}("(: ?([-+.e\d]*\}?)?)?)?)?')
 
 
 @dataclass
@@ -58,7 +61,8 @@ class Args:
     dirs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """folders that sample.py wrote, the first one the baseline"""
     reward: tuple[str, ...] = ("tiny/pickscore",)
-    """rewards to score with: pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, or a sum"""
+    """rewards to score with: pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, vlm:MODEL,
+    or a sum"""
     judge: str | None = "tiny/judge"
     """vision-language model: a folder, hub id, or OpenAI-compatible server http://HOST:PORT/v1; none for no judge"""
     judge_model: str | None = None
@@ -66,7 +70,7 @@ class Args:
     judge_timeout: float = 60.0
     """seconds until a request to the server has failed"""
     judge_retries: int = 3
-    """further tries then, after 1, 2, 4, ... seconds"""
+    """further tries then, after 0.5, 1, 2, ... seconds or when the server says"""
     judge_concurrency: int = 8
     """requests at a time"""
     forensic: tuple[str, ...] = ("tiny/forensic",)
@@ -89,8 +93,11 @@ def pair_folders(dirs: tuple[str, ...]) -> Folders:
     """Each folder's rows, in one order: the prompts and seeds that all folders have."""
     if not dirs:
         fail("give the folders to compare, as sample.py writes them, before the flags")
-    if len(set(dirs)) < len(dirs):
-        fail(f"{next(d for d in dirs if dirs.count(d) > 1)}: is given twice")
+    seen = {}
+    for d in dirs:
+        if (real := Path(d).resolve()) in seen:
+            fail(f"{seen[real]} and {d}: are one folder, given twice")
+        seen[real] = d
     folders = {d: {row["key"]: row for row in read_folder(d)} for d in dirs}
     common = [key for key in folders[dirs[0]] if all(key in rows for rows in folders.values())]
     if not common:
@@ -109,24 +116,49 @@ def pair_folders(dirs: tuple[str, ...]) -> Folders:
 
 def identity(name: str) -> str:
     """What a score depends on besides the picture: a model's name and, of a folder or file, its sizes and times."""
-    paths = [Path(part.split(":")[0]) for part in name.split(",")]
+    paths = [Path(part.split(":")[0]) for part in without_questions(name).split(",")]
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
     return " ".join([name, *(f"{f.stat().st_size}-{f.stat().st_mtime_ns}" for f in files)])
+
+
+def check_out(out: Path):
+    """Refuse a folder that holds anything of our names that is not of this script: it would be overwritten."""
+    scores, report, picture = (out / name for name in ("scores.jsonl", "report.json", "report.png"))
+    read_scores(scores)
+    try:
+        ours = not report.exists() or {"dirs", "metrics", "pairs"} <= json.loads(report.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        fail(f"{report}: was not written by eval_judge.py; move it, or give another --out")
+    if picture.exists() and not (picture.is_file() and scores.exists()):
+        fail(f"{picture}: was not written by eval_judge.py; move it, or give another --out")
+
+
+def read_scores(file: Path) -> tuple[str, dict[str, float]]:
+    """scores.jsonl as it is, and the scores in it by their keys."""
+    try:
+        text = file.read_text() if file.exists() else ""
+    except (OSError, ValueError) as e:
+        fail(f"{file}: cannot be read ({reason(e)}); move it, or give another --out")
+    known = {}
+    for line in filter(None, text.splitlines()):
+        if not SCORE.fullmatch(line):
+            fail(f"{file}: was not written by eval_judge.py; move it, or give another --out")
+        with contextlib.suppress(ValueError):  # a line that was cut short
+            known |= json.loads(line)
+    return text, known
 
 
 def cached(out: Path, jobs: dict[str, object], load: Load, batch: int, desc: str) -> dict[str, float]:
     """Each job's score by its key, from OUT/scores.jsonl or else by load()(jobs) and added to it batch by batch. A NaN
     is not kept: the next run tries again. Jobs go in the order of their keys: the order of folders changes nothing."""
-    file, known = out / "scores.jsonl", {}
-    text = file.read_text() if file.exists() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):  # a line that was cut short
-            known |= json.loads(line)
+    text, known = read_scores(out / "scores.jsonl")
     missing = sorted(key for key in jobs if key not in known)
     score = load() if missing else None  # a model is loaded where a score is missing, and let go after
-    with open(file, "a") as log:
+    with open(out / "scores.jsonl", "a") as log:
         log.write("" if text.endswith("\n") or not text else "\n")
-        for i in tqdm(range(0, len(missing), batch), desc=desc, leave=False):
+        for i in tqdm(range(0, len(missing), batch), desc=desc, leave=False, disable=not missing):
             keys = missing[i:i + batch]
             for key, value in zip(keys, score([jobs[k] for k in keys])):
                 known[key] = value
@@ -204,7 +236,7 @@ def arrow(name: str) -> str:
 
 def short_names(paths: tuple[str, ...]) -> list[str]:
     """The last part of each path or model id, or all of it where two would be alike. A sum of rewards has parts."""
-    short = [",".join(part.rstrip("/").split("/")[-1] for part in path.split(",")) for path in paths]
+    short = [",".join(part.rstrip("/").split("/")[-1] for part in without_questions(path).split(",")) for path in paths]
     return short if len(set(short)) == len(short) else list(paths)
 
 
@@ -319,9 +351,11 @@ def distance_of(args: Args, folders: Folders, real_rows: list[dict], device: tor
 def main(args: Args):
     """Compare folders."""
     least = {"bootstrap": 1, "batch": 1, "judge_concurrency": 1, "judge_retries": 0, "judge_timeout": 1e-3}
-    for flag, low in least.items():
-        if not getattr(args, flag) >= low:
-            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {low}")
+    for flag, value in vars(args).items():
+        if "" in (value if isinstance(value, tuple) else [value]):
+            fail(f"--{flag.replace('_', '-')} '': is empty; give a name, or leave the flag out")
+        if flag in least and not least[flag] <= value < math.inf:
+            fail(f"--{flag.replace('_', '-')} {value}: must be a finite number, at least {least[flag]}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folders = pair_folders(args.dirs)
     real_rows = read_folder(args.real, plain=True) if args.real else []
@@ -332,13 +366,16 @@ def main(args: Args):
     args.judge = None if args.judge in (None, "none") else args.judge
     if not (args.reward or args.forensic or args.judge or args.real):
         fail("nothing to compare by: give --reward, --judge, --forensic or --real")
-    server = bool(args.judge) and args.judge.startswith("http")
+    server = bool(args.judge) and args.judge.startswith(("http://", "https://"))
+    if args.judge and not server:
+        check_model("--judge", args.judge, "http://HOST:PORT/v1, ")
     if server and not args.judge_model:
         fail(f"--judge {args.judge}: give the model's name on that server as --judge-model")
     tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
     if tiny and folders[args.dirs[0]][0]["size"] != (64, 64):
         print(f"note: {', '.join(tiny)} know only the miniature's 64x64 pictures; what they say of these means little")
     out = make_dir(args.out, "--out")
+    check_out(out)
     values, metrics, pairs = {}, {}, {}
 
     judge = functools.partial(local_judge, args.judge, device)
@@ -376,9 +413,11 @@ def main(args: Args):
         if n < 128 or n_real < 128:
             print(f"note: {name} of {n} pictures to {n_real}: so few make it larger than it is, and noisy")
 
+    metrics, pairs = (json.loads(json_text(numbers)) for numbers in (metrics, pairs))  # None for NaN, as in the file
     report = {"dirs": list(args.dirs), "n": n, "args": asdict(args), "metrics": metrics,
               "pairs": {"judge/quality": pairs} if pairs else {}}
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / ".report.tmp").write_text(json_text(report, indent=2) + "\n")
+    (out / ".report.tmp").replace(out / "report.json")
     draw_report(out / "report.png", folders, metrics, pairs)
     print(table(args.dirs, metrics, pairs))
 

@@ -15,7 +15,6 @@ in fp32; with --renorm, which diffusers cannot do, row["pipe"] is null):
         pipe.load_lora_weights(row["lora"])
     pipe(prompt=row["prompt"], generator=torch.Generator("cpu").manual_seed(row["seed"]), **row["pipe"])
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.cli import fail, make_dir, parse, read_prompts
+from flow.cli import fail, json_text, make_dir, parse, read_prompts
 from flow.lora import load_lora
-from flow.pictures import save_samples
+from flow.pictures import earlier_samples, save_samples
 from flow.pipeline import decode, decode_batch, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.rewards import load_reward
 from flow.seam import guided
@@ -113,7 +112,7 @@ def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
     rows = {"t": t, "mean": ratios.mean(0).tolist(), "std": ratios.std(0, correction=0).tolist(),
             "min": ratios.amin(0).tolist(), "max": ratios.amax(0).tolist(), "n": len(ratios),
             "overall": ratios.mean().item()}
-    (out / "norms.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (out / "norms.json").write_text(json_text(rows, indent=2) + "\n")
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     axis.axhline(1, color="gray", linewidth=0.8)
     axis.plot(t, rows["mean"], marker="o", markersize=3, label="mean")
@@ -158,7 +157,7 @@ def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor], pro
     axes[1].axhspan(-1.96, 1.96, color="gray", alpha=0.15, linewidth=0)
     axes[2].set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
-    (out / "adjoint.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (out / "adjoint.json").write_text(json_text(rows, indent=2) + "\n")
     figure.savefig(out / "adjoint.png", dpi=130)
     plt.close(figure)
 
@@ -179,11 +178,18 @@ def main(args: Args):
         fail("--norms and --renorm compare a LoRA with its base: give --lora")
     if args.adjoint and not args.reward:
         fail("--adjoint asks how a reward would change: give --reward")
+    if args.adjoint and "vlm:" in args.reward:
+        fail(f"--adjoint: --reward {args.reward} has no gradient")
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts, "--prompts")
     prompts = [p for p in prompts for _ in range(args.n)]
     seeds = list(range(args.seed, args.seed + len(prompts)))
     if args.lora and not (Path(args.lora) / "pytorch_lora_weights.safetensors").is_file():
         fail(f"--lora {args.lora}: holds no pytorch_lora_weights.safetensors; a run keeps it in its lora/ folder")
+    if args.guidance is not None and not 0 <= args.guidance < float("inf"):
+        fail(f"--guidance {args.guidance}: must be at least 0")
+    if not 0 <= args.seed < 2**63 - len(prompts):
+        fail(f"--seed {args.seed}: must be at least 0 and below 2^63")
+    earlier_samples(args.out)
     out = make_dir(args.out, "--out")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

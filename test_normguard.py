@@ -23,6 +23,7 @@ from PIL import Image
 import eval_judge
 import flow.checkpoint
 import flow.cli
+import flow.hps
 import flow.judge
 import flow.pictures
 import flow.pipeline
@@ -532,10 +533,10 @@ def test_differentiable_rewards_are_the_rewards(size):
         for d in (True, False)
     )
     np.testing.assert_allclose(ours, theirs, atol=0.01)
-    mean, std = flow.rewards.OPENAI_CLIP_MEAN, flow.rewards.OPENAI_CLIP_STD
+    mean, std = flow.hps.OPENAI_CLIP_MEAN, flow.hps.OPENAI_CLIP_STD
     for picture in pictures[:2]:
-        pil = flow.rewards.hps_pixels(picture)
-        own = flow.rewards.torch_pixels(picture[None], 224, mean, std)[0]
+        pil = flow.hps.hps_pixels(picture)
+        own = flow.hps.torch_pixels(picture[None], 224, mean, std)[0]
         assert (pil - own).abs().mean() < 0.02  # both in standard deviations: half a level of 255
 
 
@@ -635,7 +636,7 @@ def test_hps_checkpoint_layout():
     text = dict(hidden_size=24, intermediate_size=96, num_attention_heads=3, max_position_embeddings=8,
                 vocab_size=50, eos_token_id=49, **shared)
     clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).eval()
-    clip.load_state_dict(flow.rewards.from_open_clip(state))
+    clip.load_state_dict(flow.hps.from_open_clip(state))
     pixels = torch.randn(3, 3, 28, 28, dtype=torch.float64)
     ids = torch.tensor([[48, 3, 7, 49, 0], [48, 1, 49, 0, 0], [48, 1, 2, 3, 49]])
     out = clip.double()(pixel_values=pixels, input_ids=ids)
@@ -643,13 +644,13 @@ def test_hps_checkpoint_layout():
     np.testing.assert_allclose(out.text_embeds, words.double()(ids), atol=1e-12)
     assert clip.logit_scale == 2
     with torch.device("meta"):
-        published = CLIPModel(CLIPConfig(**flow.rewards.VIT_H_CONFIG))
+        published = CLIPModel(CLIPConfig(**flow.hps.VIT_H_CONFIG))
     assert sum(p.numel() for p in published.parameters()) == 986_109_441  # open_clip's ViT-H-14
 
 
 def test_hps_pixels():
     """Longest side to 224, the rest zero (black) before normalisation, as HPSv2's own ResizeMaxSize."""
-    x = flow.rewards.hps_pixels(torch.ones(3, 32, 64))
+    x = flow.hps.hps_pixels(torch.ones(3, 32, 64))
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     black, white = (np.subtract(v, mean) / std for v in (0, 1))
     assert x.shape == (3, 224, 224)

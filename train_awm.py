@@ -93,6 +93,8 @@ class Args:
     """gradient checkpointing (default: on a GPU)"""
     compile: bool = False
     """torch.compile the transformer's blocks"""
+    wandb: str | None = None
+    """also log to this wandb project (pip install wandb)"""
 
 
 def awm_loss(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Tensor, adv: Tensor, power: float = 0.25,

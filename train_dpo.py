@@ -68,8 +68,9 @@ class Args:
     guidance: float | None = None
     """guidance scale of rollouts and evaluations (default: none), or what a guidance embedding is told (its own
     default)"""
-    pairs: int = 4
-    """pairs a prompt: the best against the worst picture, the second best against the second worst, ..."""
+    pairs: int | None = None
+    """pairs a prompt: the best against the worst picture, the second best against the second worst, ... (default: 4, or
+    half of --group)"""
     timesteps: int = 2
     """moments t a pair is trained at, logit-normal in the schedule's noise levels"""
     updates: int = 1
@@ -96,6 +97,8 @@ class Args:
     """gradient checkpointing (default: on a GPU)"""
     compile: bool = False
     """torch.compile the transformer's blocks"""
+    wandb: str | None = None
+    """also log to this wandb project (pip install wandb)"""
 
 
 def dpo_loss(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor,
@@ -121,14 +124,15 @@ def best_and_worst(reward: Tensor, group: int, pairs: int) -> tuple[Tensor, Tens
 def main(args: Args):
     """Train: roll out, score, update; evaluate and save now and then."""
     check_numbers(args)
-    n, pairs = args.groups * args.group, args.groups * args.pairs  # pictures and pairs an epoch
-    if not 1 <= args.pairs <= args.group // 2:
-        fail(f"--pairs {args.pairs}: from 1 to {args.group // 2}, half of --group {args.group}")
+    each = min(4, args.group // 2) if args.pairs is None else args.pairs
+    n, pairs = args.groups * args.group, args.groups * each  # pictures and pairs an epoch
+    if not 1 <= each <= args.group // 2:
+        fail(f"--pairs {each}: from 1 to {args.group // 2}, half of --group {args.group}")
     if pairs % args.updates:
         fail(f"--updates {args.updates}: must divide the epoch's {pairs} pairs (--groups x --pairs)")
     run = start_run("dpo", args)
     pipe, sigmas = run.pipe, run.sigmas
-    levels = schedule(pipe, 1000)
+    levels = schedule(pipe, 1000)  # all noise levels that are trained at
 
     for prompts, g in epochs(run):
         # ---- rollout: `group` pictures of each prompt from the policy as it stands
@@ -137,7 +141,7 @@ def main(args: Args):
 
         # ---- reward and pairs
         reward = run.reward(decode(pipe, x0), prompts)
-        w, l = best_and_worst(reward, args.group, args.pairs)  # (pairs,) each
+        w, l = best_and_worst(reward, args.group, each)  # (pairs,) each
         differ = (reward[w] > reward[l]).float()
 
         # ---- training rows (pair, t): each pair, in random order, at `timesteps` moments

@@ -103,6 +103,8 @@ class Args:
     """gradient checkpointing (default: on a GPU)"""
     compile: bool = False
     """torch.compile the transformer's blocks"""
+    wandb: str | None = None
+    """also log to this wandb project (pip install wandb)"""
 
 
 def nft_loss(v: Tensor, v_old: Tensor, x0: Tensor, xt: Tensor, t: Tensor, r: Tensor, beta: float = 1.0) -> Tensor:

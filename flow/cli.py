@@ -1,6 +1,7 @@
 """The command line and its errors: flags parsed, files read, and one line where something is wrong."""
 import contextlib
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -23,8 +24,8 @@ def reason(error: Exception) -> str:
 
 def check_model(flag: str, name: str, or_else: str = ""):
     """End the process if `name` is no folder and cannot be a hub id either: to ask the hub would take a minute."""
-    if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
-        fail(f"{flag} {name}: there is no such folder; give {or_else}a folder or a hub id")
+    if not name or not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
+        fail(f"{flag} {name or repr('')}: there is no such folder; give {or_else}a folder or a hub id")
 
 
 def cannot_load(flag: str, name: str, error: Exception, needs: tuple[str, ...] = ()):
@@ -67,10 +68,16 @@ def parse(args_class, doc: str):
     return args
 
 
+def json_text(value, indent: int | None = None) -> str:
+    """JSON, in which a number that is not finite is null: JSON has none."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(value, indent=indent)
+
+
 def read_prompts(path: str, flag: str) -> list[str]:
     """The non-empty lines of a text file; a missing or empty one ends the process, naming `flag`."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         hint = "; the defaults are for the repository's folder" if path.startswith("tiny/") else ""
         fail(f"{flag} {path}: cannot be read ({e}){hint}")

@@ -1,14 +1,9 @@
-"""Ask a vision-language model about pictures, in process or over HTTP, and read its answer from log-probabilities."""
+"""Ask a vision-language model about pictures, in process or over HTTP, and read its answer from log-probabilities.
+A judge is ask(question, [[file, ...], ...]) -> each answer's 20 likeliest first tokens; a list asks each its own."""
 import base64
-import http.client
-import json
 import math
 import os
-import socket
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +16,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from flow.cli import cannot_load, check_model, fail, reason
 
 Answer = list[tuple[str, float]]  # the likeliest first tokens of an answer and their log-probabilities
-# no reply, one that was cut, or one that cannot be read
-NO_REPLY = OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError
 
 
 def messages(question: str, pictures: list[dict]) -> list[dict]:
@@ -34,11 +27,9 @@ def messages(question: str, pictures: list[dict]) -> list[dict]:
 
 
 def read_answer(top: Answer, first: str, second: str) -> float:
-    """log p(first) - log p(second) for two answer words, from the likeliest first tokens of an answer.
-
-    Case and space variants of a word are summed. A word that is not listed has at most what the listed ones leave, and
-    at most what the least of them has. NaN if the two together have less than 1 %: the answer cannot be read.
-    """
+    """log p(first) - log p(second) for two answer words, from the likeliest first tokens of an answer. Case
+    and space variants of a word are summed. A word that is not listed has at most what the listed ones leave, and at
+    most what the least of them has. NaN if the two together have less than 1 %: the answer cannot be read."""
     words = [token.strip(" .,*\"'\n").lower() for token, _ in top]
     probs = [math.exp(logprob) for _, logprob in top]
     a, b = (sum(p for said, p in zip(words, probs) if said == word.lower()) for word in (first, second))
@@ -48,94 +39,77 @@ def read_answer(top: Answer, first: str, second: str) -> float:
     return math.log(a or rest) - math.log(b or rest)
 
 
-def local_judge(name: str, device: torch.device) -> Callable[[str, list[list[str]]], list[Answer]]:
-    """ask(question, [[file, ...], ...]) -> for each, the 20 likeliest first tokens of the answer."""
-    check_model("--judge", name, "http://HOST:PORT/v1, ")
+def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Callable:
+    """A judge in this process, a batch in one forward pass. A model that cannot be loaded ends it, naming `flag`."""
+    check_model(flag, name, "http://HOST:PORT/v1, " if flag == "--judge" else "")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     except Exception as e:  # no network, another model class, a broken file: each raises its own
-        cannot_load("--judge", name, e)
+        cannot_load(flag, name, e)
     if not processor.chat_template:
-        fail(f"--judge {name}: has no chat template; give an instruction-tuned model")
+        fail(f"{flag} {name}: has no chat template; give an instruction-tuned model")
     model.eval().to(device)
-    processor.tokenizer.padding_side = "left"
 
     @torch.no_grad()
-    def ask(question: str, pictures: list[list[str]]) -> list[Answer]:
-        """A batch, in one forward pass."""
+    def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
         images = [[{"type": "image", "image": Image.open(file).convert("RGB")} for file in files] for files in pictures]
+        questions = [question] * len(pictures) if isinstance(question, str) else question
         inputs = processor.apply_chat_template(
-            [messages(question, parts) for parts in images], add_generation_prompt=True, tokenize=True,
-            return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}).to(device, model.dtype)
+            list(map(messages, questions, images)), add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt", processor_kwargs=dict(padding=True, padding_side="left")).to(device, model.dtype)
         options = dict(max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
         logits = model.generate(**inputs, **options).logits[0]
         top = logits.float().log_softmax(1).topk(min(20, logits.shape[1]))
         tokens = [[processor.tokenizer.decode([i]) for i in row] for row in top.indices.tolist()]
         return [list(zip(*answer)) for answer in zip(tokens, top.values.tolist())]
-
     return ask
 
 
-def http_judge(url: str, model: str, timeout: float, retries: int, concurrency: int) -> Callable:
-    """The same from an OpenAI-compatible server: POST URL/chat/completions with logprobs; its key, if
-    any, from OPENAI_API_KEY.
-
-    A request that fails is tried again after 1, 2, 4, ... seconds (or Retry-After); then its answer is an empty list.
-    A server that cannot be reached, refuses the key or the model, or answers none of a first batch ends the process.
-    """
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    flag, address = f"--judge {url}", f"{url.rstrip('/')}/chat/completions"
-    unreachable = (ConnectionRefusedError, socket.gaierror)
-    errors, fatal, worked = set(), [], []
+def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, flag: str = "--judge") -> Callable:
+    """A judge at an OpenAI-compatible server, `concurrency` requests at a time; its key, if any, from OPENAI_API_KEY.
+    A request that has failed is told on stderr, each error once, and its answer is an empty list. A server that cannot
+    be reached, refuses the key or the model, or answers none of a first batch ends the process, naming `flag`."""
+    try:
+        import openai  # takes half a second, and nothing else needs it
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # a local server needs none
+        client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+    except ImportError as e:
+        fail(f"{flag} {url}: {reason(e)}; pip install openai")
+    except Exception as e:  # its HTTP library's
+        fail(f"{flag} {url}: is no URL ({reason(e)})")
+    options = dict(model=model, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20)
+    errors, worked = [], []
 
     def request(question: str, files: list[str]) -> Answer:
-        """One question."""
         images = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
         parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
-        body = {"model": model, "messages": messages(question, parts), "temperature": 0, "max_tokens": 1,
-                "logprobs": True, "top_logprobs": 20}
-        error, wait = "", 0.0
-        for attempt in range(0 if fatal else retries + 1):
-            time.sleep(max(wait, min(2 ** (attempt - 1), 30)) if attempt else 0)
-            try:
-                post = urllib.request.Request(address, json.dumps(body).encode(), headers)
-                with urllib.request.urlopen(post, timeout=timeout) as reply:
-                    choice = json.load(reply)["choices"][0]
-                worked.append(True)
-                if not choice.get("logprobs"):  # a server without them: the word itself, taken as certain
-                    return [(choice["message"]["content"].split()[0], 0.0)]
-                return [(t["token"], float(t["logprob"])) for t in choice["logprobs"]["content"][0]["top_logprobs"]]
-            except urllib.error.HTTPError as e:
-                error = f"{e.code} {e.reason} {e.read(200).decode(errors='replace')}"
-                after = e.headers.get("Retry-After", "")
-                wait = float(after) if after.isdigit() else 0.0  # a rate limit's, in seconds
-                if e.code in (401, 403, 404):
-                    hint = f"is --judge-model {model} right, and the key in OPENAI_API_KEY?"
-                    fatal.append(f"{flag}: the server says {error}; {hint}")
-                    return []
-                if e.code < 500 and e.code not in (408, 429):
-                    break  # it will not like it better the next time
-            except NO_REPLY as e:
-                error = f"{type(e).__name__}: {reason(e)}"
-                if attempt == retries and isinstance(getattr(e, "reason", None), unreachable):
-                    fatal.append(f"{flag}: cannot be reached ({reason(e)})")
-        if not fatal and error not in errors:
-            tqdm.write(f"warning: {flag}: {error}", file=sys.stderr)
-            errors.add(error)
+        try:
+            choice = client.chat.completions.create(messages=messages(question, parts), **options).choices[0]
+            if not choice.logprobs:  # a server without them: the word itself, taken as certain
+                return [(choice.message.content.split()[0], 0.0)]
+            return [(t.token, float(t.logprob)) for t in choice.logprobs.content[0].top_logprobs]
+        except Exception as e:  # no reply, one that was cut, or one that cannot be read
+            if getattr(e, "status_code", 0) in (401, 403, 404) or type(e.__cause__).__name__ == "ConnectError":
+                raise
+            error = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        if error not in errors:
+            tqdm.write(f"warning: {flag} {url}: {error}", file=sys.stderr)
+            errors.append(error)
         return []
 
-    def ask(question: str, pictures: list[list[str]]) -> list[Answer]:
-        """A batch, `concurrency` requests at a time."""
-        with ThreadPoolExecutor(concurrency) as pool:
-            answers = list(pool.map(request, [question] * len(pictures), pictures))
-        if not worked and not fatal:
-            fatal.append(f"{flag}: no request has succeeded; the last one: {errors.pop()}")
-        if fatal:
-            fail(fatal[0])
+    def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
+        questions = [question] * len(pictures) if isinstance(question, str) else question
+        try:
+            with ThreadPoolExecutor(concurrency) as pool:
+                answers = list(pool.map(request, questions, pictures))
+        except openai.APIStatusError as e:
+            fail(f"{flag} {url}: {e.status_code} {str(e)[:200]}; is its model {model}, and the key in OPENAI_API_KEY?")
+        except openai.APIConnectionError as e:
+            fail(f"{flag} {url}: cannot be reached ({reason(e.__cause__)})")
+        worked.append(any(answers))
+        if not any(worked):
+            fail(f"{flag} {url}: no request has succeeded; the last one: {errors[-1]}")
         return answers
-
     return ask

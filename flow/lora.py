@@ -28,12 +28,11 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default"
     """A LoRA with alpha = 2 rank on the attention projections of a diffusers transformer; returns its fp32
     parameters."""
     torch.manual_seed(seed)
-    before = {id(p) for p in model.parameters()}
     others = list(getattr(model, "peft_config", {}).values())  # a second adapter goes where the first is
     targets = others[0].target_modules if others else lora_targets(model)
     inject(model, name, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets))
     diffusers.training_utils.cast_training_params(model, torch.float32)
-    return [p for p in model.parameters() if id(p) not in before]
+    return [p for key, p in model.named_parameters() if f".{name}." in key]
 
 
 def inject(model: torch.nn.Module, name: str, config: LoraConfig):
@@ -78,6 +77,8 @@ def load_lora(pipe, folder: str, model: str):
                 config = {name.removeprefix("transformer."): value for name, value in config.items()}
                 inject(pipe.transformer, "default", LoraConfig(**config))
                 set_peft_model_state_dict(pipe.transformer, lora)
+        if not all(p.isfinite().all() for name, p in pipe.transformer.named_parameters() if "lora_" in name):
+            raise ValueError("it holds numbers that are not finite")
         if not any(isinstance(layer, BaseTunerLayer) for layer in pipe.transformer.modules()):
             raise ValueError("it holds nothing for the transformer")
     except Exception as e:  # of another rank, model or library: peft, diffusers and safetensors each raise their own

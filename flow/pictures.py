@@ -3,17 +3,18 @@ reads."""
 import hashlib
 import io
 import json
+import textwrap
 from collections import Counter
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from tqdm import tqdm
 
-from flow.cli import fail, make_dir, reason
+from flow.cli import fail, json_text, make_dir, reason
 
 matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
@@ -32,30 +33,59 @@ def middle_frames(pictures: Tensor) -> Tensor:
     return pictures[:, pictures.shape[1] // 2] if pictures.ndim == 5 else pictures
 
 
-def grid(pictures: Tensor, columns: int) -> Image.Image:
-    """(n, 3, h, w) in [0, 1] -> one picture, row by row; the last row is filled with white."""
-    blank = torch.ones(-len(pictures) % columns, *pictures.shape[1:])
-    return to_image(rearrange(torch.cat([pictures.cpu(), blank]), "(r c) k h w -> k (r h) (c w)", c=columns))
+def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> Image.Image:
+    """(n, 3, h, w) in [0, 1] -> one picture, row by row, on white, each with its caption below."""
+    tiles = [to_image(picture) for picture in pictures]
+    wide, high = tiles[0].size
+    size = max(9, wide // 20)
+    strip = 0 if captions is None else 2 * size + 6
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * wide, rows * (high + strip)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
+    for i, tile in enumerate(tiles):
+        x, y = i % columns * wide, i // columns * (high + strip)
+        sheet.paste(tile, (x, y))
+        if captions is not None:
+            lines = textwrap.wrap(captions[i], max(4, int(wide / (0.52 * size))))
+            draw.multiline_text((x + 2, y + high), "\n".join(lines[:2]), "black", font, spacing=1)
+    return sheet
 
 
-def save_grid(path: Path, pictures: Tensor, columns: int):
+def save_grid(path: Path, pictures: Tensor, columns: int, captions: list[str] | None = None):
     """A grid as `path`.png; of videos (n, frames, 3, h, w) the middle frames', and one that moves as `path`.gif."""
-    grid(middle_frames(pictures), columns).save(path.with_suffix(".png"))
+    grid(middle_frames(pictures), columns, captions).save(path.with_suffix(".png"))
     if pictures.ndim == 5:
-        first, *rest = [grid(frame, columns) for frame in pictures.unbind(1)]
+        first, *rest = [grid(frame, columns, captions) for frame in pictures.unbind(1)]
         first.save(path.with_suffix(".gif"), save_all=True, append_images=rest, duration=125, loop=0)  # 8 a second
+
+
+def earlier_samples(out: str) -> list[Path]:
+    """Pictures in a folder that its samples.jsonl lists. If other files of such names are there, a training run's for
+    one, the process ends: they would be overwritten."""
+    folder, listed = Path(out), Path(out) / "samples.jsonl"
+    try:
+        rows = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
+        names = {Path(row["file"]).stem for row in rows if isinstance(row["prompt"], str)}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fail(f"--out {out}: its samples.jsonl is not as sample.py writes it ({reason(e)}); give another --out")
+    taken = [*folder.glob("[0-9]" * 5 + ".*"), *([] if listed.exists() else folder.glob("grid.*"))]
+    strange = sorted(file.name for file in taken if file.stem not in names)
+    if strange:
+        fail(f"--out {out}: {strange[0]} there was not written by sample.py; give another --out")
+    return taken
 
 
 def save_samples(out: str, pictures: Tensor, rows: list[dict]):
     """PNGs (of videos: of the middle frame, and a GIF), grid.png and samples.jsonl in the folder `out`, for pictures
     (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1] and n dicts that hold at least prompt and seed."""
     folder = make_dir(out, "--out")
-    for old in [*folder.glob("[0-9]" * 5 + ".png"), *folder.glob("[0-9]" * 5 + ".gif")]:
-        old.unlink()  # an earlier sample's, of which there may have been more
-    for i in range(len(pictures)):
+    for old in earlier_samples(out):
+        if old.stem != "grid":
+            old.unlink()  # there may have been more
+    lines = [json_text({"file": f"{i:05d}.png", **row}) + "\n" for i, row in enumerate(rows)]
+    (folder / "samples.jsonl").write_text("".join(lines))  # first: what follows is known to be ours
+    for i in tqdm(range(len(pictures)), desc="save", leave=False):
         save_grid(folder / f"{i:05d}", pictures[i:i + 1], 1)
-    lines = [json.dumps({"file": f"{i:05d}.png", **row}) + "\n" for i, row in enumerate(rows)]
-    (folder / "samples.jsonl").write_text("".join(lines))
     save_grid(folder / "grid", pictures[:64], min(8, len(pictures)))
     print(f"{len(rows)} pictures in {folder}/")
 

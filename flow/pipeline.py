@@ -15,7 +15,8 @@ tokens, video.
     v = velocity(pipe, add_noise(x0, noise, t), t, prompts)         # with a gradient, each sample at a t of its own
 """
 import inspect
-import json
+import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -26,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flow.cli import cannot_load, check_model, fail, reason
-from flow.seam import Seen, call, guided, listening, prepare, rows_of, seen, telling, told
+from flow.seam import Seen, call, guided, latents_of, listening, prepare, seen, telling, told
 from flow.text import batches, remember_prompts, same, text_encoders
 from normguard import norm_ratio, reference, renormalize
 
@@ -53,17 +54,19 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
     except Exception as e:  # no network, a gated repository, a broken file: each library raises its own
         cannot_load("--model", model, e)
-    encoders = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    for part in encoders.values():
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    for part in parts.values():
         part.requires_grad_(False).eval()
-    for name in ("transformer", "vae"):
-        encoders.pop(name, None)
+    encoders = {name: part for name, part in parts.items() if name.startswith("text_encoder")}
     for name in encoders:
         setattr(pipe, name, None)
     if getattr(pipe, "guider", None) is not None:  # guidance as a part of its own, which has no scale to set here
         pipe.guider = pipe.guider.new(enabled=False)
-    if device.type == "cuda":  # an fp32 LoRA on a bf16 base
+    if device.type == "cuda":  # an fp32 LoRA on a bf16 base, of which some parts may have to stay in fp32
         pipe.transformer.forward = torch.autocast("cuda", torch.bfloat16)(pipe.transformer.forward)
+        for name, part in pipe.transformer.named_modules():
+            if set(name.split(".")) & set(pipe.transformer._keep_in_fp32_modules or ()):
+                part.forward = torch.autocast("cuda", enabled=False)(part.forward)
     pipe.set_progress_bar_config(disable=True)
     # diffusers' look-up of a pipeline's device walks through all modules, several times a call
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"device": device, "_execution_device": device})
@@ -83,10 +86,13 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
     except Exception as e:  # a pipeline's own words for what it lacks or cannot do
         flags = f"--model {model}" + f" --size {size}" * bool(size) + f" --frames {frames}" * bool(frames)
         kind = ", an image-to-image pipeline," if "image" in takes and not size else ""
-        why = f"{type(e).__name__}: {reason(e)}"
-        fail(f"{flags}: {type(pipe).__name__}{kind} cannot draw that from a prompt alone ({why})")
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        why = f"{type(e).__name__}: {reason(e)}; {Path(at.filename).name}:{at.lineno}"
+        fail(f"{flags}: {type(pipe).__name__}{kind} cannot draw that, given a prompt ({why})")
     if size and pipe.seam.picture[-2:] != (size, size):
         fail(f"--size {size}: {type(pipe).__name__} makes it {pipe.seam.picture[-1]}x{pipe.seam.picture[-2]}")
+    if frames and pipe.seam.picture[0] != frames:
+        fail(f"--frames {frames}: {type(pipe).__name__} makes it {pipe.seam.picture[0]}")
     return pipe
 
 
@@ -107,7 +113,7 @@ def replace_scheduler(pipe, model: str) -> dict | None:
         return None
     shift = config.get("shift", config.get("flow_shift", 1.0))
     pipe.scheduler = EULER.from_config(config, shift=shift, stochastic_sampling=False)
-    return json.loads(pipe.scheduler.to_json_string())
+    return {name: pipe.scheduler.config[name] for name in inspect.signature(EULER).parameters}
 
 
 def own_settings(pipe, takes, size: int | None, frames: int | None) -> dict:
@@ -130,6 +136,9 @@ def own_settings(pipe, takes, size: int | None, frames: int | None) -> dict:
 def learn(pipe):
     """Find out by calling the pipeline, into pipe.seam: what keeps it from guidance, its latents, its noise levels and
     how its transformer is told them, whether samples of a batch are as each alone, and its pictures' shape."""
+    def see(v, x, i):
+        """The latents in the scheduler's layout."""
+        raise Seen(x)
     seam, rows = pipe.seam, []
     scales = [seam.takes["guidance_scale"].default, 1.0, 0.0] if "guidance_scale" in seam.takes else [None]
     for scale in scales:
@@ -142,11 +151,12 @@ def learn(pipe):
                 if seam.in_one_go is None:
                     seen(lambda: call(pipe, TRY, levels=torch.zeros(1)))
             levels = schedule(pipe, 1000)
-            with listening(pipe, lambda given: rows.append(rows_of(given))):
-                x = first_latents(pipe)
-        except (TypeError, ValueError):  # guided by default, it wants more
+            with listening(pipe, lambda given: rows.append(len(latents_of(given)))):
+                x = seen(lambda: call(pipe, [""], levels=torch.tensor([levels[0], 0.0]), step=see))
+        except (TypeError, ValueError):
             if scale == scales[-1]:
                 raise
+            rows.clear()  # guided by default, it may want more
         if rows == [1]:  # the transformer was called once, for one sample
             break
     else:
@@ -164,16 +174,20 @@ def learn(pipe):
 
 @torch.no_grad()
 def holds_in_batches(pipe, guidance: float | None = None) -> bool:
-    """Are the velocities of two samples the same together as each alone? For a pipeline that fails here, batches are of
-    one."""
+    """Are the velocities of two samples the same together as each alone? If they are not, batches are of one."""
     x = draw_noise(pipe, 2, torch.Generator().manual_seed(0)).to(pipe.seam.device)
+    pair = PAIR if len(batches(pipe, PAIR, 2)) == 1 else PAIR[:1] * 2  # of one length
+    tolerance = 0.1 if pipe.transformer.dtype == torch.bfloat16 else 1e-3
     try:
         for t in torch.tensor([[0.9, 0.4], [0.4, 0.4]]):
-            alone = torch.cat([velocity(pipe, x[i:i + 1], t[i:i + 1], PAIR[i:i + 1], guidance) for i in range(2)])
-            if (velocity(pipe, x, t, PAIR, guidance) - alone).norm() > 0.03 * alone.norm():
-                return False
+            alone = torch.cat([velocity(pipe, x[i:i + 1], t[i:i + 1], pair[i:i + 1], guidance) for i in range(2)])
+            if (velocity(pipe, x, t, pair, guidance) - alone).norm() > tolerance * alone.norm():
+                raise ValueError("the samples of a batch are not as each alone")
         return True
-    except RuntimeError:  # PyTorch's, of shapes that do not fit
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as e:  # what PyTorch and pipelines raise
+        tqdm.write(f"note: {type(pipe).__name__} is called for one sample at a time ({reason(e)})")
         return False
 
 
@@ -185,14 +199,12 @@ def encode_prompts(pipe, prompts: list[str], guidance: float | None = None):
     if guidance is not None and pipe.transformer.config.get("guidance_embeds"):
         pipe.seam.unguided = guided(pipe, guidance)
     if hasattr(pipe, "encode_prompt"):
-        unique = list(dict.fromkeys(["", *PAIR, *prompts]))
+        unique, size = list(dict.fromkeys(["", *PAIR, *prompts])), CHUNK if pipe.seam.in_one_go else 1
         with text_encoders(pipe):
-            for i in tqdm(range(0, len(unique), CHUNK), desc="encode prompts", leave=False):
-                chunk = (unique[i:i + CHUNK] + [""] * CHUNK)[:CHUNK]
+            for i in tqdm(range(0, len(unique), size), desc="encode prompts", leave=False):
                 for scale in dict.fromkeys([None, guidance]):
-                    for batch in [chunk] if pipe.seam.in_one_go else [[prompt] for prompt in chunk]:
-                        call(pipe, batch, levels=torch.zeros(1), guidance=scale)
-        pipe.seam.encoders = None
+                    call(pipe, (unique[i:i + size] + [""] * size)[:size], levels=torch.zeros(1), guidance=scale)
+            pipe.seam.encoders = None
     if guidance is not None:
         pipe.seam.one_by_one[guidance] = not holds_in_batches(pipe, guidance)
     if pipe.seam.device.type == "cuda":
@@ -201,27 +213,21 @@ def encode_prompts(pipe, prompts: list[str], guidance: float | None = None):
 
 
 def schedule(pipe, steps: int) -> Tensor:
-    """The pipeline's own noise levels for these steps, its shift (by resolution, for some) included: (steps + 1,), 1
-    down to 0."""
+    """The pipeline's own noise levels for so many steps, with its own shift: (steps + 1,), from 1 down to 0."""
     levels, timesteps = seen(lambda: call(pipe, [""], steps=steps))
     levels = 1 - levels if pipe.seam.inverted else levels
     pipe.seam.timesteps.update(zip(levels.tolist(), timesteps.tolist()))
     return levels
 
 
-def first_latents(pipe, n: int = 1, generator=None) -> Tensor:
-    """What the pipeline hands its scheduler to step from, (n, ...), where it draws that itself."""
-    def see(v, x, i):
-        """The latents in the scheduler's layout."""
-        raise Seen(x)
-    return seen(lambda: call(pipe, [""] * n, levels=torch.tensor([1.0, 0.0]), step=see, generator=generator))
-
-
 def draw_noise(pipe, n: int, generator: torch.Generator | list[torch.Generator]) -> Tensor:
-    """(n, ...) latents of pure noise as the pipeline draws them, on the CPU, from one generator or from one for
-    each."""
+    """(n, ...) latents of pure noise as the pipeline draws them, on the CPU, from one generator or one for each."""
+    def see(given):
+        """The latents, which the transformer need not see."""
+        raise Seen(latents_of(given).float().cpu())
     if not hasattr(type(pipe), "prepare_latents"):
-        return first_latents(pipe, n, generator).float().cpu()
+        with listening(pipe, see):
+            return seen(lambda: call(pipe, [""] * n, levels=torch.tensor([1.0, 0.0]), generator=generator))
     made = prepare(pipe, generator, batch_size=n, dtype=torch.float32, device=torch.device("cpu"))
     made = made[0] if isinstance(made, tuple) else made
     return made[(slice(None), *map(slice, pipe.seam.latents))]
@@ -285,13 +291,10 @@ def decode_batch(pipe, x0: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(pipe, x0: Tensor) -> Tensor:
-    """The same for latents (n, ...) anywhere, on the CPU, a megapixel at a time."""
+    """The same for latents (n, ...) anywhere, on the CPU, a megapixel at a time. Ends the process if it gives a NaN."""
     batch = max(1, 3 * 2**20 // int(np.prod(pipe.seam.picture)))
-    return torch.cat([decode_batch(pipe, z.to(pipe.seam.device)).cpu() for z in x0.split(batch)])
-
-
-def compile_blocks(model: torch.nn.Module):
-    """torch.compile each of a transformer's blocks; the whole is called through hooks."""
-    for blocks in model.children():
-        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
-            block.compile()
+    chunks = tqdm(x0.split(batch), desc="decode", leave=False)
+    pictures = torch.cat([decode_batch(pipe, z.to(pipe.seam.device)).cpu() for z in chunks])
+    if not (x0.isfinite().all() and pictures.isfinite().all()):
+        fail("the model draws pictures that are not finite (NaN): a damaged model or LoRA, or too high an --lr")
+    return pictures

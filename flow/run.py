@@ -5,6 +5,8 @@ eval_prompts, sigmas, params, opt, state (what it was resumed from), and the cou
 (non-finite steps in a row). """
 import json
 import time
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +15,11 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.checkpoint import find_run, open_folder, resume, save_checkpoint
-from flow.cli import fail, read_prompts
+from flow.checkpoint import find_run, open_folder, resume, save_checkpoint, unlock
+from flow.cli import fail, json_text, read_prompts
 from flow.lora import add_lora
 from flow.pictures import middle_frames, save_grid
-from flow.pipeline import compile_blocks, decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule
+from flow.pipeline import decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule
 from flow.rewards import load_reward
 
 # ---------------------------------------------------------------- flags, seeds, what is drawn
@@ -31,6 +33,11 @@ def check_numbers(args):
             value = getattr(args, flag, None)
             if value is not None and not low <= value < float("inf"):
                 fail(f"--{flag.replace('_', '-')} {value}: must be at least {low}")
+    for flag in ("model", "reward"):
+        if not getattr(args, flag):
+            fail(f"--{flag} '': give a folder or a hub id")
+    if args.seed >= 2**63:
+        fail(f"--seed {args.seed}: must be below 2^63")
     for flag in ("lr", "max_grad_norm", "adv_clip", "power", "clip", "nft_beta", "dpo_beta"):
         if not 0 < getattr(args, flag, 1) < float("inf"):
             fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
@@ -73,6 +80,7 @@ def start_run(name: str, args) -> SimpleNamespace:
     prompts, eval_prompts = draw_prompts(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out, state = find_run(name, args)
+    began = (out / "args.json").exists()
     reward = load_reward(args.reward, device)
     reward(torch.zeros(2, 3, 64, 64), prompts[:1] * 2)  # does it work?
     pipe = load_pipeline(args.model, device, args.size, args.frames)
@@ -81,13 +89,15 @@ def start_run(name: str, args) -> SimpleNamespace:
     model = pipe.transformer
     params = add_lora(model, args.rank, args.seed)
     opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
-    run = SimpleNamespace(args=args, out=out, pipe=pipe, reward=reward, prompts=prompts, eval_prompts=eval_prompts,
-                          sigmas=schedule(pipe, args.steps), params=params, opt=opt, state=state, step=0, epoch=first,
-                          skipped=0, bad=0)
-    open_folder(run)
+    run = SimpleNamespace(name=name, args=args, out=out, began=began, pipe=pipe, reward=reward, prompts=prompts,
+                          eval_prompts=eval_prompts, sigmas=schedule(pipe, args.steps), params=params, opt=opt,
+                          state=state, step=0, epoch=first, skipped=0, bad=0)
     resume(run)
+    open_folder(run)
+    run.wandb = start_wandb(args, out)
     if args.checkpointing or (args.checkpointing is None and device.type == "cuda"):
-        model.enable_gradient_checkpointing()
+        if model._supports_gradient_checkpointing:
+            model.enable_gradient_checkpointing()
     if args.compile:
         compile_blocks(model)
     if first == 0 and args.eval_every:
@@ -105,7 +115,14 @@ def epochs(run):
         run.start = time.time()
         prompts = run.prompts[run.epoch * args.groups:(run.epoch + 1) * args.groups]
         yield [p for p in prompts for _ in range(args.group)], rng(args.seed, 1, run.epoch)
-    print(f"done: {run.out}/ holds lora/, samples/, curves.png and metrics.jsonl")
+    unlock()
+    lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    said = [f"{run.skipped} steps skipped"] if run.skipped else []
+    for name in ("reward", "norm_ratio"):
+        values = [line[f"eval_{name}"] for line in lines if f"eval_{name}" in line]
+        values = values or [line[name] for line in lines if line.get(name) is not None]
+        said += [f"{name.replace('_', ' ')} {values[0]:.3f} -> {values[-1]:.3f}"] if values else []
+    print(f"done: {', '.join(said)}; {run.out}/ holds lora/, samples/, curves.png and metrics.jsonl")
 
 
 def tally(sums: dict, **values: Tensor):
@@ -118,7 +135,7 @@ def finish_step(run, sums: dict, rows: int, reward: Tensor, share: float):
     """Clip the gradients and step, unless the loss or a gradient is not finite; log the means of `sums` over the step's
     rows and the rewards (n,) of its epoch, of which this share is trained on. Ten skipped steps in a row end the
     process."""
-    means = {name: (value / rows).item() for name, value in sums.items()}
+    means = dict(zip(sums, (torch.stack(list(sums.values())) / rows).tolist()))
     grad_norm = torch.nn.utils.clip_grad_norm_(run.params, run.args.max_grad_norm).item()
     finite = bool(np.isfinite([means["loss"], grad_norm]).all())
     if finite:
@@ -127,7 +144,7 @@ def finish_step(run, sums: dict, rows: int, reward: Tensor, share: float):
     run.step += 1
     run.skipped += not finite
     run.bad = 0 if finite else run.bad + 1
-    if reward.std() == 0:
+    if reward.std() == 0 and share == 1:
         tqdm.write(f"note: epoch {run.epoch}: the reward of all pictures is {reward[0]:g}; there is nothing to learn")
     line = {"step": run.step, "epoch": run.epoch, "reward": reward.mean().item(), "reward_std": reward.std().item()}
     for name in ("loss", "base_loss", "guard", "kl", "norm_ratio", "active"):  # the last two only with a reference
@@ -141,7 +158,8 @@ def finish_step(run, sums: dict, rows: int, reward: Tensor, share: float):
         fail(f"{run.out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try a lower --lr in "
              "another --out")
     ratio = "-" if line["norm_ratio"] is None else f"{line['norm_ratio']:.3f}"
-    run.bar.set_postfix(reward=f"{line['reward']:.3f}", norm_ratio=ratio)
+    skipped = {"skipped": run.skipped} if run.skipped else {}
+    run.bar.set_postfix(reward=f"{line['reward']:.3f}", norm_ratio=ratio, **skipped)
 
 
 def finish_epoch(run, **state):
@@ -163,7 +181,11 @@ def evaluate(run, epoch: int):
     reward = run.reward(pictures, run.eval_prompts)
     top, low = middle_frames(pictures).amax(1), middle_frames(pictures).amin(1)
     steps = ratios.mean(0)
-    save_grid(run.out / "samples" / f"{epoch:05d}", pictures, 8)
+    save_grid(run.out / "samples" / f"{epoch:05d}", pictures, 8, run.eval_prompts)
+    if run.wandb:
+        import wandb  # it is there
+        grid = wandb.Image(str(run.out / "samples" / f"{epoch:05d}.png"))
+        run.wandb.log({"samples": grid}, step=run.step)
     write_line(run, {
         "step": run.step, "epoch": epoch, "eval_reward": reward.mean().item(),
         "eval_reward_se": (reward.std() / len(reward) ** 0.5).item(), "eval_norm_ratio": steps.mean().item(),
@@ -172,7 +194,27 @@ def evaluate(run, epoch: int):
 
 
 def write_line(run, line: dict):
-    """Append to metrics.jsonl; a non-finite number becomes null, since JSON has none."""
-    line = json.loads(json.dumps(line), parse_constant=lambda _: None)
+    """Append to metrics.jsonl, and to wandb if asked for."""
     with open(run.out / "metrics.jsonl", "a") as log:
-        log.write(json.dumps(line) + "\n")
+        log.write(json_text(line) + "\n")
+    if run.wandb:
+        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        run.wandb.log(numbers, step=line["step"])
+
+
+def compile_blocks(model: torch.nn.Module):
+    """torch.compile each of a transformer's blocks; the whole is called through hooks."""
+    for blocks in model.children():
+        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
+            block.compile()
+
+
+def start_wandb(args, out: Path):
+    """A wandb run that goes on when the training does, or None without --wandb."""
+    if not args.wandb:
+        return None
+    try:
+        import wandb  # no requirement, and slow to import
+    except ImportError:
+        fail("--wandb: needs a package that is not installed: pip install wandb")
+    return wandb.init(project=args.wandb, name=out.name, id=out.name, resume="allow", config=asdict(args))

@@ -118,10 +118,7 @@ def prepare(pipe, generator=None, **changes):
 def timestep(pipe, level: float) -> float:
     """The scheduler's timestep at a noise level: of one of its schedules, or between two of theirs."""
     known = pipe.seam.timesteps
-    if level not in known:
-        levels = sorted(known)
-        known[level] = float(np.interp(level, levels, [known[k] for k in levels]))
-    return known[level]
+    return known[level] if level in known else float(np.interp(level, *zip(*sorted(known.items()))))
 
 
 # ---------------------------------------------------------------- what the transformer is told
@@ -141,9 +138,9 @@ def listening(pipe, listen):
         handle.remove()
 
 
-def rows_of(given: dict) -> int:
-    """How many samples a transformer is given: its latents are a tensor or a list of tensors."""
-    return len(given.get("hidden_states", next(iter(given.values()))))
+def latents_of(given: dict):
+    """The latents among a transformer's inputs: a tensor or a list of tensors, one a sample."""
+    return given.get("hidden_states", next(iter(given.values())))
 
 
 def told(pipe, level: float) -> dict:
@@ -172,6 +169,6 @@ def telling(pipe, levels: list[float]):
     def tell(given):
         """Twice, where there are as many samples again for guidance."""
         for name, value in each.items():
-            given[name] = value.repeat(rows_of(given) // len(levels), *[1] * (value.ndim - 1))
+            given[name] = value.repeat(len(latents_of(given)) // len(levels), *[1] * (value.ndim - 1))
     with listening(pipe, tell):
         yield

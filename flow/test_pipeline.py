@@ -21,7 +21,7 @@ from flow import pipeline, run
 from flow.lora import lora_targets
 from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.rewards import load_reward
-from flow.seam import rows_of
+from flow.seam import latents_of
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tiny"))
@@ -153,7 +153,8 @@ def test_rollouts_are_guided_and_training_is_conditional(tmp_path, monkeypatch):
     def watched(*args):
         pipe = honest(*args)
         pipe.transformer.register_forward_hook(
-            lambda m, args, kwargs, out: seen.append((torch.is_grad_enabled(), rows_of(kwargs))), with_kwargs=True)
+            lambda module, args, kwargs, out: seen.append((torch.is_grad_enabled(), len(latents_of(kwargs)))),
+            with_kwargs=True)
         return pipe
     monkeypatch.setattr(run, "load_pipeline", watched)
     train_awm.main(train_awm.Args(out=str(tmp_path), epochs=1, group=3, groups=2, rank=4, steps=3, timesteps=1,

@@ -12,22 +12,24 @@ from flow.seam import Seen, call
 def text_encoders(pipe):
     """While this lasts, the text encoders are in their places and on the device; transformer and VAE make room for
     them."""
-    seam, others = pipe.seam, [part for part in (pipe.transformer, getattr(pipe, "vae", None)) if part is not None]
-    if seam.encoders is None:
+    seam, encoders = pipe.seam, pipe.seam.encoders
+    if encoders is None:
         raise ValueError("the text encoders are gone: give all prompts to encode_prompts")
-    if any(getattr(pipe, name) is not None for name in seam.encoders):  # it is nested
+    if any(getattr(pipe, name) is not None for name in encoders):  # it is nested
         yield
         return
+    others = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     for part in others:
         part.to("cpu")
-    for name, encoder in seam.encoders.items():
+    for name, encoder in encoders.items():
         setattr(pipe, name, encoder.to(seam.device))
     try:
         yield
     finally:
-        for name, encoder in seam.encoders.items():
+        for name, encoder in encoders.items():
             setattr(pipe, name, None)
-            encoder.to("cpu")
+            if seam.encoders:  # they are needed again
+                encoder.to("cpu")
         for part in others:
             part.to(seam.device)
 
@@ -36,7 +38,7 @@ def remember_prompts(pipe):
     """Make pipe.encode_prompt encode each prompt once, and put batches together from what it remembers. Prompts are
     encoded one by one, or in one go if the pipeline's encoding of a batch is found to be that of each prompt alone: no
     padding to the longest."""
-    encode, seam, rows, empty = pipe.encode_prompt, pipe.seam, {}, {}
+    encode, seam, rows, first = pipe.encode_prompt, pipe.seam, {}, {}
     signature = inspect.signature(encode)
 
     @torch.no_grad()
@@ -47,7 +49,7 @@ def remember_prompts(pipe):
             encoded = encode(*bound.args, **bound.kwargs)
         return moved(encoded if isinstance(encoded, tuple) else (encoded,), "cpu")
 
-    @functools.lru_cache(4)
+    @functools.lru_cache(2)
     def batch(keys: tuple) -> tuple:
         """Encodings of several prompts as those of a batch."""
         return moved(tuple(map(join, zip(*(rows[key] for key in keys)))), seam.device)
@@ -73,9 +75,10 @@ def remember_prompts(pipe):
             found = ((key, run({**asked, **{name: [value] for name, value in zip(each, key[1:])}})) for key in missing)
         for key, row in found:
             if key not in rows:
-                known = empty.setdefault(rest, row)  # encoded with every prompt, the empty one is kept once
-                rows[key] = tuple(a if same(a, b) else b for a, b in zip(known, row))
-                seam.shapes[key[1]] = str([value.shape for value in row if torch.is_tensor(value)])
+                known = [*first.setdefault(rest, row), *first.setdefault(key[1], row)]  # what is equal is kept once
+                rows[key] = tuple(next((x for x in known if same(x, value)), value) for value in row)
+                shapes = str([value.shape for value in row if torch.is_tensor(value)])
+                seam.shapes[key[1]] = seam.shapes.get(key[1], frozenset()) | {shapes}
         if seam.in_one_go is None and n > 1:
             seam.in_one_go = all(alike(rows[key], row) for key, row in zip(keys, split(run(together), n)))
             raise Seen(None)
@@ -107,10 +110,10 @@ def alike(a, b) -> bool:
 
 
 def join(parts: tuple):
-    """One of several prompts' encodings as that of a batch: along a tensor's first dimension of 1; without one it is
-    shared."""
+    """One of several prompts' encodings as that of a batch: a tensor's first dimension of 1 counts them, or a list of
+    one; a longer list is of layers; what has neither is shared."""
     if isinstance(parts[0], list):
-        return [value for part in parts for value in part]
+        return [part[0] for part in parts] if len(parts[0]) == 1 else [join(layer) for layer in zip(*parts)]
     if torch.is_tensor(parts[0]) and 1 in parts[0].shape:
         return torch.cat(parts, list(parts[0].shape).index(1))
     return parts[0]
@@ -121,7 +124,7 @@ def split(encoded: tuple, n: int) -> list[tuple]:
     def part(value, i):
         """One prompt's."""
         if isinstance(value, list):
-            return value[i:i + 1]
+            return value[i:i + 1] if len(value) == n else [part(layer, i) for layer in value]
         if torch.is_tensor(value) and n in value.shape:
             return value.narrow(list(value.shape).index(n), i, 1).clone()
         return value

@@ -1,0 +1,272 @@
+"""Tests of a run's folder: nothing is lost, nothing is silent. They train tiny/sd3 for an epoch or two."""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sample
+import train_awm
+import train_nft
+from flow import checkpoint, cli, pictures, run
+from flow.pipeline import decode, load_pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(epochs=2, group=2, groups=2, batch=8, rank=4, steps=3, timesteps=1, eval_n=2, eval_every=2, save_every=1)
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    """Defaults like tiny/sd3 are relative to the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+def train(out, script=train_awm, **changes) -> Path:
+    """A short training in this process."""
+    script.main(script.Args(out=str(out), **{**SMALL, **changes}))
+    return Path(out)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Path:
+    """A finished run, not to be changed."""
+    os.chdir(ROOT)
+    return train(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture()
+def trained(once, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(once, tmp_path / "run")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refuses(capsys, folder: Path, call, *words):
+    """It ends with exit code 2 and one line that has these words, and leaves the folder as it was."""
+    before = contents(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call()
+    error = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+    assert end.value.code == 2 and len(error) == 1, error
+    assert all(word in error[0] for word in words), error[0]
+    assert contents(folder) == before
+
+
+def lora(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "lora/pytorch_lora_weights.safetensors")
+
+
+def test_a_finished_run_is_extended_to_what_a_longer_one_gives(trained, tmp_path, capsys):
+    train(trained, epochs=3, save_every=2, eval_every=3)
+    assert "resumed at epoch 2" in capsys.readouterr().out
+    whole = train(tmp_path / "whole", epochs=3)
+    assert all(torch.equal(value, lora(whole)[name]) for name, value in lora(trained).items())
+    assert json.loads((trained / "args.json").read_text())["epochs"] == 3
+
+
+def test_flags_that_only_round_may_change_and_say_so(trained, capsys):
+    train(trained, epochs=3, batch=3, checkpointing=True)
+    assert "but for rounding" in capsys.readouterr().out
+
+
+def test_fewer_epochs_than_are_done_are_refused(trained, capsys):
+    refuses(capsys, trained, lambda: train(trained, epochs=1), "--epochs 1", "has done 2")
+
+
+def test_a_folder_of_someone_elses_is_not_touched(tmp_path, capsys):
+    for name in ("metrics.jsonl", "curves.png", "args.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        refuses(capsys, folder, lambda: train(folder), "--out", name, "another --out")
+    (tmp_path / "dir" / "samples").mkdir(parents=True)
+    (tmp_path / "dir" / "samples" / "mine.png").write_text("")
+    refuses(capsys, tmp_path / "dir", lambda: train(tmp_path / "dir"), "--out", "samples")
+    (tmp_path / "other" / "notes.txt").parent.mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")  # in nobody's way
+    assert (train(tmp_path / "other", epochs=1) / "notes.txt").read_text() == "mine"
+
+
+def test_another_scripts_run_is_not_resumed(trained, capsys):
+    refuses(capsys, trained, lambda: train(trained, train_nft), "train_nft.py", "another --out")
+
+
+def test_a_finished_run_without_its_checkpoint_does_not_start_over(trained, capsys):
+    state = (trained / "checkpoint/state.pt").read_bytes()
+    (trained / "checkpoint/state.pt").unlink()
+    refuses(capsys, trained, lambda: train(trained), "checkpoint is gone")
+    (trained / "checkpoint/lock").unlink()
+    (trained / "checkpoint").rmdir()
+    refuses(capsys, trained, lambda: train(trained), "checkpoint is gone")
+    (trained / "checkpoint").mkdir()
+    (trained / "checkpoint/state.pt").write_bytes(state)
+    train(trained, epochs=3)
+
+
+def test_two_runs_into_one_folder(trained, capsys):
+    """Another process holds it; its death frees it."""
+    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
+            f"from flow import checkpoint; checkpoint.lock(Path({str(trained)!r})); print('held', flush=True); "
+            "time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline().strip() == "held"
+    refuses(capsys, trained, lambda: train(trained, epochs=3), "--out", "another process is at work")
+    holder.kill()
+    holder.wait()
+    train(trained, epochs=3)
+
+
+@pytest.mark.parametrize("flag", ["prompts", "eval_prompts", "reward"])
+def test_a_changed_input_is_named(tmp_path, capsys, flag):
+    source = {"prompts": Path("tiny/prompts.txt"), "eval_prompts": Path("tiny/eval_prompts.txt")}.get(flag)
+    text = source.read_text() if source else "def f(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    file = tmp_path / "input.py"
+    file.write_text(text)
+    given = {flag: f"{file}:f" if flag == "reward" else str(file)}
+    out = train(tmp_path / "run", **given)
+    file.write_text(text + "\n")
+    refuses(capsys, out, lambda: train(out, epochs=3, **given), f"--{flag.replace('_', '-')}", "changed since")
+    file.write_text(text)
+    train(out, epochs=3, **given)
+
+
+def test_a_fingerprint_sees_names_sizes_and_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(3_000_000))
+    before = checkpoint.fingerprint(str(tmp_path))
+    assert before == checkpoint.fingerprint(str(tmp_path)) and checkpoint.fingerprint("a/hub-id") is None
+    (tmp_path / "a").write_bytes(bytes([1]) * 3_000_000)
+    assert checkpoint.fingerprint(str(tmp_path)) != before
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b").write_bytes(bytes(3_000_000))
+    assert checkpoint.fingerprint(str(tmp_path)) != before
+
+
+def test_a_damaged_checkpoint_is_refused_whole(trained, capsys):
+    file = trained / "checkpoint/state.pt"
+    good, state = file.read_bytes(), torch.load(file, weights_only=True)
+
+    def changed(**parts):
+        torch.save({**state, **parts}, file)
+    middle = len(good) // 2
+    broken_lora = dict(state["lora"])
+    name, weight = broken_lora.popitem()
+    moments = {**state["opt"], "state": {0: {**state["opt"]["state"][0], "exp_avg": torch.zeros(3, 3)}}}
+    for damage, word in [
+            (lambda: file.write_bytes(good[:middle] + bytes(64) + good[middle + 64:]), "checksum"),
+            (lambda: file.write_bytes(good[:1000]), "state.pt"),
+            (lambda: torch.save({k: v for k, v in state.items() if k != "step"}, file), "step"),
+            (lambda: changed(lora=broken_lora), "does not fit"),
+            (lambda: changed(lora={**broken_lora, "renamed": weight}), "does not fit"),
+            (lambda: changed(lora={**broken_lora, name: weight[:1]}), "does not fit"),
+            (lambda: changed(lora={**broken_lora, name: weight * math.nan}), "not finite"),
+            (lambda: changed(opt=moments), "does not fit"),
+            (lambda: changed(epoch=9), "has done 9")]:
+        damage()
+        refuses(capsys, trained, lambda: train(trained, epochs=3), word)
+    file.write_bytes(good)
+    train(trained, epochs=3)
+
+
+def test_sample_leaves_other_pictures_alone(trained, tmp_path, capsys):
+    refuses(capsys, trained, lambda: sample.main(sample.Args(out=f"{trained}/samples")), "--out", "00000.png")
+    own = tmp_path / "own"
+    for n in (3, 1):  # its own earlier pictures make place
+        sample.main(sample.Args(prompt="a red star", n=n, steps=1, out=str(own)))
+        assert len(list(own.glob("0*.png"))) == n
+    (own / "00007.png").write_text("mine")
+    refuses(capsys, own, lambda: sample.main(sample.Args(prompt="a red star", steps=1, out=str(own))), "00007.png")
+    (own / "samples.jsonl").write_text("[1]\n")
+    refuses(capsys, own, lambda: sample.main(sample.Args(prompt="a red star", steps=1, out=str(own))), "samples.jsonl")
+
+
+def test_pictures_that_are_not_finite_end_the_run(tmp_path, capsys):
+    pipe = load_pipeline("tiny/sd3", torch.device("cpu"))
+    latents = torch.zeros(2, 16, 8, 8)
+    latents[1, 0, 0, 0] = math.nan
+    refuses(capsys, tmp_path, lambda: decode(pipe, latents), "not finite")
+
+
+def test_a_lora_of_nan_is_refused(trained, tmp_path, capsys):
+    weights = {name: value * math.nan for name, value in lora(trained).items()}
+    (tmp_path / "nan").mkdir()
+    from safetensors import safe_open
+    with safe_open(trained / "lora/pytorch_lora_weights.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    save_file(weights, tmp_path / "nan/pytorch_lora_weights.safetensors", metadata)
+    refuses(capsys, tmp_path / "nan", lambda: sample.main(sample.Args(
+        lora=f"{tmp_path}/nan", out=f"{tmp_path}/out")), "--lora", "not finite")
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"guidance": math.nan}, "--guidance nan"),
+    ({"guidance": math.inf}, "--guidance inf"),
+    ({"seed": 2**64}, "--seed"),
+    ({"seed": -1}, "--seed -1")])
+def test_numbers_that_pass_nowhere(tmp_path, capsys, changes, word):
+    refuses(capsys, tmp_path, lambda: train(tmp_path / "run", **changes), word)
+    refuses(capsys, tmp_path, lambda: sample.main(sample.Args(out=f"{tmp_path}/out", **changes)), word)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_byte_order_mark_is_no_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red star\n")
+    assert cli.read_prompts(f"{tmp_path}/prompts.txt", "--prompts") == ["a red star"]
+
+
+def test_json_has_no_nan():
+    assert json.loads(cli.json_text({"a": [math.nan, 1.0], "b": math.inf})) == {"a": [None, 1.0], "b": None}
+
+
+def test_a_run_ends_by_saying_what_came_of_it(tmp_path, capsys):
+    train(tmp_path / "run")
+    said = capsys.readouterr().out.splitlines()[-1]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    evals = [line for line in lines if "eval_reward" in line]
+    assert f"reward {evals[0]['eval_reward']:.3f} -> {evals[-1]['eval_reward']:.3f}" in said
+    assert f"norm ratio 1.000 -> {evals[-1]['eval_norm_ratio']:.3f}" in said
+
+
+def test_the_model_card_has_what_the_hub_wants(trained):
+    card = (trained / "lora/README.md").read_text()
+    assert card.startswith("---\nbase_model: tiny/sd3\n") and "--rank 4" in card and "license" not in card
+
+
+def test_captions_stand_below_their_pictures():
+    sheet = pictures.grid(torch.zeros(3, 3, 64, 64), 2, ["a red star", "", "a blue ring"])
+    plain = pictures.grid(torch.zeros(3, 3, 64, 64), 2)
+    assert sheet.width == plain.width and sheet.height > plain.height
+    high = sheet.height // 2
+    strips = [sheet.crop((x, y + 64, x + 64, y + high)).convert("L") for x, y in ((0, 0), (64, 0), (0, high))]
+    assert [strip.getextrema()[0] < 100 for strip in strips] == [True, False, True]
+
+
+def test_wandb_gets_the_numbers_and_the_grids(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    args = train_awm.Args(wandb="project")
+    refuses(capsys, tmp_path, lambda: run.start_wandb(args, tmp_path), "--wandb", "pip install wandb")
+    logged = []
+    fake = type(sys)("wandb")
+    fake.init = lambda **given: type(sys)("run")
+    fake.Image = str
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    honest = run.start_wandb
+
+    def watched(args, out):
+        started = honest(args, out)
+        started.log = lambda numbers, step: logged.append((step, numbers))
+        return started
+    monkeypatch.setattr(run, "start_wandb", watched)
+    out = train(tmp_path / "run", wandb="project", epochs=1, eval_every=1)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [numbers["loss"] for _, numbers in logged if "loss" in numbers] == [lines[1]["loss"]]
+    assert sum("samples" in numbers for _, numbers in logged) == 2
