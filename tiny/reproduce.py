@@ -101,9 +101,11 @@ class Size(NamedTuple):
     n_choose: int = 2  # of each of the 48 training prompts, for a checkpoint
     n_guard: int = 3  # and for a guard
     renders: int = 1024
+    prompts: str = "tiny/prompts.txt"  # of choices
 
 
-SMOKE = Size("--epochs 2 --group 2 --groups 2 --eval-n 2 --save-every 1", 4, (2,), 1, 1, 1, 1, 32)
+SMOKE = Size("--epochs 2 --group 2 --groups 2 --eval-n 2 --save-every 1", 4, (2,), 1, 1, 1, 1, 32,
+             "tiny/eval_prompts.txt")
 
 
 # ---------------------------------------------------------------- claim 9: other guards
@@ -318,7 +320,7 @@ def early_part(root: Path, run: Run, size: Size) -> dict:
     home, found, rewards = root / run.name, {}, {}
     unguarded, guarded = both(home, run, size)
     ask = local_judge("tiny/judge", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    flags = f"--prompts tiny/prompts.txt --n {size.n_choose} --steps 8 --seed 5000 --reward tiny/{run.reward}"
+    flags = f"--prompts {size.prompts} --n {size.n_choose} --steps 8 --seed 5000 --reward tiny/{run.reward}"
     for lora in (guarded / "lora", *sorted(unguarded.glob("lora-*"))):
         name = "guarded" if lora.parent == guarded else lora.name.removeprefix("lora-")
         folder = sample(home, run.base, home / "choose" / name, f"--lora {lora} {flags}")
@@ -355,7 +357,7 @@ def variant_part(root: Path, run: Run, size: Size, name: str) -> dict:
     flags, hinge = VARIANTS[name]
     trained = dict(zip(("unguarded", "guarded"), both(home, run, size)))
     trained["variant"] = train(home, run, size, slug(name), f"{flags} --eval-every 0", hinge)
-    flags = f"--prompts tiny/prompts.txt --n {size.n_guard} --steps {size.steps} --seed 5000 --norms"
+    flags = f"--prompts {size.prompts} --n {size.n_guard} --steps {size.steps} --seed 5000 --norms"
     pictures = {}
     for who, out in trained.items():
         pictures[who] = sample(home, run.base, home / "guards" / out.name, f"--lora {out / 'lora'} {flags}")
