@@ -66,7 +66,9 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
     reward = "+".join(Path(part).name.replace(".py:", "-").replace(":", "") for part in rewards)
     out = Path(args.out or f"runs/{name}-{Path(args.model).name}-{reward}-lam{args.lam:g}-s{args.seed}")
     args_file, state_file, log = out / "args.json", out / "checkpoint" / "state.pt", out / "metrics.jsonl"
-    found = [part for part in OURS if (out / part).exists()]
+    files = [path for part in OURS for path in (out / part, *(out / part).rglob("*"))]
+    files = [path for path in files if path.is_file() and path.name != "lock"]  # left by a run killed at its start
+    found = sorted({path.relative_to(out).parts[0] for path in files})
     if not found:
         return out, None
     theirs = read_args(args_file, f"train_{name}.py") if args_file.exists() else None

@@ -54,6 +54,7 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
 
     @torch.no_grad()
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
+        """A batch, in one forward pass."""
         images = [[{"type": "image", "image": Image.open(file).convert("RGB")} for file in files] for files in pictures]
         questions = [question] * len(pictures) if isinstance(question, str) else question
         inputs = processor.apply_chat_template(
@@ -83,6 +84,7 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
     errors, worked = [], []
 
     def request(question: str, files: list[str]) -> Answer:
+        """One question; an empty answer where it failed."""
         images = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
         parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
         try:
@@ -100,6 +102,7 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
         return []
 
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
+        """A batch, `concurrency` requests at a time."""
         questions = [question] * len(pictures) if isinstance(question, str) else question
         try:
             with ThreadPoolExecutor(concurrency) as pool:

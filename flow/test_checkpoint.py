@@ -97,6 +97,13 @@ def test_a_folder_of_someone_elses_is_not_touched(tmp_path, capsys):
     assert (train(tmp_path / "other", epochs=1) / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_killed_at_its_very_start_starts_again(tmp_path):
+    for part in ("checkpoint", "samples"):
+        (tmp_path / "run" / part).mkdir(parents=True)
+    (tmp_path / "run/checkpoint/lock").touch()
+    assert (train(tmp_path / "run", epochs=1) / "checkpoint/state.pt").exists()
+
+
 def test_another_scripts_run_is_not_resumed(trained, capsys):
     refuses(capsys, trained, lambda: train(trained, train_nft), "train_nft.py", "another --out")
 
