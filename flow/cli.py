@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -61,7 +62,9 @@ def parse(args_class, doc: str):
             args, unknown = tyro.cli(args_class, description=doc, return_unknown_args=True)
     except SystemExit as end:
         if end.code:
-            fail(" ".join(framed.getvalue().translate(str.maketrans("", "", "╭╮╰╯─│")).split()))
+            said = " ".join(framed.getvalue().translate(str.maketrans("", "", "╭╮╰╯─│")).split())
+            wrong = re.search(r"Error parsing (--\S+): (.*?)(?: Got errors.*?)? Argument helptext: --\S+ (\S+)", said)
+            fail("{0}: {1}; it takes {2}".format(*wrong.groups())[:150] if wrong else said[:150])
         raise
     if unknown:
         fail(f"unknown flag {unknown[0]}; --help lists them all")
