@@ -18,7 +18,7 @@ in fp32; with --renorm, which diffusers cannot do, row["pipe"] is null):
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,9 +30,6 @@ from flow.pictures import earlier_samples, save_samples
 from flow.pipeline import decode, decode_batch, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.rewards import load_reward
 from flow.seam import guided
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 @dataclass
