@@ -30,7 +30,10 @@ from einops import rearrange
 from torch import Tensor
 
 from flow.cli import fail, parse
-from flow.pipeline import add_noise, decode, draw_noise, integrate, schedule, velocity
+from flow.draws import ROLLOUT, TRAINING, noise_of, own_rows
+from flow.evaluate import score
+from flow.pipeline import add_noise, integrate, schedule, velocity
+from flow.processes import share
 from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally
 from normguard import norm_hinge, norm_ratio, reference
 
@@ -64,7 +67,7 @@ class Args:
     groups: int = 6
     """prompts an epoch"""
     steps: int = 8
-    """Euler steps of a rollout and of an evaluation"""
+    """Euler steps of a rollout"""
     guidance: float | None = None
     """guidance scale of rollouts and evaluations (default: none), or what a guidance embedding is told (its own
     default)"""
@@ -77,22 +80,30 @@ class Args:
     """optimizer steps an epoch, each on its share of the pairs"""
     batch: int = 64
     """pictures at once in a forward pass (at least a pair); what is left of a step is accumulated"""
+    rollout_batch: int | None = None
+    """pictures at once in rollouts and evaluations, which need less memory (default: --batch)"""
     dpo_beta: float = 10.0
     """beta: the larger, the sooner a pair that is told apart stops to pull (official: 100)"""
     kl: float = 0.0
     """weight of an additional velocity KL to the reference"""
     max_grad_norm: float = 1.0
     """gradient clipping"""
+    ema: float | None = None
+    """evaluate, and keep in lora/, an average of the LoRA over the steps with this decay (default: the LoRA itself)"""
     size: int | None = None
     """pixels a side (default: the model's own)"""
     frames: int | None = None
     """frames of a video, for a model that makes videos (default: the model's own)"""
     eval_n: int = 64
     """held-out pictures an evaluation"""
+    eval_steps: int | None = None
+    """Euler steps of an evaluation (default: --steps)"""
     eval_every: int = 10
     """epochs between evaluations; 0 is never"""
     save_every: int = 5
     """epochs between checkpoints"""
+    quantize: str = "none"
+    """the frozen transformer's weights: none, int8 (pip install torchao) or nf4 (pip install bitsandbytes)"""
     checkpointing: bool | None = None
     """gradient checkpointing (default: on a GPU)"""
     compile: bool = False
@@ -131,39 +142,38 @@ def main(args: Args):
     if pairs % args.updates:
         fail(f"--updates {args.updates}: must divide the epoch's {pairs} pairs (--groups x --pairs)")
     run = start_run("dpo", args)
-    pipe, sigmas = run.pipe, run.sigmas
+    pipe, sigmas, own = run.pipe, run.sigmas, share(n)  # own: this process's pictures of an epoch
     levels = schedule(pipe, 1000)  # all noise levels that are trained at
 
     for prompts, g in epochs(run):
         # ---- rollout: `group` pictures of each prompt from the policy as it stands
-        x0, _ = integrate(pipe, draw_noise(pipe, n, g), prompts, sigmas, guidance=args.guidance, batch=args.batch,
-                          desc="rollout")
+        x0, _ = integrate(pipe, noise_of(run, ROLLOUT, range(n)[own]), prompts[own], sigmas, guidance=args.guidance,
+                          batch=args.rollout_batch or args.batch, desc="rollout")
 
         # ---- reward and pairs
-        reward = run.reward(decode(pipe, x0), prompts)
+        reward = score(run, x0, prompts[own])  # (n,)
         w, l = best_and_worst(reward, args.group, each)  # (pairs,) each
         differ = (reward[w] > reward[l]).float()
 
         # ---- training rows (pair, t): each pair, in random order, at `timesteps` moments
         pair = torch.randperm(pairs, generator=g).repeat_interleave(args.timesteps)
         t = levels[(1000 * torch.sigmoid(torch.randn(len(pair), generator=g))).long()]  # (rows,)
-        noise = draw_noise(pipe, len(t), g)  # (rows, ...)
-        x_w, x_l, differ = x0[w[pair]], x0[l[pair]], differ[pair]
         updates = torch.arange(len(t)).split(len(t) // args.updates)
 
         # ---- updates
         for u, update in enumerate(updates):
             sums = {}
-            for b in update.split(max(1, args.batch // 2)):
+            for b in own_rows(update, w[pair], own).split(max(1, args.batch // 2)):
                 prompts_b = [prompts[i] for i in w[pair[b]]] * 2
-                x0_b = torch.cat([x_w[b], x_l[b]]).to(pipe.device)  # (w and l, ...)
-                noise_b, t_b = torch.cat([noise[b]] * 2).to(pipe.device), t[b].repeat(2)
+                x0_b = x0[torch.cat([w[pair[b]], l[pair[b]]]) - own.start].to(pipe.device)  # (w and l, ...)
+                noise_b = torch.cat([noise_of(run, TRAINING, b)] * 2).to(pipe.device)
+                t_b = t[b].repeat(2)
                 xt_b = add_noise(x0_b, noise_b, t_b.to(pipe.device))
                 v = velocity(pipe, xt_b, t_b, prompts_b)
                 with reference(pipe.transformer):
                     v_ref = velocity(pipe, xt_b, t_b, prompts_b)
                 base_loss = dpo_loss(*v.chunk(2), *v_ref.chunk(2), *(noise_b - x0_b).chunk(2), args.dpo_beta)
-                base_loss = 2 / args.dpo_beta * differ[b].to(pipe.device) * base_loss
+                base_loss = 2 / args.dpo_beta * differ[pair[b]].to(pipe.device) * base_loss
                 guard = rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)
                 kl = rearrange((v - v_ref).square().flatten(1).mean(1), "(two b) -> two b", two=2).mean(0)
                 ratio = rearrange(norm_ratio(v.detach(), v_ref), "(two b) -> two b", two=2)
@@ -171,7 +181,7 @@ def main(args: Args):
                 (loss.sum() / len(update)).backward()
                 tally(sums, loss=loss, base_loss=base_loss, guard=guard, kl=kl)
                 tally(sums, norm_ratio=ratio.mean(0), active=(ratio > 1 + args.margin).float().mean(0))
-            finish_step(run, sums, len(update), reward, share=(u + 1) / args.updates)
+            finish_step(run, sums, len(update), reward, done=(u + 1) / args.updates)
         finish_epoch(run)
 
 

@@ -30,9 +30,12 @@ import torch
 from torch import Tensor
 
 from flow.cli import fail, parse
+from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_rows, stratified
+from flow.evaluate import score
 from flow.lora import add_lora, use_adapter
-from flow.pipeline import add_noise, decode, draw_noise, integrate, velocity
-from flow.run import check_numbers, epochs, finish_epoch, finish_step, group_advantages, start_run, stratified, tally
+from flow.pipeline import add_noise, integrate, velocity
+from flow.processes import share
+from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally
 from normguard import norm_hinge, norm_ratio, reference
 
 
@@ -65,7 +68,7 @@ class Args:
     groups: int = 6
     """prompts an epoch"""
     steps: int = 8
-    """Euler steps of a rollout and of an evaluation"""
+    """Euler steps of a rollout"""
     guidance: float | None = None
     """guidance scale of rollouts and evaluations (default: none), or what a guidance embedding is told (its own
     default)"""
@@ -75,6 +78,8 @@ class Args:
     """optimizer steps an epoch, each on its share of the pictures"""
     batch: int = 64
     """pictures at once in a forward pass; what is left of a step is accumulated"""
+    rollout_batch: int | None = None
+    """pictures at once in rollouts and evaluations, which need less memory (default: --batch)"""
     nft_beta: float = 1.0
     """beta: how far v+ and v- lie from the old policy"""
     old_start: int = 0
@@ -89,16 +94,22 @@ class Args:
     """weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass"""
     max_grad_norm: float = 1.0
     """gradient clipping"""
+    ema: float | None = None
+    """evaluate, and keep in lora/, an average of the LoRA over the steps with this decay (default: the LoRA itself)"""
     size: int | None = None
     """pixels a side (default: the model's own)"""
     frames: int | None = None
     """frames of a video, for a model that makes videos (default: the model's own)"""
     eval_n: int = 64
     """held-out pictures an evaluation"""
+    eval_steps: int | None = None
+    """Euler steps of an evaluation (default: --steps)"""
     eval_every: int = 10
     """epochs between evaluations; 0 is never"""
     save_every: int = 5
     """epochs between checkpoints"""
+    quantize: str = "none"
+    """the frozen transformer's weights: none, int8 (pip install torchao) or nf4 (pip install bitsandbytes)"""
     checkpointing: bool | None = None
     """gradient checkpointing (default: on a GPU)"""
     compile: bool = False
@@ -150,7 +161,7 @@ def main(args: Args):
         fail(f"--old-start {args.old_start} --old-rate {args.old_rate} --old-decay {args.old_decay}: none below 0, and "
              "the decay below 1")
     run = start_run("nft", args)
-    pipe, sigmas = run.pipe, run.sigmas
+    pipe, sigmas, own = run.pipe, run.sigmas, share(n)  # own: this process's pictures of an epoch
     old_params = add_lora(pipe.transformer, args.rank, args.seed, "old")  # of one seed: equal to the trained ones
     use_adapter(pipe.transformer, "default")
     for p, saved in zip(old_params, run.state["old"] if run.state else ()):
@@ -160,25 +171,24 @@ def main(args: Args):
     for prompts, g in epochs(run):
         # ---- rollout: `group` pictures of each prompt from the old policy
         with old_policy(pipe.transformer):
-            x0, _ = integrate(pipe, draw_noise(pipe, n, g), prompts, sigmas, guidance=args.guidance, batch=args.batch,
-                              desc="rollout")
+            x0, _ = integrate(pipe, noise_of(run, ROLLOUT, range(n)[own]), prompts[own], sigmas, guidance=args.guidance,
+                              batch=args.rollout_batch or args.batch, desc="rollout")
 
         # ---- reward and the probability of being good
-        reward = run.reward(decode(pipe, x0), prompts)
+        reward = score(run, x0, prompts[own])  # (n,)
         r = 0.5 + 0.5 * group_advantages(reward, args.group, args.adv_clip)  # (n,) in [0, 1]
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` moments
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)
         t = sigmas[stratified(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
-        noise = draw_noise(pipe, len(t), g)  # (rows, ...)
         updates = torch.arange(len(t)).split(len(t) // args.updates)
 
         # ---- updates
         for u, update in enumerate(updates):
             sums = {}
-            for b in update.split(args.batch):
+            for b in own_rows(update, picture, own).split(args.batch):
                 prompts_b = [prompts[i] for i in picture[b]]
-                rows = x0[picture[b]], r[picture[b]], noise[b], t[b]
+                rows = x0[picture[b] - own.start], r[picture[b]], noise_of(run, TRAINING, b), t[b]
                 x0_b, r_b, noise_b, t_b = (a.to(pipe.device) for a in rows)
                 xt_b = add_noise(x0_b, noise_b, t_b)
                 v = velocity(pipe, xt_b, t[b], prompts_b)
@@ -199,7 +209,7 @@ def main(args: Args):
                 loss = base_loss + args.lam * guard + args.kl * kl
                 (loss.sum() / len(update)).backward()
                 tally(sums, loss=loss, base_loss=base_loss, guard=guard, kl=kl)
-            finish_step(run, sums, len(update), reward, share=(u + 1) / args.updates)
+            finish_step(run, sums, len(update), reward, done=(u + 1) / args.updates)
 
         # ---- the old policy follows
         decay = old_decay(run.step, args.old_start, args.old_rate, args.old_decay)

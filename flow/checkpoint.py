@@ -12,12 +12,13 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from flow.cli import fail, make_dir, reason
-from flow.lora import save_lora
+from flow.lora import save_lora, swapped
 from flow.pictures import plot_curves
+from flow.processes import PROCESSES, RANK
 from flow.rewards import without_questions
 
 # may differ when a run is resumed; the first four leave it bit for bit what it would be, the others but for rounding
-FREE = {"epochs", "save_every", "eval_every", "wandb", "batch", "checkpointing", "compile"}
+FREE = {"epochs", "save_every", "eval_every", "wandb", "batch", "rollout_batch", "checkpointing", "compile"}
 HELD = []  # locks
 OURS = ["args.json", "metrics.jsonl", "samples", "curves.png", "lora", "checkpoint"]
 
@@ -45,7 +46,9 @@ def inputs_of(args) -> dict[str, str | None]:
 
 
 def lock(out: Path):
-    """Hold a folder until the run or the process ends; end it now if another process holds it."""
+    """Hold a folder until the run or the process ends; end it now if another run holds it."""
+    if RANK > 0:
+        return  # the first process holds it for all
     HELD.append(open(out / "checkpoint" / "lock", "a"))
     try:
         fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,7 +101,10 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
         sys.exit(0)
     if not log.is_file() or log.stat().st_size < state["log_bytes"]:
         fail(f"{log}: is shorter than the checkpoint knows it; restore it, or give another --out")
-    rounding = [f"--{flag}" for flag in ("batch", "checkpointing", "compile") if theirs.get(flag) != mine[flag]]
+    rounding = [f"--{flag.replace('_', '-')}" for flag in ("batch", "rollout_batch", "checkpointing", "compile")
+                if theirs.get(flag) != mine[flag]]
+    if theirs.get("processes", 1) != PROCESSES:
+        rounding.append(f"the number of processes ({theirs.get('processes', 1)} there, {PROCESSES} here)")
     if rounding:
         print(f"{out}: {', '.join(rounding)} changed: from here on equal to an uninterrupted run but for rounding")
     return out, state
@@ -158,7 +164,7 @@ def open_folder(run):
     make_dir(run.out / "samples", "--out")
     lock(run.out)
     args = {flag: value for flag, value in asdict(run.args).items() if flag != "out"}
-    recorded = {"script": f"train_{run.name}.py", **args, "inputs": inputs_of(run.args),
+    recorded = {"script": f"train_{run.name}.py", **args, "processes": PROCESSES, "inputs": inputs_of(run.args),
                 "max_sequence_length": run.pipe.seam.settings.get("max_sequence_length")}
     args_file.with_suffix(".tmp").write_text(json.dumps(recorded, indent=2) + "\n")
     args_file.with_suffix(".tmp").replace(args_file)
@@ -177,6 +183,8 @@ def resume(run):
             fail(f"{run.out}/checkpoint/state.pt: does not fit the model; restore it, or give another --out")
         set_peft_model_state_dict(run.pipe.transformer, saved)
         run.opt.load_state_dict(run.state["opt"])
+        for average, saved in zip(run.ema or (), run.state.get("ema") or ()):
+            average.copy_(saved)
         run.step, run.skipped, run.bad = (run.state[k] for k in ("step", "skipped", "bad"))
         print(f"{run.out}: resumed at epoch {run.epoch}")
 
@@ -209,11 +217,12 @@ Prompts to try:
 def save_checkpoint(run, epoch: int, **state):
     """lora/ and curves.png, then all that the next epoch depends on, to a temporary name and renamed: a run killed in
     between does the epochs since the checkpoint again and writes the same files."""
-    save_lora(run.pipe, run.out / "lora")
+    with swapped(run.params, run.ema):
+        save_lora(run.pipe, run.out / "lora")
     write_card(run)
     plot_curves(run.out)
     tmp = run.out / "checkpoint" / "state.tmp"
     torch.save({"lora": get_peft_model_state_dict(run.pipe.transformer), "opt": run.opt.state_dict(), "epoch": epoch,
-                "step": run.step, "skipped": run.skipped, "bad": run.bad, **state,
+                "step": run.step, "skipped": run.skipped, "bad": run.bad, "ema": run.ema, **state,
                 "log_bytes": (run.out / "metrics.jsonl").stat().st_size}, tmp)
     tmp.replace(tmp.with_name("state.pt"))

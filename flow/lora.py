@@ -1,10 +1,13 @@
 """LoRA on a diffusers transformer: its places are found, not listed; in and out in diffusers' own format."""
 import json
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
@@ -32,6 +35,8 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default"
     targets = others[0].target_modules if others else lora_targets(model)
     inject(model, name, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets))
     diffusers.training_utils.cast_training_params(model, torch.float32)
+    for layer in lora_layers(model):
+        layer.cast_input_dtype_enabled = False  # autocast sees to it, with fewer copies
     return [p for key, p in model.named_parameters() if f".{name}." in key]
 
 
@@ -43,11 +48,60 @@ def inject(model: torch.nn.Module, name: str, config: LoraConfig):
         inject_adapter_in_model(config, model, name)
 
 
+def lora_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
+    """The layers that hold an adapter."""
+    return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+
+
 def use_adapter(model: torch.nn.Module, name: str):
     """Make one of several adapters the active one, which is then the one that trains."""
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.set_adapter(name)
+    for layer in lora_layers(model):
+        layer.set_adapter(name)
+
+
+def merged_forward(layer, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer's with the adapter in its weights; with adapters off, the frozen layer's own."""
+    if layer.disable_adapters:
+        return layer.base_layer(x)
+    return F.linear(x, layer.merged_weight, layer.base_layer.bias)
+
+
+def plain_linear(layer: torch.nn.Module) -> bool:
+    """Is it a linear layer with a matrix of plain numbers?"""
+    plain = isinstance(layer, torch.nn.Linear) and type(layer.weight) is torch.nn.Parameter
+    return plain and layer.weight.is_floating_point() and type(layer.weight.data) is torch.Tensor
+
+
+@contextmanager
+@torch.no_grad()
+def merged(model: torch.nn.Module):
+    """While this lasts, the active adapters are applied as W + scale B A, from a copy of the weights: a forward then
+    costs what the base model's does. For calls without gradients. The weights themselves are not touched, and
+    `reference` still finds the frozen base. Layers whose W is quantized or sharded go on as ever."""
+    layers = [layer for layer in lora_layers(model) if plain_linear(layer.base_layer) and not layer.lora_variant]
+    for layer in layers:
+        weight = layer.base_layer.weight.detach()
+        deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
+        layer.merged_weight = sum(deltas, weight.float()).to(weight.dtype)
+        layer.forward = MethodType(merged_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward, layer.merged_weight
+
+
+@contextmanager
+def swapped(params: list[torch.nn.Parameter], others: list[torch.Tensor] | None):
+    """While this lasts, parameters have other values, if there are any: an average's."""
+    own = [p.data for p in params]
+    for p, other in zip(params, others or ()):
+        p.data = other
+    try:
+        yield
+    finally:
+        for p, data in zip(params, own):
+            p.data = data
 
 
 def save_lora(pipe, folder: Path):
@@ -79,7 +133,7 @@ def load_lora(pipe, folder: str, model: str):
                 set_peft_model_state_dict(pipe.transformer, lora)
         if not all(p.isfinite().all() for name, p in pipe.transformer.named_parameters() if "lora_" in name):
             raise ValueError("it holds numbers that are not finite")
-        if not any(isinstance(layer, BaseTunerLayer) for layer in pipe.transformer.modules()):
+        if not lora_layers(pipe.transformer):
             raise ValueError("it holds nothing for the transformer")
     except Exception as e:  # of another rank, model or library: peft, diffusers and safetensors each raise their own
         fail(f"--lora {folder}: does not fit --model {model} ({reason(e)})")

@@ -27,6 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flow.cli import cannot_load, check_model, fail, reason
+from flow.encodings import encode_each
+from flow.lora import merged
+from flow.precision import quantization, use_autocast, use_fast_kernels
 from flow.seam import Seen, call, guided, latents_of, listening, prepare, seen, telling, told
 from flow.text import batches, remember_prompts, same, text_encoders
 from normguard import norm_ratio, reference, renormalize
@@ -43,15 +46,18 @@ TRY = [*PAIR, "", "a grey cat asleep beside a grey dog by the fire"] * (CHUNK //
 
 # ---------------------------------------------------------------- loading
 
-def load_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None):
+def load_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None,
+                  quantize: str = "none", base: torch.dtype | None = None):
     """A frozen pipeline from a diffusers folder or hub id, for pictures of `size` pixels a side and videos of `frames`
-    frames (None: its own). Transformer and VAE on `device`, in bf16 and fp32 on a GPU; text encoders wait on the CPU.
-    Ends the process, naming --model, if it cannot be loaded or is no flow that draws from a prompt alone."""
+    frames (None: its own). Transformer and VAE on `device`; the transformer in `base` (bf16 on a GPU) or quantized, the
+    VAE in fp32; text encoders wait on the CPU. Ends the process, naming --model, if it cannot be loaded or is no flow
+    that draws from a prompt alone."""
     check_model("--model", model)
-    dtype = {"default": torch.bfloat16, "vae": torch.float32} if device.type == "cuda" else torch.float32
+    base = base or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    options = {"dtype": {"default": base, "vae": torch.float32}, "quantization_config": quantization(quantize)}
     try:
         check_parts(model, diffusers.DiffusionPipeline.load_config(model))
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options)
     except Exception as e:  # no network, a gated repository, a broken file: each library raises its own
         cannot_load("--model", model, e)
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
@@ -62,11 +68,8 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
         setattr(pipe, name, None)
     if getattr(pipe, "guider", None) is not None:  # guidance as a part of its own, which has no scale to set here
         pipe.guider = pipe.guider.new(enabled=False)
-    if device.type == "cuda":  # an fp32 LoRA on a bf16 base, of which some parts may have to stay in fp32
-        pipe.transformer.forward = torch.autocast("cuda", torch.bfloat16)(pipe.transformer.forward)
-        for name, part in pipe.transformer.named_modules():
-            if set(name.split(".")) & set(pipe.transformer._keep_in_fp32_modules or ()):
-                part.forward = torch.autocast("cuda", enabled=False)(part.forward)
+    use_autocast(pipe.transformer, device, base)
+    use_fast_kernels(getattr(pipe, "vae", None))
     pipe.set_progress_bar_config(disable=True)
     # diffusers' look-up of a pipeline's device walks through all modules, several times a call
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"device": device, "_execution_device": device})
@@ -76,7 +79,7 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
     pipe.seam = SimpleNamespace(
         device=device, takes=takes, settings=own_settings(pipe, takes, size, frames), encoders=encoders,
         scheduler=replace_scheduler(pipe, model), inverted=bool(pipe.scheduler.config.get("invert_sigmas")),
-        in_one_go=None, one_by_one={}, shapes={}, timesteps={}, clock=None, told={}, prepared={})
+        in_one_go=None, one_by_one={}, rows={}, shapes={}, timesteps={}, clock=None, told={}, prepared={})
     if hasattr(pipe, "encode_prompt"):
         remember_prompts(pipe)
     try:
@@ -193,23 +196,18 @@ def holds_in_batches(pipe, guidance: float | None = None) -> bool:
 
 # ---------------------------------------------------------------- what the scripts call
 
-def encode_prompts(pipe, prompts: list[str], guidance: float | None = None):
-    """Encode each of the prompts once, for calls without guidance and with that, and let the text encoders go. What a
-    guidance embedding is told belongs to the model: from now on it is told that in every call."""
+def encode_prompts(pipe, prompts: list[str], guidance: float | None = None, store: Path | None = None):
+    """Encode each of the prompts once, for calls without guidance and with that, and let the text encoders go. In a
+    folder `store` the encodings are kept on disk, where a later run finds them. What a guidance embedding is told
+    belongs to the model: from now on it is told that in every call."""
     if guidance is not None and pipe.transformer.config.get("guidance_embeds"):
         pipe.seam.unguided = guided(pipe, guidance)
     if hasattr(pipe, "encode_prompt"):
-        unique, size = list(dict.fromkeys(["", *PAIR, *prompts])), CHUNK if pipe.seam.in_one_go else 1
-        with text_encoders(pipe):
-            for i in tqdm(range(0, len(unique), size), desc="encode prompts", leave=False):
-                for scale in dict.fromkeys([None, guidance]):
-                    call(pipe, (unique[i:i + size] + [""] * size)[:size], levels=torch.zeros(1), guidance=scale)
-            pipe.seam.encoders = None
+        encode_each(pipe, ["", *PAIR, *prompts], CHUNK if pipe.seam.in_one_go else 1, guidance, store)
     if guidance is not None:
         pipe.seam.one_by_one[guidance] = not holds_in_batches(pipe, guidance)
     if pipe.seam.device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()  # peak_gb is to tell what training takes
 
 
 def schedule(pipe, steps: int) -> Tensor:
@@ -264,22 +262,23 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
     before any of that."""
     out, dts = torch.empty_like(noise), sigmas.diff().tolist()
     ratios = torch.empty(len(noise), len(dts)) if compare or renorm != "none" else None
-    for rows in tqdm(batches(pipe, prompts, batch, guidance), desc=desc, leave=False):
-        some = [prompts[i] for i in rows]
+    with merged(pipe.transformer):
+        for rows in tqdm(batches(pipe, prompts, batch, guidance), desc=desc, leave=False):
+            some = [prompts[i] for i in rows]
 
-        def step(v, x, i):
-            """Euler's, of (b, ...)."""
-            v = v.float()
-            if ratios is not None:
-                with reference(pipe.transformer):
-                    v_ref = velocity(pipe, x, sigmas[i].expand(len(x)), some, guidance)
-                ratios[rows, i] = norm_ratio(v, v_ref).cpu()
-                v = v if renorm == "none" else renormalize(v, v_ref, cap=renorm == "cap")
-            x = x + dts[i] * v
-            if i == len(dts) - 1:
-                out[rows] = x.cpu()
-            return x
-        call(pipe, some, noise[rows].to(pipe.seam.device), sigmas, step, guidance)
+            def step(v, x, i):
+                """Euler's, of (b, ...)."""
+                v = v.float()
+                if ratios is not None:
+                    with reference(pipe.transformer):
+                        v_ref = velocity(pipe, x, sigmas[i].expand(len(x)), some, guidance)
+                    ratios[rows, i] = norm_ratio(v, v_ref).cpu()
+                    v = v if renorm == "none" else renormalize(v, v_ref, cap=renorm == "cap")
+                x = x + dts[i] * v
+                if i == len(dts) - 1:
+                    out[rows] = x.cpu()
+                return x
+            call(pipe, some, noise[rows].to(pipe.seam.device), sigmas, step, guidance)
     return out, ratios
 
 
@@ -289,11 +288,15 @@ def decode_batch(pipe, x0: Tensor) -> Tensor:
     return call(pipe, [""] * len(x0), x0, torch.zeros(1), output="pt")[0].float()
 
 
+def decode_size(pipe) -> int:
+    """How many pictures are decoded at once: a megapixel of them."""
+    return max(1, 3 * 2**20 // int(np.prod(pipe.seam.picture)))
+
+
 @torch.no_grad()
 def decode(pipe, x0: Tensor) -> Tensor:
-    """The same for latents (n, ...) anywhere, on the CPU, a megapixel at a time. Ends the process if it gives a NaN."""
-    batch = max(1, 3 * 2**20 // int(np.prod(pipe.seam.picture)))
-    chunks = tqdm(x0.split(batch), desc="decode", leave=False)
+    """The same for latents (n, ...) anywhere, on the CPU, a few at a time. Ends the process if it gives a NaN."""
+    chunks = tqdm(x0.split(decode_size(pipe)), desc="decode", leave=False)
     pictures = torch.cat([decode_batch(pipe, z.to(pipe.seam.device)).cpu() for z in chunks])
     if not (x0.isfinite().all() and pictures.isfinite().all()):
         fail("the model draws pictures that are not finite (NaN): a damaged model or LoRA, or too high an --lr")

@@ -40,7 +40,8 @@ VLM_QUESTION = 'Does this picture show "{prompt}", without defects? Answer yes o
 
 def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False) -> Reward:
     """spec, or "spec:weight,spec:weight" -> function (images (b, 3, h, w) in [0, 1], prompts) -> (b,) fp32 on the CPU.
-    Videos (b, frames, 3, h, w) get the mean over at most four evenly spaced frames.
+    Videos (b, frames, 3, h, w) get the mean over at most four evenly spaced frames. Its `models` are on `device` from a
+    call on; to make room, move them away.
 
     `differentiable`: square images are resized by torch instead of PIL (equal but for its rounding to 8 bits) and keep
     the graph. Ends the process with a line that names --reward if a spec cannot be loaded, or later if it returns
@@ -59,6 +60,8 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
             fail(f"--reward {part}: its weight must be a finite number")
         parts.append((name, weight, load_part(name, device, differentiable)))
 
+    models = [score.model for _, _, score in parts if hasattr(score, "model")]
+
     @torch.set_grad_enabled(differentiable)
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         """images (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1] and n prompts -> the weighted sum, (n,) fp32."""
@@ -66,12 +69,15 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
             frames = torch.linspace(0, images.shape[1] - 1, min(4, images.shape[1])).round().long()
             scores = reward(images[:, frames].flatten(0, 1), [prompt for prompt in prompts for _ in frames])
             return scores.view(len(images), len(frames)).mean(1)
+        for model in models:
+            model.to(device)
         total = torch.zeros(len(images))
         for i in range(0, len(images), batch):
             for name, weight, score in parts:
                 total[i:i + batch] += weight * checked(name, score, images[i:i + batch], prompts[i:i + batch])
         return total
 
+    reward.models = models
     return reward
 
 
@@ -120,7 +126,7 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
     hpsv2.1 are the plain cosine."""
     model, processor = HUB.get(name, (name, name))
     clip = load_hps(model) if name == "hpsv2.1" else AutoModel.from_pretrained(model, dtype=torch.float32)
-    clip.eval().requires_grad_(False).to(device)
+    clip.eval().requires_grad_(False)
     scale = 1.0 if name in ("clipscore", "hpsv2.1") else clip.logit_scale.exp().item() / 26
     processor = AutoProcessor.from_pretrained(processor)
     prepare = processor.image_processor
@@ -138,6 +144,7 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
         out = clip(pixel_values=pixels.to(device), **tokens.to(device))  # its embeddings come normalised
         return (out.image_embeds * out.text_embeds).sum(1) * scale
 
+    score.model = clip
     return score
 
 
@@ -166,6 +173,8 @@ def load_vlm(name: str, device: torch.device) -> Reward:
                 fail(f"--reward {name}: the answer is neither yes nor no, or has failed; the question was {asked!r}")
         return torch.tensor(margins).sigmoid()
 
+    if not url:
+        score.model = ask.model
     return score
 
 

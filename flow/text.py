@@ -38,7 +38,7 @@ def remember_prompts(pipe):
     """Make pipe.encode_prompt encode each prompt once, and put batches together from what it remembers. Prompts are
     encoded one by one, or in one go if the pipeline's encoding of a batch is found to be that of each prompt alone: no
     padding to the longest."""
-    encode, seam, rows, first = pipe.encode_prompt, pipe.seam, {}, {}
+    encode, seam, rows, first = pipe.encode_prompt, pipe.seam, pipe.seam.rows, {}
     signature = inspect.signature(encode)
 
     @torch.no_grad()
@@ -76,9 +76,7 @@ def remember_prompts(pipe):
         for key, row in found:
             if key not in rows:
                 known = [*first.setdefault(rest, row), *first.setdefault(key[1], row)]  # what is equal is kept once
-                rows[key] = tuple(next((x for x in known if same(x, value)), value) for value in row)
-                shapes = str([value.shape for value in row if torch.is_tensor(value)])
-                seam.shapes[key[1]] = seam.shapes.get(key[1], frozenset()) | {shapes}
+                remember(seam, key, tuple(next((x for x in known if same(x, value)), value) for value in row))
         if seam.in_one_go is None and n > 1:
             seam.in_one_go = all(alike(rows[key], row) for key, row in zip(keys, split(run(together), n)))
             raise Seen(None)
@@ -86,6 +84,13 @@ def remember_prompts(pipe):
         return encoded if len(encoded) > 1 else encoded[0]
 
     pipe.encode_prompt = encode_prompt
+
+
+def remember(seam, key: tuple, row: tuple):
+    """Keep a prompt's encoding, and the shapes by which it goes into batches."""
+    seam.rows[key] = row
+    shapes = str([value.shape for value in row if torch.is_tensor(value)])
+    seam.shapes[key[1]] = seam.shapes.get(key[1], frozenset()) | {shapes}
 
 
 def same(a, b) -> bool:

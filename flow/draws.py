@@ -1,0 +1,54 @@
+"""What a run draws and ranks: its prompts, its noise, its moments, its advantages. All randomness comes from generators
+that depend on nothing but the seed, what they are for, and a place in the run: a resumed run draws what an
+uninterrupted one draws, several processes what one does, and no batch size changes it."""
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from flow.cli import fail, read_prompts
+from flow.pipeline import draw_noise
+
+PROMPTS, EPOCH, ROLLOUT, TRAINING = range(4)  # what a generator is for
+
+
+def rng(*key: int) -> torch.Generator:
+    """A CPU generator that depends on nothing but its key."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+def noise_of(run, what: int, rows) -> Tensor:
+    """Noise for these rows of the epoch's pictures (ROLLOUT) or of its training rows (TRAINING), (rows, ...) on the
+    CPU; each has a generator of its own."""
+    generators = [rng(run.args.seed, what, run.epoch, int(row)) for row in rows]
+    return draw_noise(run.pipe, len(generators), generators)
+
+
+def draw_prompts(args) -> tuple[list[str], list[str]]:
+    """The run's prompts, epochs * groups of them, each pass over the file a shuffle of its own; and eval_n held-out
+    ones."""
+    prompts, held_out = read_prompts(args.prompts, "--prompts"), read_prompts(args.eval_prompts, "--eval-prompts")
+    if args.groups > len(prompts):
+        fail(f"--groups {args.groups}: more than the {len(prompts)} prompts in {args.prompts}")
+    n = args.epochs * args.groups
+    passes = range(n // len(prompts) + 1)
+    shuffles = [torch.randperm(len(prompts), generator=rng(args.seed, PROMPTS, i)) for i in passes]
+    return [prompts[i] for i in torch.cat(shuffles)[:n]], [held_out[i % len(held_out)] for i in range(args.eval_n)]
+
+
+def group_advantages(reward: Tensor, group: int, clip: float) -> Tensor:
+    """Group mean, global std, clipped at +- clip and scaled to +- 1. reward (prompts * group,), groups contiguous."""
+    by_group = rearrange(reward, "(p k) -> p k", k=group)
+    centred = (by_group - by_group.mean(1, keepdim=True)).flatten()
+    return (centred / (reward.std(correction=0) + 1e-4)).clamp(-clip, clip) / clip
+
+
+def stratified(n: int, strata: int, usable: int, g: torch.Generator) -> Tensor:
+    """One of the schedule's first `usable` steps from each stratum, for each of n pictures: (n, strata) long."""
+    bounds = torch.linspace(0, usable, strata + 1).long()
+    return bounds[:-1] + (torch.rand(n, strata, generator=g) * (bounds[1:] - bounds[:-1])).long()
+
+
+def own_rows(rows: Tensor, picture: Tensor, own: slice) -> Tensor:
+    """Of an update's rows, those whose picture (one a row) is among this process's own."""
+    return rows[(picture[rows] >= own.start) & (picture[rows] < own.stop)]

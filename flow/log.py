@@ -1,0 +1,47 @@
+"""What a run says: metrics.jsonl, wandb if asked for, and its last line."""
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from flow.cli import fail, json_text
+from flow.processes import RANK
+
+
+def write_line(run, line: dict):
+    """Append to metrics.jsonl, and to wandb if asked for."""
+    if RANK > 0:
+        return
+    with open(run.out / "metrics.jsonl", "a") as log:
+        log.write(json_text(line) + "\n")
+    if run.wandb:
+        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        run.wandb.log(numbers, step=line["step"])
+
+
+def last_line(run):
+    """Print what came of the run: reward and norm ratio of held-out prompts if there are any, first against last."""
+    lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    said = [f"{run.skipped} steps skipped"] if run.skipped else []
+    for name in ("reward", "norm_ratio"):
+        values = [line[f"eval_{name}"] for line in lines if f"eval_{name}" in line]
+        values = values or [line[name] for line in lines if line.get(name) is not None]
+        said += [f"{name.replace('_', ' ')} {values[0]:.3f} -> {values[-1]:.3f}"] if values else []
+    print(f"done: {', '.join(said)}; {run.out}/ holds lora/, samples/, curves.png and metrics.jsonl")
+
+
+def start_wandb(args, out: Path):
+    """A wandb run that goes on when the training does, or None without --wandb."""
+    if not args.wandb or RANK > 0:
+        return None
+    try:
+        import wandb  # no requirement, and slow to import
+    except ImportError:
+        fail("--wandb: needs a package that is not installed: pip install wandb")
+    return wandb.init(project=args.wandb, name=out.name, id=out.name, resume="allow", config=asdict(args))
+
+
+def log_picture(run, file: Path):
+    """A grid of samples, to wandb if asked for."""
+    if run.wandb:
+        import wandb  # it is there
+        run.wandb.log({"samples": wandb.Image(str(file))}, step=run.step)

@@ -1,0 +1,87 @@
+"""Several processes, one a GPU, that compute what one computes:
+
+    torchrun --nproc-per-node 8 train_awm.py ...
+
+Every process draws the same random numbers and takes its share of an epoch's prompts; rewards are gathered, gradients
+summed. The first process alone writes files, prints and shows bars. One that fails says why and ends, and torchrun then
+ends the others."""
+import functools
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from flow.cli import fail
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun tells them
+
+
+def own_device() -> torch.device:
+    """This process's GPU, or the CPU. All processes but the first fall silent, but for their errors."""
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def meet(**state):
+    """Wait for all processes, the first time and again. Ends them if their `state` differs, which is what each has read
+    from the run's folder."""
+    if PROCESSES > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # a judge over HTTP may take its time
+    if any(other != state for other in gathered(state)):
+        fail(f"the {PROCESSES} processes have read different checkpoints; --out must be one folder that all see")
+
+
+def part_ways():
+    """The end of all processes' work together."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(n: int) -> slice:
+    """This process's part of n things in a row; all of them, if it is the only one."""
+    return slice(n * RANK // PROCESSES, n * (RANK + 1) // PROCESSES)
+
+
+def gathered(value) -> list:
+    """Each process's value, in order."""
+    values = [value]
+    if PROCESSES > 1:
+        values = [None] * PROCESSES
+        together(dist.all_gather_object, values, value)
+    return values
+
+
+def gather(x: Tensor) -> Tensor:
+    """All processes' tensors (share, ...) as one, (n, ...), on the CPU."""
+    return torch.cat(gathered(x.cpu()))
+
+
+def sum_gradients(params: list[torch.nn.Parameter]):
+    """Each gradient becomes its sum over the processes. Where no process has one, there is none."""
+    if PROCESSES == 1:
+        return
+    has = [float(p.grad is not None) for p in params]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([params[0].new_tensor(has), *(grad.flatten() for grad in grads)])
+    together(dist.all_reduce, flat)
+    has, sums = flat[:len(has)].tolist(), flat[len(has):].split([p.numel() for p in params])
+    for p, anyone, grad in zip(params, has, sums):
+        p.grad = grad.view_as(p) if anyone else None
+
+
+def together(collective, *args):
+    """A collective of torch.distributed. If another process has ended, so does this one; the other has said why."""
+    try:
+        collective(*args)
+    except RuntimeError as e:
+        fail(f"process {RANK} has lost another process, whose own message says why ({str(e).splitlines()[0][:80]})")
