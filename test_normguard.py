@@ -23,13 +23,13 @@ from PIL import Image
 import eval_judge
 import flow.checkpoint
 import flow.cli
+import flow.draws
 import flow.hps
 import flow.judge
 import flow.pictures
 import flow.pipeline
 import flow.realism
 import flow.rewards
-import flow.run
 import sample
 import train_awm
 import train_dpo
@@ -387,13 +387,13 @@ def sorted_lora(state: dict) -> list[torch.Tensor]:
 def test_advantages():
     reward = np.random.default_rng(0).normal(size=(3, 4)) ** 5  # heavy tails, so that some are clipped
     expected = np.clip((reward - reward.mean(1, keepdims=True)) / (reward.std() + 1e-4), -1.5, 1.5) / 1.5
-    ours = flow.run.group_advantages(torch.from_numpy(reward.flatten()), group=4, clip=1.5)
+    ours = flow.draws.group_advantages(torch.from_numpy(reward.flatten()), group=4, clip=1.5)
     np.testing.assert_allclose(ours.numpy(), expected.flatten(), rtol=1e-9)
     assert (abs(expected) == 1).any()
 
 
 def test_stratified_moments():
-    k = flow.run.stratified(4000, 6, 12, torch.Generator().manual_seed(0))
+    k = flow.draws.stratified(4000, 6, 12, torch.Generator().manual_seed(0))
     # the official "discrete" ones for 14 steps and 6 moments
     expected = [{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}]
     assert [set(column.tolist()) for column in k.T] == expected

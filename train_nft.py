@@ -3,7 +3,7 @@ r"""DiffusionNFT (negative-aware fine-tuning) + NormGuard for flow-matching mode
     python train_nft.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_nft.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
         --eval-prompts FILE --size 512 --steps 10 --timesteps 9 --group 24 --groups 48 --batch 4 --lr 3e-4 --kl 2e-5 \
-        --max-grad-norm 0.2
+        --max-grad-norm 0.2 --rollout-batch 32 --ema 0.9 --eval-steps 40
 
 DiffusionNFT (arXiv 2509.16117, github.com/NVlabs/DiffusionNFT) is supervised learning on the policy's own pictures,
 good and bad. A picture x0 of the old policy is good with probability r; with x_t = (1 - t) x0 + t eps and
@@ -16,10 +16,10 @@ x0(v) = x_t - t v,
 
 As in the official PickScore recipe: the old policy is an EMA of the trained LoRA, and it is the old policy that draws
 the pictures, without guidance; group mean and global std for A, clipped at adv_clip and scaled to 1; one update an
-epoch, at moments t of the rollout's schedule. Not as there: those are one from each of --timesteps strata (there a
-random nine of ten), Euler instead of a second-order sampler, diffusers' T5 length of 256 instead of 128, no second EMA
-for evaluation, lora/ holds the trained LoRA, and no factor 5 on base_loss, by which lam weighs as in the other methods:
-Adam does not see it, but kl and max_grad_norm do, and are a fifth of the official ones in the command above.
+epoch, at random moments t of the rollout's schedule (nine of ten in the command above); --ema 0.9 for what is evaluated
+and kept in lora/. Not as there: Euler instead of a second-order sampler, diffusers' T5 length of 256 instead of 128,
+and no factor 5 on base_loss, by which lam weighs as in the other methods: Adam does not see it, but kl and
+max_grad_norm do, and are a fifth of the official ones in the command above.
 
 To resume, run the same command again.
 """
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from flow.cli import fail, parse
-from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_rows, stratified
+from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_rows, some_steps
 from flow.evaluate import score
 from flow.lora import add_lora, use_adapter
 from flow.pipeline import add_noise, integrate, velocity
@@ -73,7 +73,7 @@ class Args:
     """guidance scale of rollouts and evaluations (default: none), or what a guidance embedding is told (its own
     default)"""
     timesteps: int = 2
-    """moments t a picture is trained at, one from each of so many strata of the schedule"""
+    """moments t a picture is trained at, drawn from the schedule's steps"""
     updates: int = 1
     """optimizer steps an epoch, each on its share of the pictures"""
     batch: int = 64
@@ -180,7 +180,7 @@ def main(args: Args):
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` moments
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)
-        t = sigmas[stratified(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
+        t = sigmas[some_steps(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
         updates = torch.arange(len(t)).split(len(t) // args.updates)
 
         # ---- updates

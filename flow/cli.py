@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 def fail(message: str):
     """End the process with one line on stderr and exit code 2: the user's input is wrong, nothing was overwritten."""
-    tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
+    alike = int(os.environ.get("LOCAL_RANK", 0)) > 0 and not torch.distributed.is_initialized()
+    if not alike:  # of several processes that fail alike before they meet, the first speaks
+        tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 

@@ -49,6 +49,11 @@ def stratified(n: int, strata: int, usable: int, g: torch.Generator) -> Tensor:
     return bounds[:-1] + (torch.rand(n, strata, generator=g) * (bounds[1:] - bounds[:-1])).long()
 
 
+def some_steps(n: int, k: int, steps: int, g: torch.Generator) -> Tensor:
+    """k of the schedule's steps, all different and each as likely, for each of n pictures: (n, k) long."""
+    return torch.rand(n, steps, generator=g).argsort(1)[:, :k]
+
+
 def own_rows(rows: Tensor, picture: Tensor, own: slice) -> Tensor:
     """Of an update's rows, those whose picture (one a row) is among this process's own."""
     return rows[(picture[rows] >= own.start) & (picture[rows] < own.stop)]

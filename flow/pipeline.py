@@ -289,8 +289,8 @@ def decode_batch(pipe, x0: Tensor) -> Tensor:
 
 
 def decode_size(pipe) -> int:
-    """How many pictures are decoded at once: a megapixel of them."""
-    return max(1, 3 * 2**20 // int(np.prod(pipe.seam.picture)))
+    """How many pictures are decoded at once: a megapixel of them, and at most 32, above which it gets slower."""
+    return max(1, min(32, 3 * 2**20 // int(np.prod(pipe.seam.picture))))
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
         fail(f"--quantize {kind}: none, int8 or nf4")
     if importlib.util.find_spec(PACKAGES[kind]) is None:
         fail(f"--quantize {kind}: needs a package that is not installed: pip install {PACKAGES[kind]}")
+    if kind == "nf4" and not torch.cuda.is_available():
+        fail("--quantize nf4: needs a GPU; int8 does without")
     if kind == "int8":
         from torchao.quantization import Int8WeightOnlyConfig  # an optional package
         config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
@@ -39,5 +41,6 @@ def use_autocast(transformer: torch.nn.Module, device: torch.device, dtype: torc
 def use_fast_kernels(vae: torch.nn.Module | None):
     """TF32 for what is in fp32 on a GPU, and convolutions of pictures in the layout that they are fastest in."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if vae is not None:
-        vae.to(memory_format=torch.channels_last)
+    for layer in vae.modules() if vae is not None else ():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)

@@ -1,0 +1,142 @@
+"""Precision, merged rollouts and quantized bases: the GPU's path (bf16 base under autocast, fp32 LoRA), on a CPU."""
+import importlib.util
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from flow.lora import add_lora, lora_layers, merged, swapped
+from flow.pipeline import add_noise, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
+from flow.precision import quantization
+from normguard import norm_hinge, norm_ratio, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tiny"))
+from families import build  # noqa: E402
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red star", "a blue circle"]
+
+
+def ready(model, **options):
+    """A pipeline with a LoRA whose B is not zero, two prompts encoded."""
+    pipe = load_pipeline(str(model), CPU, **options)
+    encode_prompts(pipe, PROMPTS)
+    params = add_lora(pipe.transformer, 4, seed=0)
+    g = torch.Generator().manual_seed(1)
+    for layer in lora_layers(pipe.transformer):
+        layer.lora_B["default"].weight.data.normal_(std=0.02, generator=g)
+    return pipe, params
+
+
+def step(pipe, params):
+    """A rollout and one update's three forwards and backward; (x0, v, norm ratio, gradient), flat."""
+    x0, _ = integrate(pipe, draw_noise(pipe, 2, torch.Generator().manual_seed(0)), PROMPTS, schedule(pipe, 2))
+    t = torch.tensor([0.9, 0.4])
+    xt = add_noise(x0, draw_noise(pipe, 2, torch.Generator().manual_seed(2)), t)
+    v = velocity(pipe, xt, t, PROMPTS)
+    with torch.no_grad():
+        v_old = velocity(pipe, xt, t, PROMPTS)
+    with reference(pipe.transformer):
+        v_ref = velocity(pipe, xt, t, PROMPTS)
+    loss = (v - v_old - 0.1).square().flatten(1).mean(1) + 0.05 * norm_hinge(v, v_ref)
+    loss.sum().backward()
+    grad = torch.cat([p.grad.flatten() for p in params if p.grad is not None])  # Qwen-Image's last text layer has none
+    for p in params:
+        p.grad = None
+    return x0, v.detach(), norm_ratio(v.detach(), v_ref), grad
+
+
+@pytest.mark.parametrize("model", ["tiny/sd3", "tiny/flux", "qwen_image", "sana"])
+def test_the_gpus_path(model, tmp_path):
+    """A bf16 base under autocast with an fp32 LoRA: velocities near fp32's, gradients in fp32, with gradient
+    checkpointing or without."""
+    folder = ROOT / model
+    if "/" not in model:
+        folder = tmp_path / model
+        build(model, folder)
+    full = step(*ready(folder))
+    pipe, params = ready(folder, base=torch.bfloat16)
+    frozen = [p for p in pipe.transformer.parameters() if not p.requires_grad]
+    assert sum(p.numel() for p in frozen if p.dtype == torch.bfloat16) > 0.9 * sum(p.numel() for p in frozen)
+    assert {p.dtype for p in params} == {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
+    plain = step(pipe, params)
+    pipe.transformer.enable_gradient_checkpointing()
+    checkpointed = step(pipe, params)
+    for a, b, c in zip(full, plain, checkpointed):
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
+        assert (b - a).norm() < 0.2 * a.norm()
+        assert (c - b).norm() < 0.02 * b.norm()
+
+
+def test_merged_is_the_adapter_and_leaves_no_trace():
+    """In a rollout the LoRA is in a copy of the weights: the velocity is the same but for rounding, the reference is
+    still the base, and afterwards everything is as it was, to the bit."""
+    pipe, _ = ready(ROOT / "tiny/sd3")
+    x, t = draw_noise(pipe, 2, torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.4])
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+
+    @torch.no_grad()
+    def both():
+        """(policy's, reference's) velocity."""
+        v = velocity(pipe, x, t, PROMPTS)
+        with reference(pipe.transformer):
+            return v, velocity(pipe, x, t, PROMPTS)
+
+    v, v_ref = both()
+    with merged(pipe.transformer):
+        w, w_ref = both()
+        assert all(hasattr(layer, "merged_weight") for layer in lora_layers(pipe.transformer))
+    assert not torch.equal(w, v) and (w - v).norm() < 1e-5 * v.norm() < 1e-3 * (v - v_ref).norm()
+    assert torch.equal(w_ref, v_ref)
+    again, _ = both()
+    assert torch.equal(again, v)
+    after = pipe.transformer.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_merged_takes_the_active_adapter():
+    pipe, _ = ready(ROOT / "tiny/sd3")
+    add_lora(pipe.transformer, 4, 0, "old")  # its B is zero: the base
+    x, t = draw_noise(pipe, 2, torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.4])
+    with merged(pipe.transformer), torch.no_grad():
+        v = velocity(pipe, x, t, PROMPTS)
+    with reference(pipe.transformer):
+        torch.testing.assert_close(v, velocity(pipe, x, t, PROMPTS))
+
+
+def test_swapped_puts_back_the_very_tensors():
+    p = torch.nn.Parameter(torch.ones(2))
+    own = p.data
+    with pytest.raises(KeyError), swapped([p], [torch.zeros(2)]):
+        assert p.sum() == 0
+        raise KeyError
+    assert p.data.data_ptr() == own.data_ptr()
+    with swapped([p], None):
+        assert p.sum() == 2
+
+
+def test_quantize_names_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # none is installed
+    for kind, said in (("int8", "pip install torchao"), ("nf4", "pip install bitsandbytes"), ("int7", "none, int8 or")):
+        with pytest.raises(SystemExit):
+            quantization(kind)
+        assert f"--quantize {kind}: " in (line := capsys.readouterr().err) and said in line
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_an_int8_base(tmp_path):
+    """Quantized on the way in, and saved quantized: near the base, trained through, and not merged."""
+    full = step(*ready(ROOT / "tiny/sd3"))
+    pipe, params = ready(ROOT / "tiny/sd3", quantize="int8")
+    ours = step(pipe, params)
+    assert (ours[1] - full[1]).norm() < 0.1 * full[1].norm()
+    assert torch.nn.functional.cosine_similarity(ours[3], full[3], dim=0) > 0.95
+    with merged(pipe.transformer):
+        assert not any(hasattr(layer, "merged_weight") for layer in lora_layers(pipe.transformer))
+    saved = diffusers.DiffusionPipeline.from_pretrained(ROOT / "tiny/sd3", quantization_config=quantization("int8"))
+    saved.save_pretrained(tmp_path / "int8")
+    torch.testing.assert_close(step(*ready(tmp_path / "int8"))[1], ours[1])
