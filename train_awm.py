@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flow.cli import fail, parse
-from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_rows, stratified
+from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, stratified
 from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, velocity
 from flow.processes import share
@@ -151,7 +151,7 @@ def main(args: Args):
 
         # ---- the policy's velocities before this epoch's first update, for the updates after it
         v_old = torch.zeros(len(t) if args.updates > 1 else 0, *x0.shape[1:])
-        for b in [b for update in updates[1:] for b in own_rows(update, picture, own).split(args.batch)]:
+        for b in [b for update in updates[1:] for b in own_batches(update, picture, own, args.batch)]:
             xt_b = add_noise(x0[picture[b] - own.start], noise_of(run, TRAINING, b), t[b]).to(pipe.device)
             with torch.no_grad():
                 v_old[b] = velocity(pipe, xt_b, t[b], [prompts[i] for i in picture[b]]).cpu()
@@ -159,7 +159,7 @@ def main(args: Args):
         # ---- updates
         for u, update in enumerate(updates):
             sums = {}
-            for b in own_rows(update, picture, own).split(args.batch):
+            for b in own_batches(update, picture, own, args.batch):
                 prompts_b = [prompts[i] for i in picture[b]]
                 rows = x0[picture[b] - own.start], adv[picture[b]], noise_of(run, TRAINING, b), t[b]
                 x0_b, adv_b, noise_b, t_b = (a.to(pipe.device) for a in rows)

@@ -30,7 +30,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flow.cli import fail, parse
-from flow.draws import ROLLOUT, TRAINING, noise_of, own_rows
+from flow.draws import ROLLOUT, TRAINING, noise_of, own_batches
 from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, schedule, velocity
 from flow.processes import share
@@ -163,7 +163,7 @@ def main(args: Args):
         # ---- updates
         for u, update in enumerate(updates):
             sums = {}
-            for b in own_rows(update, w[pair], own).split(max(1, args.batch // 2)):
+            for b in own_batches(update, w[pair], own, max(1, args.batch // 2)):
                 prompts_b = [prompts[i] for i in w[pair[b]]] * 2
                 x0_b = x0[torch.cat([w[pair[b]], l[pair[b]]]) - own.start].to(pipe.device)  # (w and l, ...)
                 noise_b = torch.cat([noise_of(run, TRAINING, b)] * 2).to(pipe.device)

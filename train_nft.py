@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from flow.cli import fail, parse
-from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_rows, some_steps
+from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, some_steps
 from flow.evaluate import score
 from flow.lora import add_lora, use_adapter
 from flow.pipeline import add_noise, integrate, velocity
@@ -186,7 +186,7 @@ def main(args: Args):
         # ---- updates
         for u, update in enumerate(updates):
             sums = {}
-            for b in own_rows(update, picture, own).split(args.batch):
+            for b in own_batches(update, picture, own, args.batch):
                 prompts_b = [prompts[i] for i in picture[b]]
                 rows = x0[picture[b] - own.start], r[picture[b]], noise_of(run, TRAINING, b), t[b]
                 x0_b, r_b, noise_b, t_b = (a.to(pipe.device) for a in rows)

@@ -54,6 +54,7 @@ def some_steps(n: int, k: int, steps: int, g: torch.Generator) -> Tensor:
     return torch.rand(n, steps, generator=g).argsort(1)[:, :k]
 
 
-def own_rows(rows: Tensor, picture: Tensor, own: slice) -> Tensor:
-    """Of an update's rows, those whose picture (one a row) is among this process's own."""
-    return rows[(picture[rows] >= own.start) & (picture[rows] < own.stop)]
+def own_batches(rows: Tensor, picture: Tensor, own: slice, batch: int) -> list[Tensor]:
+    """Of an update's rows, those whose picture (one a row) is among this process's own, so many at once."""
+    rows = rows[(picture[rows] >= own.start) & (picture[rows] < own.stop)]
+    return list(rows.split(batch)) if len(rows) else []

@@ -30,7 +30,7 @@ from flow.cli import cannot_load, check_model, fail, reason
 from flow.encodings import encode_each
 from flow.lora import merged
 from flow.precision import quantization, use_autocast, use_fast_kernels
-from flow.seam import Seen, call, guided, latents_of, listening, prepare, seen, telling, told
+from flow.seam import Seen, call, guided, latents_of, listening, prepare, replace_scheduler, seen, telling, told
 from flow.text import batches, remember_prompts, same, text_encoders
 from normguard import norm_ratio, reference, renormalize
 
@@ -38,7 +38,6 @@ for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
 
-EULER = diffusers.FlowMatchEulerDiscreteScheduler
 PAIR = ["a grey cat", "a grey dog"]  # prompts of one length, to try a pipeline on
 CHUNK = 16  # prompts that are encoded in one go; always so many, since their number can change last bits
 TRY = [*PAIR, "", "a grey cat asleep beside a grey dog by the fire"] * (CHUNK // 4)
@@ -105,18 +104,6 @@ def check_parts(model: str, config: dict):
     if has != ["transformer"]:
         fail(f"--model {model}: is a {config['_class_name']} with {' and '.join(has) or 'no denoiser'}; "
              "it takes a flow-matching pipeline with one transformer")
-
-
-def replace_scheduler(pipe, model: str) -> dict | None:
-    """Any scheduler of a flow but plain Euler makes place for that, with its shift; returns its config, if so."""
-    config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
-    if not ("FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
-        fail(f"--model {model}: is a {type(pipe).__name__} with {name}; it takes a flow-matching pipeline")
-    if type(pipe.scheduler) is EULER and not config.stochastic_sampling:
-        return None
-    shift = config.get("shift", config.get("flow_shift", 1.0))
-    pipe.scheduler = EULER.from_config(config, shift=shift, stochastic_sampling=False)
-    return {name: pipe.scheduler.config[name] for name in inspect.signature(EULER).parameters}
 
 
 def own_settings(pipe, takes, size: int | None, frames: int | None) -> dict:

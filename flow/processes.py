@@ -5,6 +5,7 @@
 Every process draws the same random numbers and takes its share of an epoch's prompts; rewards are gathered, gradients
 summed. The first process alone writes files, prints and shows bars. One that fails says why and ends, and torchrun then
 ends the others."""
+import atexit
 import functools
 import os
 import sys
@@ -42,9 +43,11 @@ def meet(**state):
 
 
 def part_ways():
-    """The end of all processes' work together."""
+    """The run is over: let the processes' end be an orderly one. (Not when one has failed: it would wait for the
+    others.)"""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        atexit.unregister(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)
 
 
 def share(n: int) -> slice:

@@ -161,8 +161,10 @@ def finish_epoch(run, **state):
         save_checkpoint(run, done, **state)
 
 
-def compile_blocks(model: torch.nn.Module):
-    """torch.compile each of a transformer's blocks; the whole is called through hooks."""
+def compile_blocks(model: torch.nn.Module, backend: str = "inductor"):
+    """torch.compile each of a transformer's blocks; the whole is called through hooks. A kind of block is compiled for
+    the rollout, the update, the reference in either, and NFT's old policy: five times."""
+    torch._dynamo.config.recompile_limit = 64  # of 8 by default, after which a block would stay uncompiled
     for blocks in model.children():
         for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
-            block.compile()
+            block.compile(backend=backend)

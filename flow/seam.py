@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler as EULER
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput as StepOutput,
 )
@@ -119,6 +120,18 @@ def timestep(pipe, level: float) -> float:
     """The scheduler's timestep at a noise level: of one of its schedules, or between two of theirs."""
     known = pipe.seam.timesteps
     return known[level] if level in known else float(np.interp(level, *zip(*sorted(known.items()))))
+
+
+def replace_scheduler(pipe, model: str) -> dict | None:
+    """Any scheduler of a flow but plain Euler makes place for that, with its shift; returns its config, if so."""
+    config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
+    if not ("FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
+        fail(f"--model {model}: is a {type(pipe).__name__} with {name}; it takes a flow-matching pipeline")
+    if type(pipe.scheduler) is EULER and not config.stochastic_sampling:
+        return None
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    pipe.scheduler = EULER.from_config(config, shift=shift, stochastic_sampling=False)
+    return {name: pipe.scheduler.config[name] for name in inspect.signature(EULER).parameters}
 
 
 # ---------------------------------------------------------------- what the transformer is told

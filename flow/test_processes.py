@@ -1,0 +1,114 @@
+"""Tests of several processes: torchrun on a CPU, over gloo."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import flow.run
+import train_awm
+import train_dpo
+import train_nft
+from flow.cli import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--epochs", "3", *"--groups 2 --group 4 --updates 2 --batch 4 --steps 3".split(),
+         *"--eval-n 3 --eval-every 2 --save-every 1 --ema 0.5".split()]
+SCRIPTS = {"awm": train_awm, "nft": train_nft, "dpo": train_dpo}
+DRIVER = """
+import sys
+sys.path.insert(0, {root!r})
+import train_awm, train_dpo, train_nft
+from flow.cli import parse
+for name, out in {runs}:
+    script = dict(awm=train_awm, nft=train_nft, dpo=train_dpo)[name]
+    sys.argv = [name, *{flags}, "--out", out]
+    script.main(parse(script.Args, ""))
+"""
+REWARD = """
+import os
+calls = []
+def red(images, prompts):
+    calls.append(len(images))
+    if os.environ.get("RANK") == "1" and len(calls) == int(os.environ.get("FAIL_AT", 0)):
+        raise RuntimeError("no red today")
+    return images[:, 0].mean((1, 2))
+"""
+
+
+def torchrun(folder: Path, runs: list, flags: list, **env) -> subprocess.CompletedProcess:
+    """The runs (script, out) one after another, in two processes."""
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), runs=runs, flags=flags))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{folder}/driver.py"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+
+
+def log(out: Path) -> list[dict]:
+    """metrics.jsonl, without the speed."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "img_per_s"} for line in lines]
+
+
+def lora(out: Path) -> dict[str, torch.Tensor]:
+    """The run's LoRA."""
+    return load_file(out / "lora" / "pytorch_lora_weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of one run of each script, in two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun(folder, [(name, f"{folder}/{name}") for name in SCRIPTS], SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: ") == 3  # by the first process alone
+    return folder
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_compute_what_one_does(two, name, tmp_path, monkeypatch):
+    """The same lines and the same LoRA but for rounding, with unequal shares of the held-out prompts."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [name, *SMALL, "--out", f"{tmp_path}/one"])
+    SCRIPTS[name].main(parse(SCRIPTS[name].Args, ""))
+    ours, theirs = log(tmp_path / "one"), log(two / name)
+    assert len(ours) == len(theirs) == 3 * 2 + 3  # two steps an epoch, and evaluations at 0, 2 and 3
+    for a, b in zip(ours, theirs):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"eval_norm_ratio_steps"}:
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-6), key
+    one = lora(tmp_path / "one")
+    for key, value in lora(two / name).items():
+        assert (value - one[key]).norm() < 5e-3 * value.norm(), key
+
+
+def test_one_fails_all_end_and_the_same_command_resumes(tmp_path):
+    """The second process's reward fails in the third epoch: its message, an end within a minute, the checkpoint intact;
+    then bit for bit what an uninterrupted run of two processes gives."""
+    (tmp_path / "red.py").write_text(REWARD)
+    flags = [*SMALL, "--reward", f"{tmp_path}/red.py:red"]
+    failed = torchrun(tmp_path, [("nft", f"{tmp_path}/failed")], flags, FAIL_AT="6")
+    assert failed.returncode != 0 and failed.stderr.count("no red today") == 1 and "done: " not in failed.stdout
+    assert {line["epoch"] for line in log(tmp_path / "failed") if "loss" in line} == {0, 1}
+    runs = [("nft", f"{tmp_path}/failed"), ("nft", f"{tmp_path}/whole")]
+    both = torchrun(tmp_path, runs, flags)
+    assert both.returncode == 0 and "resumed at epoch 2" in both.stdout, both.stderr
+    assert log(tmp_path / "failed") == log(tmp_path / "whole")
+    resumed, whole = lora(tmp_path / "failed"), lora(tmp_path / "whole")
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_another_number_of_processes_is_told(two, monkeypatch, capsys):
+    """A run of two goes on with one; what cannot be shared is refused."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["awm", "--epochs", "4", *SMALL[2:], "--out", f"{two}/awm"])
+    train_awm.main(parse(train_awm.Args, ""))
+    assert "number of processes (2 there, 1 here)" in capsys.readouterr().out
+    monkeypatch.setattr(flow.run, "PROCESSES", 3)
+    with pytest.raises(SystemExit):
+        flow.run.check_numbers(train_awm.Args(groups=4))
+    assert "--groups 4" in capsys.readouterr().err
