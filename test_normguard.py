@@ -365,12 +365,12 @@ def test_old_policy_follows_as_officially():
 def test_nft_keeps_the_trained_lora_and_pays_for_the_old_one_only_where_it_differs(tmp_path, monkeypatch):
     entered, honest = [], train_nft.old_policy
     monkeypatch.setattr(train_nft, "old_policy", lambda model: entered.append(None) or honest(model))
-    out = small_run(tmp_path / "same", train_nft, updates=1, batch=64, epochs=3, old_rate=0.0)
+    out = small_run(tmp_path / "same", train_nft, updates=1, batch=64, epochs=3, old_decay=(0, 0.0, 0.5))
     assert len(entered) == 3  # the rollouts
     state = torch.load(out / "checkpoint/state.pt", weights_only=True)
     assert all(torch.equal(p, q) for p, q in zip(sorted_lora(state), state["old"]))
     entered.clear()
-    out = small_run(tmp_path / "ema", train_nft, updates=1, batch=64, epochs=3, old_rate=0.2, old_decay=0.9)
+    out = small_run(tmp_path / "ema", train_nft, updates=1, batch=64, epochs=3, old_decay=(0, 0.2, 0.9))
     assert len(entered) == 5  # the first epoch's old policy is the current one
     state = torch.load(out / "checkpoint/state.pt", weights_only=True)
     assert sum(not torch.equal(p, q) for p, q in zip(sorted_lora(state), state["old"])) > 20  # all that have a gradient

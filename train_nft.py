@@ -82,12 +82,8 @@ class Args:
     """pictures at once in rollouts and evaluations, which need less memory (default: --batch)"""
     nft_beta: float = 1.0
     """beta: how far v+ and v- lie from the old policy"""
-    old_start: int = 0
-    """optimizer steps for which the old policy is the current one"""
-    old_rate: float = 0.001
-    """the old policy's EMA decay then grows by this at each step"""
-    old_decay: float = 0.5
-    """up to this"""
+    old_decay: tuple[int, float, float] = (0, 0.001, 0.5)
+    """the old policy's EMA decay: 0 for so many optimizer steps, then growing by this at each, up to this"""
     adv_clip: float = 5.0
     """advantages are clipped to +- this many standard deviations, then scaled to +- 1"""
     kl: float = 1e-4
@@ -157,16 +153,15 @@ def main(args: Args):
         fail(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
     if args.timesteps > args.steps:
         fail(f"--timesteps {args.timesteps}: more than --steps {args.steps}")
-    if not (args.old_start >= 0 and args.old_rate >= 0 and 0 <= args.old_decay < 1):
-        fail(f"--old-start {args.old_start} --old-rate {args.old_rate} --old-decay {args.old_decay}: none below 0, and "
-             "the decay below 1")
+    if min(args.old_decay) < 0 or not args.old_decay[2] < 1:
+        fail(f"--old-decay {' '.join(map(str, args.old_decay))}: none below 0, and the last below 1")
     run = start_run("nft", args)
     pipe, sigmas, own = run.pipe, run.sigmas, share(n)  # own: this process's pictures of an epoch
     old_params = add_lora(pipe.transformer, args.rank, args.seed, "old")  # of one seed: equal to the trained ones
     use_adapter(pipe.transformer, "default")
     for p, saved in zip(old_params, run.state["old"] if run.state else ()):
         p.data.copy_(saved)
-    decay = old_decay(run.step, args.old_start, args.old_rate, args.old_decay)  # of the EMA's last update
+    decay = old_decay(run.step, *args.old_decay)  # of the EMA's last update
 
     for prompts, g in epochs(run):
         # ---- rollout: `group` pictures of each prompt from the old policy
@@ -212,7 +207,7 @@ def main(args: Args):
             finish_step(run, sums, len(update), reward, done=(u + 1) / args.updates)
 
         # ---- the old policy follows
-        decay = old_decay(run.step, args.old_start, args.old_rate, args.old_decay)
+        decay = old_decay(run.step, *args.old_decay)
         with torch.no_grad():
             for p, q in zip(run.params, old_params):
                 q.copy_(decay * q + (1 - decay) * p)

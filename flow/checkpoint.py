@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from flow.cli import fail, make_dir, reason
+from flow.cli import fail, json_text, make_dir, reason
 from flow.lora import save_lora, swapped
 from flow.pictures import plot_curves
 from flow.processes import PROCESSES, RANK
@@ -77,7 +77,7 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
     theirs = read_args(args_file, f"train_{name}.py") if args_file.exists() else None
     if theirs is None:
         fail(f"--out {out}: {', '.join(found)} there is not of a run of train_{name}.py; give another --out")
-    mine = {flag: value for flag, value in asdict(args).items() if flag != "out"}
+    mine = {flag: value for flag, value in json.loads(json_text(asdict(args))).items() if flag != "out"}
     differ = [f"--{flag.replace('_', '-')} ({theirs.get(flag)} there, {value} here)" for flag, value in mine.items()
               if flag not in FREE and theirs.get(flag) != value]
     if differ:
@@ -195,6 +195,7 @@ def write_card(run):
     for field in fields(args):
         value, flag = getattr(args, field.name), field.name.replace("_", "-")
         if value != field.default:
+            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
             flags.append({True: f"--{flag}", False: f"--no-{flag}"}.get(value, f"--{flag} {value}"))
     prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(run.eval_prompts[:4]))
     text = f"""---

@@ -67,8 +67,8 @@ def test_the_gpus_path(model, tmp_path):
     checkpointed = step(pipe, params)
     for a, b, c in zip(full, plain, checkpointed):
         assert a.dtype == b.dtype == torch.float32
-        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98
-        assert (b - a).norm() < 0.2 * a.norm()
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.9
+        assert 0.8 < b.norm() / a.norm() < 1.2
         assert (c - b).norm() < 0.02 * b.norm()
 
 

@@ -83,7 +83,7 @@ def test_two_processes_compute_what_one_does(two, name, tmp_path, monkeypatch):
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-6), key
     one = lora(tmp_path / "one")
     for key, value in lora(two / name).items():
-        assert (value - one[key]).norm() < 5e-3 * value.norm(), key
+        assert (value - one[key]).norm() <= 5e-3 * value.norm(), key
 
 
 def test_one_fails_all_end_and_the_same_command_resumes(tmp_path):
