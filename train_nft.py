@@ -106,6 +106,8 @@ class Args:
     """epochs between checkpoints"""
     quantize: str = "none"
     """the frozen transformer's weights: none, int8 (pip install torchao) or nf4 (pip install bitsandbytes)"""
+    shard: bool = False
+    """divide the frozen transformer among the processes (torchrun), for one that is larger than a GPU"""
     checkpointing: bool | None = None
     """gradient checkpointing (default: on a GPU)"""
     compile: bool = False

@@ -17,8 +17,9 @@ from flow.pictures import plot_curves
 from flow.processes import PROCESSES, RANK
 from flow.rewards import without_questions
 
-# may differ when a run is resumed; the first four leave it bit for bit what it would be, the others but for rounding
-FREE = {"epochs", "save_every", "eval_every", "wandb", "batch", "rollout_batch", "checkpointing", "compile"}
+# may differ when a run is resumed: these leave it bit for bit what it would be, and those but for rounding
+FREE = ["epochs", "save_every", "eval_every", "wandb"]
+NEARLY_FREE = ["batch", "rollout_batch", "checkpointing", "compile", "shard"]
 HELD = []  # locks
 OURS = ["args.json", "metrics.jsonl", "samples", "curves.png", "lora", "checkpoint"]
 
@@ -79,7 +80,7 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
         fail(f"--out {out}: {', '.join(found)} there is not of a run of train_{name}.py; give another --out")
     mine = {flag: value for flag, value in json.loads(json_text(asdict(args))).items() if flag != "out"}
     differ = [f"--{flag.replace('_', '-')} ({theirs.get(flag)} there, {value} here)" for flag, value in mine.items()
-              if flag not in FREE and theirs.get(flag) != value]
+              if flag not in FREE + NEARLY_FREE and theirs.get(flag) != value]
     if differ:
         fail(f"--out {out}: holds a run with other args: {', '.join(differ)}; give another --out, or the same args "
              "to resume it")
@@ -101,8 +102,7 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
         sys.exit(0)
     if not log.is_file() or log.stat().st_size < state["log_bytes"]:
         fail(f"{log}: is shorter than the checkpoint knows it; restore it, or give another --out")
-    rounding = [f"--{flag.replace('_', '-')}" for flag in ("batch", "rollout_batch", "checkpointing", "compile")
-                if theirs.get(flag) != mine[flag]]
+    rounding = [f"--{flag.replace('_', '-')}" for flag in NEARLY_FREE if theirs.get(flag) != mine[flag]]
     if theirs.get("processes", 1) != PROCESSES:
         rounding.append(f"the number of processes ({theirs.get('processes', 1)} there, {PROCESSES} here)")
     if rounding:

@@ -30,6 +30,7 @@ from flow.cli import cannot_load, check_model, fail, reason
 from flow.encodings import encode_each
 from flow.lora import merged
 from flow.precision import quantization, use_autocast, use_fast_kernels
+from flow.processes import shard
 from flow.seam import Seen, call, guided, latents_of, listening, prepare, replace_scheduler, seen, telling, told
 from flow.text import batches, remember_prompts, same, text_encoders
 from normguard import norm_ratio, reference, renormalize
@@ -46,7 +47,7 @@ TRY = [*PAIR, "", "a grey cat asleep beside a grey dog by the fire"] * (CHUNK //
 # ---------------------------------------------------------------- loading
 
 def load_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None,
-                  quantize: str = "none", base: torch.dtype | None = None):
+                  quantize: str = "none", sharded: bool = False, base: torch.dtype | None = None):
     """A frozen pipeline from a diffusers folder or hub id, for pictures of `size` pixels a side and videos of `frames`
     frames (None: its own). Transformer and VAE on `device`; the transformer in `base` (bf16 on a GPU) or quantized, the
     VAE in fp32; text encoders wait on the CPU. Ends the process, naming --model, if it cannot be loaded or is no flow
@@ -67,6 +68,8 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
         setattr(pipe, name, None)
     if getattr(pipe, "guider", None) is not None:  # guidance as a part of its own, which has no scale to set here
         pipe.guider = pipe.guider.new(enabled=False)
+    if sharded:
+        shard(pipe.transformer, device)
     use_autocast(pipe.transformer, device, base)
     use_fast_kernels(getattr(pipe, "vae", None))
     pipe.set_progress_bar_config(disable=True)

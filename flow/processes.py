@@ -14,6 +14,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from flow.cli import fail
@@ -48,6 +50,17 @@ def part_ways():
     if dist.is_initialized():
         atexit.unregister(dist.destroy_process_group)
         atexit.register(dist.destroy_process_group)
+
+
+def shard(transformer: torch.nn.Module, device: torch.device):
+    """Divide a transformer's frozen blocks among the processes (PyTorch's FSDP2): each holds its part of a block, which
+    is gathered when it is at work. A LoRA that is added later every process holds whole. All processes must then make
+    equally many calls."""
+    meet()
+    mesh = init_device_mesh(device.type, (PROCESSES,))
+    for blocks in transformer.children():
+        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def share(n: int) -> slice:

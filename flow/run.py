@@ -40,6 +40,9 @@ def check_numbers(args):
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
         fail(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must be a multiple "
              "of that and the second no less")
+    if args.shard and (PROCESSES == 1 or args.updates > 1 or args.eval_n % PROCESSES or args.quantize != "none"):
+        fail("--shard: takes several processes (torchrun), --updates 1, an --eval-n that is a multiple of their "
+             "number, and no --quantize")
     if args.seed >= 2**63:
         fail(f"--seed {args.seed}: must be below 2^63")
     for flag in ("lr", "max_grad_norm", "adv_clip", "power", "clip", "nft_beta", "dpo_beta"):
@@ -57,7 +60,7 @@ def start_run(name: str, args) -> SimpleNamespace:
     reward = load_reward(args.reward, device)
     reward(torch.zeros(2, 3, 64, 64), prompts[:1] * 2)  # does it work?
     to_cpu(reward)
-    pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize)
+    pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
     model = pipe.transformer
     params = add_lora(model, args.rank, args.seed)
     opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, fused=device.type == "cuda")
@@ -71,7 +74,10 @@ def start_run(name: str, args) -> SimpleNamespace:
         open_folder(run)
     meet()
     run.wandb = start_wandb(args, out)
-    encode_prompts(pipe, own_prompts(run), args.guidance, out / "checkpoint" / "prompts")
+    own = own_prompts(run)
+    encode_prompts(pipe, own, args.guidance, out / "checkpoint" / "prompts")
+    if args.shard and len({pipe.seam.shapes.get(prompt) for prompt in own}) > 1:  # the processes' calls would differ
+        fail(f"--shard: {type(pipe).__name__} encodes prompts to several lengths; it takes a model that pads to one")
     mark_peak(run, "encode")
     if args.checkpointing or (args.checkpointing is None and device.type == "cuda"):
         if model._supports_gradient_checkpointing:
