@@ -48,14 +48,18 @@ def cannot_load(flag: str, name: str, error: Exception, needs: tuple[str, ...] =
 
 def parse(args_class, doc: str):
     """tyro, with its framed errors turned into one line; Ctrl-C and a GPU out of memory, later, become one too."""
+    trains = hasattr(args_class, "save_every")
+    lower = ("--batch or --rollout-batch; the same command with those resumes from the last checkpoint" if trains
+             else "--batch or --size")
+
     def last_words(kind, error, trace):
         """The interpreter's excepthook, but for these two."""
         if issubclass(kind, KeyboardInterrupt):
-            resumes = "; the same command resumes from the last checkpoint" if hasattr(args_class, "save_every") else ""
+            resumes = "; the same command resumes from the last checkpoint" if trains else ""
             return tqdm.write("interrupted" + resumes, file=sys.stderr)
         if not issubclass(kind, torch.OutOfMemoryError):
             return sys.__excepthook__(kind, error, trace)
-        tqdm.write(f"error: the GPU is out of memory; lower --batch or --size ({reason(error)})", file=sys.stderr)
+        tqdm.write(f"error: the GPU is out of memory; lower {lower} ({reason(error)})", file=sys.stderr)
 
     sys.excepthook = last_words
     framed = io.StringIO()

@@ -20,10 +20,11 @@ import train_awm
 import train_dpo
 import train_nft
 from flow import pipeline, run
-from flow.lora import lora_targets
+from flow.lora import add_lora, lora_targets
 from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.rewards import load_reward
 from flow.seam import latents_of
+from normguard import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tiny"))
@@ -266,3 +267,51 @@ def test_the_empty_loop_decodes_and_nothing_else(folder):
     x0 = draw_noise(pipe, 3, torch.Generator().manual_seed(0))
     pipe.transformer.register_forward_pre_hook(lambda *args: pytest.fail("the transformer was called"))
     assert pipeline.decode(pipe, x0).shape == (3, 3, 64, 64)
+
+
+@pytest.mark.parametrize("model", ["tiny/sd3", "z_image", "qwen_image", "cogview4"])
+def test_kept_encodings_are_the_encoders_own(folder, tmp_path, model):
+    """With a folder for them, guided and not, a second pipeline asks its encoders nothing and computes the same."""
+    name = model if "/" in model else folder(model)
+    velocities = []
+    for again in (False, True):
+        pipe, asked = load_pipeline(name, CPU, 64), []
+        for encoder in pipe.seam.encoders.values():
+            encoder.register_forward_hook(lambda *args: asked.append(None))
+        encode_prompts(pipe, PROMPTS, 3.0, tmp_path)
+        assert bool(asked) != again
+        noise, t = draw_noise(pipe, 3, torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.5, 0.2])
+        with torch.no_grad():
+            velocities.append([velocity(pipe, noise, t, PROMPTS, guidance) for guidance in (None, 3.0)])
+    assert torch.equal(*map(torch.stack, velocities))
+    encode_prompts(load_pipeline(name, CPU, 64), [*PROMPTS, "a new prompt"], 3.0, tmp_path)  # is encoded
+
+
+def test_compiled_blocks_are_compiled_five_times_and_never_again():
+    """For a kind of block: in the rollout, for its reference, in the update, for its reference, for the old policy. The
+    first block once more in the update: what comes in has no gradient yet."""
+    pipe = load_pipeline("tiny/sd3", CPU)
+    encode_prompts(pipe, PROMPTS)
+    add_lora(pipe.transformer, 4, 0)
+    noise, t = draw_noise(pipe, 3, torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.5, 0.2])
+    graphs = []
+    torch._dynamo.reset()
+
+    def count(graph, inputs):
+        """A compiler that compiles nothing."""
+        graphs.append(graph)
+        return graph.forward
+
+    run.compile_blocks(pipe.transformer, backend=count)
+    per_epoch = []
+    for _ in range(3):
+        integrate(pipe, noise, PROMPTS, schedule(pipe, 2), compare=True)
+        velocity(pipe, noise, t, PROMPTS).square().sum().backward()
+        with torch.no_grad():
+            velocity(pipe, noise, t, PROMPTS)
+        with reference(pipe.transformer):
+            velocity(pipe, noise, t, PROMPTS)
+        per_epoch.append(len(graphs))
+    torch._dynamo.reset()
+    kinds = 2  # SD3's last block drops its text
+    assert per_epoch == [5 * kinds + 1] * 3
