@@ -19,12 +19,13 @@ of the weights, and no second KL to such an EMA.
 
 To resume, run the same command again.
 """
+from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flow.cli import fail, parse
 from flow.pipeline import add_noise, decode, draw_noise, integrate, velocity
 from flow.run import check_numbers, epochs, finish_epoch, finish_step, group_advantages, start_run, stratified, tally
 from normguard import norm_hinge, norm_ratio, reference

@@ -22,6 +22,8 @@ weights.
 
 To resume, run the same command again.
 """
+from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +31,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from flow.cli import fail, parse
 from flow.pipeline import add_noise, decode, draw_noise, integrate, schedule, velocity
 from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally
 from normguard import norm_hinge, norm_ratio, reference

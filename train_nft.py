@@ -23,13 +23,14 @@ Adam does not see it, but kl and max_grad_norm do, and are a fifth of the offici
 
 To resume, run the same command again.
 """
+from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flow.cli import fail, parse
 from flow.lora import add_lora, use_adapter
 from flow.pipeline import add_noise, decode, draw_noise, integrate, velocity
 from flow.run import check_numbers, epochs, finish_epoch, finish_step, group_advantages, start_run, stratified, tally

@@ -1,26 +1,97 @@
-"""The command line and its errors: flags parsed, files read, and one line where something is wrong."""
+"""The command line and its errors: flags and files read, files written, and one line where something is wrong.
+
+Each script imports this before torch and diffusers, which take seconds: from here on Ctrl-C is one line, and --help is
+answered without them.
+"""
 import contextlib
+import errno
 import io
 import json
+import math
 import os
 import re
 import sys
 from pathlib import Path
 
-import torch
-import tyro
 from tqdm import tqdm
+
+from flow.help import answer_help, show_help
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what keeps a disk from taking more
+# more than this is a slip of the keyboard, which would take all memory or days before it shows
+MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, "steps": 1_000, "timesteps": 1_000,
+        "rank": 4_096, "size": 8_192, "frames": 1_000, "eval_n": 10_000, "n": 100_000, "renders": 10**7,
+        "bootstrap": 100_000, "judge_retries": 100, "judge_concurrency": 1_000, "judge_timeout": 86_400}
+
+
+def last_words(kind, error, trace):
+    """The interpreter's excepthook, but for Ctrl-C, a full disk and a GPU out of memory: they are one line."""
+    if issubclass(kind, KeyboardInterrupt):  # the process then dies of SIGINT, which a shell shows as 130
+        training = Path(sys.argv[0]).name.startswith("train_")
+        resumes = "; the same command resumes from the last checkpoint" if training else ""
+        tqdm.write("interrupted" + resumes, file=sys.stderr)
+    elif kind.__name__ == "OutOfMemoryError":
+        fail(f"the GPU is out of memory; lower --batch or --size ({reason(error)})")
+    elif issubclass(kind, OSError) and error.errno in FULL:
+        fail(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); what was saved before is whole")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = last_words
+answer_help()
 
 
 def fail(message: str):
     """End the process with one line on stderr and exit code 2: the user's input is wrong, nothing was overwritten."""
-    tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
+    message = " ".join(str(message).split())
+    message = message if len(message) <= 460 else f"{message[:300]} ... {message[-150:]}"  # of a name without end
+    tqdm.write(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def reason(error: Exception) -> str:
     """What went wrong, in a line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------- flags
+
+def parse(args_class, doc: str):
+    """tyro, with its framed errors turned into one line."""
+    import tyro  # not needed for --help
+
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        show_help(sys.modules[args_class.__module__].__file__)
+    framed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(framed):
+            args, unknown = tyro.cli(args_class, description=doc, return_unknown_args=True,
+                                     config=(tyro.conf.DisallowNone,))
+    except SystemExit as end:
+        if not end.code:
+            raise
+        said = " ".join(framed.getvalue().translate(str.maketrans("", "", "╭╮╰╯─│")).split())
+        wrong = re.search(r"Error parsing (--\S+): (.*?)(?: Got errors.*?)? Argument helptext: --\S+ (\S+)", said)
+        fail("{0}: {1}; it takes {2}".format(*wrong.groups())[:150] if wrong else said[:150])
+    if unknown:
+        fail(f"unknown flag {unknown[0]}; --help lists them all")
+    return args
+
+
+def check_flags(args, least: dict[str, float]):
+    """End the process where a flag is empty, or a number not finite, below `least` of its flag or beyond reason."""
+    for flag, value in vars(args).items():
+        name = f"--{flag.replace('_', '-')}"
+        if "" in (value if isinstance(value, tuple) else [value]):
+            fail(f"{name} '': is empty; give a value, or leave the flag out")
+        if isinstance(value, (int, float)):
+            if value != value or value in (math.inf, -math.inf):
+                fail(f"{name} {value}: must be a finite number")
+            if value < least.get(flag, value):
+                fail(f"{name} {value}: must be at least {least[flag]:g}")
+            if value > MOST.get(flag, value):
+                fail(f"{name} {value}: must be at most {MOST[flag]}")
 
 
 def check_model(flag: str, name: str, or_else: str = ""):
@@ -34,7 +105,7 @@ def cannot_load(flag: str, name: str, error: Exception, needs: tuple[str, ...] =
     if isinstance(error, ImportError):  # Qwen-VL's processor also reads videos, for which it wants torchvision
         fail(f"{flag} {name}: needs a package that is not installed: {str(error).strip()[:200]} "
              "(for torch 2.13: pip install torchvision==0.28.0)")
-    why = f"{flag} {name}: cannot be loaded ({type(error).__name__}: {reason(error.__cause__ or error)})"
+    why = f"{flag} {name}: cannot be loaded ({type(error).__name__}: {reason(error.__cause__ or error)[:90]})"
     if Path(name).is_dir():
         fail(f"{why}; the folder is of another kind of model, or broken")
     away = f"`hf download {name} --local-dir DIR` elsewhere and give {flag} DIR"
@@ -44,32 +115,7 @@ def cannot_load(flag: str, name: str, error: Exception, needs: tuple[str, ...] =
          f"licence there and `hf auth login`; if offline, {away}")
 
 
-def parse(args_class, doc: str):
-    """tyro, with its framed errors turned into one line; Ctrl-C and a GPU out of memory, later, become one too."""
-    def last_words(kind, error, trace):
-        """The interpreter's excepthook, but for these two."""
-        if issubclass(kind, KeyboardInterrupt):
-            resumes = "; the same command resumes from the last checkpoint" if hasattr(args_class, "save_every") else ""
-            return tqdm.write("interrupted" + resumes, file=sys.stderr)
-        if not issubclass(kind, torch.OutOfMemoryError):
-            return sys.__excepthook__(kind, error, trace)
-        tqdm.write(f"error: the GPU is out of memory; lower --batch or --size ({reason(error)})", file=sys.stderr)
-
-    sys.excepthook = last_words
-    framed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(framed):
-            args, unknown = tyro.cli(args_class, description=doc, return_unknown_args=True)
-    except SystemExit as end:
-        if end.code:
-            said = " ".join(framed.getvalue().translate(str.maketrans("", "", "╭╮╰╯─│")).split())
-            wrong = re.search(r"Error parsing (--\S+): (.*?)(?: Got errors.*?)? Argument helptext: --\S+ (\S+)", said)
-            fail("{0}: {1}; it takes {2}".format(*wrong.groups())[:150] if wrong else said[:150])
-        raise
-    if unknown:
-        fail(f"unknown flag {unknown[0]}; --help lists them all")
-    return args
-
+# ---------------------------------------------------------------- files and folders
 
 def json_text(value, indent: int | None = None) -> str:
     """JSON, in which a number that is not finite is null: JSON has none."""
@@ -90,13 +136,60 @@ def read_prompts(path: str, flag: str) -> list[str]:
     return prompts
 
 
+def check_place(path: str | Path, flag: str, files: tuple = (), folders: tuple = ()):
+    """End the process if a folder cannot be made or written to, or if what is to be a file or a folder in it is of
+    another kind. Nothing is made yet: it is found at the start, not after hours at the first save."""
+    place = Path(path)
+    try:
+        there = next(part for part in (place, *place.absolute().parents) if part.exists() or part.is_symlink())
+        if not there.is_dir():
+            fail(f"{flag} {path}: {there} is no folder; give another {flag}")
+        if not os.access(there, os.W_OK | os.X_OK):
+            fail(f"{flag} {path}: {there} cannot be written to; give another {flag}")
+        for names, is_right, kind in ((files, Path.is_file, "file"), (folders, Path.is_dir, "folder")):
+            for part in (place / name for name in names):
+                if (part.exists() or part.is_symlink()) and not is_right(part):
+                    fail(f"{flag} {path}: {part} is no {kind}; move it, or give another {flag}")
+    except OSError as e:  # a name that is too long, for one
+        fail(f"{flag} {path}: cannot be written to ({e.strerror})")
+
+
 def make_dir(path: str, flag: str) -> Path:
     """Create a folder that can be written to, or end the process, naming `flag`."""
+    check_place(path, flag)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         probe = Path(path) / f".write-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as e:
-        fail(f"{flag} {path}: cannot be written to ({e})")
+        fail(f"{flag} {path}: cannot be written to ({e.strerror})")
     return Path(path)
+
+
+def write_files(contents: dict[Path, bytes | str]):
+    """Write files under temporary names, then rename them: a kill leaves each as it was or as it is to be. A full disk
+    ends the process with all of them as they were."""
+    temporary = {file: file.with_name(f".{file.name}.tmp") for file in contents}
+    try:
+        for file, content in contents.items():
+            temporary[file].write_bytes(content if isinstance(content, bytes) else content.encode())
+        for file in contents:
+            temporary[file].replace(file)
+    except OSError as e:
+        for left in temporary.values():
+            with contextlib.suppress(OSError):
+                left.unlink()
+        fail(f"{file}: cannot be written ({e.strerror}); make room and run the same command again")
+
+
+def append(file: Path, text: str):
+    """Add to a log. A full disk ends the process with the log as it was."""
+    size = file.stat().st_size if file.exists() else 0
+    try:
+        with open(file, "a", encoding="utf-8") as log:
+            log.write(text)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.truncate(file, size)
+        fail(f"{file}: cannot be written ({e.strerror}); make room and run the same command again")

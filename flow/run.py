@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flow.checkpoint import find_run, open_folder, resume, save_checkpoint, unlock
-from flow.cli import fail, json_text, read_prompts
+from flow.cli import append, check_flags, fail, json_text, read_prompts
 from flow.lora import add_lora
 from flow.pictures import middle_frames, save_grid
 from flow.pipeline import decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule
@@ -28,14 +28,7 @@ def check_numbers(args):
     """Refuse numbers that cannot work, naming the flag. A flag that a script does not have is passed over."""
     at_least = {"epochs groups rank updates batch timesteps save_every eval_n size frames": 1, "group steps": 2,
                 "seed eval_every lam margin kl guidance": 0}
-    for flags, low in at_least.items():
-        for flag in flags.split():
-            value = getattr(args, flag, None)
-            if value is not None and not low <= value < float("inf"):
-                fail(f"--{flag.replace('_', '-')} {value}: must be at least {low}")
-    for flag in ("model", "reward"):
-        if not getattr(args, flag):
-            fail(f"--{flag} '': give a folder or a hub id")
+    check_flags(args, {flag: low for flags, low in at_least.items() for flag in flags.split()})
     if args.seed >= 2**63:
         fail(f"--seed {args.seed}: must be below 2^63")
     for flag in ("lr", "max_grad_norm", "adv_clip", "power", "clip", "nft_beta", "dpo_beta"):
@@ -195,8 +188,7 @@ def evaluate(run, epoch: int):
 
 def write_line(run, line: dict):
     """Append to metrics.jsonl, and to wandb if asked for."""
-    with open(run.out / "metrics.jsonl", "a") as log:
-        log.write(json_text(line) + "\n")
+    append(run.out / "metrics.jsonl", json_text(line) + "\n")
     if run.wandb:
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         run.wandb.log(numbers, step=line["step"])
