@@ -158,13 +158,15 @@ def cached(out: Path, jobs: dict[str, object], load: Load, batch: int, desc: str
     text, known = read_scores(out / "scores.jsonl")
     missing = sorted(key for key in jobs if key not in known)
     score = load() if missing else None  # a model is loaded where a score is missing, and let go after
-    append(out / "scores.jsonl", "" if text.endswith("\n") or not text else "\n")
+    end = "" if text.endswith("\n") or not text else "\n"  # of a line that was cut short
     for i in tqdm(range(0, len(missing), batch), desc=desc, leave=False, disable=not missing):
         keys = missing[i:i + batch]
         scores = dict(zip(keys, score([jobs[k] for k in keys])))
         known |= scores
         finite = {key: value for key, value in scores.items() if math.isfinite(value)}
-        append(out / "scores.jsonl", "".join(json.dumps({key: value}) + "\n" for key, value in finite.items()))
+        make_dir(str(out), "--out")  # no sooner: nothing is made for a model that cannot be loaded
+        append(out / "scores.jsonl", end + "".join(json.dumps({key: value}) + "\n" for key, value in finite.items()))
+        end = ""
     return {key: known[key] for key in jobs}
 
 
@@ -370,8 +372,8 @@ def main(args: Args):
     tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
     if tiny and folders[args.dirs[0]][0]["size"] != (64, 64):
         print(f"note: {', '.join(tiny)} know only the miniature's 64x64 pictures; what they say of these means little")
-    check_out(Path(args.out))
-    out = make_dir(args.out, "--out")
+    out = Path(args.out)
+    check_out(out)
     values, metrics, pairs = {}, {}, {}
 
     judge = functools.partial(local_judge, args.judge, device)

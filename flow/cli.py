@@ -11,22 +11,16 @@ import math
 import os
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-from tqdm import tqdm
-
-from flow.help import answer_help, show_help
-
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what keeps a disk from taking more
-# more than this is a slip of the keyboard, which would take all memory or days before it shows
-MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, "steps": 1_000, "timesteps": 1_000,
-        "rank": 4_096, "size": 8_192, "frames": 1_000, "eval_n": 10_000, "n": 100_000, "renders": 10**7,
-        "bootstrap": 100_000, "judge_retries": 100, "judge_concurrency": 1_000, "judge_timeout": 86_400}
 
 
 def last_words(kind, error, trace):
     """The interpreter's excepthook, but for Ctrl-C, a full disk and a GPU out of memory: they are one line."""
     if issubclass(kind, KeyboardInterrupt):  # the process then dies of SIGINT, which a shell shows as 130
+        from tqdm import tqdm  # it is below, and clears a progress bar
         training = Path(sys.argv[0]).name.startswith("train_")
         resumes = "; the same command resumes from the last checkpoint" if training else ""
         tqdm.write("interrupted" + resumes, file=sys.stderr)
@@ -39,13 +33,22 @@ def last_words(kind, error, trace):
 
 
 sys.excepthook = last_words
+
+from tqdm import tqdm
+
+from flow.help import answer_help, show_help
+
 answer_help()
+
+# more than this is a slip of the keyboard, which would take all memory or days before it shows
+MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, "steps": 1_000, "timesteps": 1_000,
+        "rank": 4_096, "size": 8_192, "frames": 1_000, "eval_n": 10_000, "n": 100_000, "renders": 10**7,
+        "bootstrap": 100_000, "judge_retries": 100, "judge_concurrency": 1_000, "judge_timeout": 86_400}
 
 
 def fail(message: str):
     """End the process with one line on stderr and exit code 2: the user's input is wrong, nothing was overwritten."""
-    message = " ".join(str(message).split())
-    message = message if len(message) <= 460 else f"{message[:300]} ... {message[-150:]}"  # of a name without end
+    message = re.sub(r"\S{200,}", lambda name: f"{name[0][:60]}...{name[0][-60:]}", " ".join(str(message).split()))
     tqdm.write(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -63,10 +66,17 @@ def parse(args_class, doc: str):
 
     if {"-h", "--help"} & set(sys.argv[1:]):
         show_help(sys.modules[args_class.__module__].__file__)
+    switches = {f"--{x.name.replace('_', '-')}" for x in fields(args_class) if x.type in (bool, bool | None)}
+    given = []
+    for word in sys.argv[1:]:  # --compile True is --compile, too
+        if word in ("True", "False") and given and given[-1] in switches:
+            given[-1] = given[-1] if word == "True" else "--no-" + given[-1][2:]
+        else:
+            given.append(word)
     framed = io.StringIO()
     try:
         with contextlib.redirect_stderr(framed):
-            args, unknown = tyro.cli(args_class, description=doc, return_unknown_args=True,
+            args, unknown = tyro.cli(args_class, args=given, description=doc, return_unknown_args=True,
                                      config=(tyro.conf.DisallowNone,))
     except SystemExit as end:
         if not end.code:

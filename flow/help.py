@@ -38,11 +38,11 @@ def flag_and_value(name: str, kind: str) -> str:
     flag, many = "--" + name.replace("_", "-"), re.match(r"tuple\[(\w+)", kind)
     if "Positional" in kind:
         return f"{name.upper()} ..."
-    if kind == "bool":
+    if kind.startswith("bool"):
         return f"{flag}, --no-{flag[2:]}"
     if many:
         return f"{flag} {many[1].upper()} ..."
-    return f"{flag} {kind.removesuffix(' | None').upper()}".replace("BOOL", "True|False")
+    return f"{flag} {kind.removesuffix(' | None').upper()}"
 
 
 def answer_help():
