@@ -32,6 +32,7 @@ from flow.pictures import earlier_samples, png, save_samples
 from flow.pipeline import decode, decode_batch, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.rewards import load_reward
 from flow.seam import guided
+from flow.text import tell_misfits
 
 # what it writes besides the pictures
 FILES = "samples.jsonl", "grid.png", "norms.json", "norms.png", "adjoint.json", "adjoint.png"
@@ -194,6 +195,7 @@ def main(args: Args):
     pipe = load_pipeline(args.model, device, args.size, args.frames)
     if args.lora:
         load_lora(pipe, args.lora, args.model)
+    tell_misfits(pipe, prompts, args.size)
     encode_prompts(pipe, prompts, args.guidance)
     sigmas = schedule(pipe, args.steps)
     noise = draw_noise(pipe, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])

@@ -21,6 +21,7 @@ from flow.lora import add_lora
 from flow.pictures import middle_frames, save_grid
 from flow.pipeline import decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule
 from flow.rewards import load_reward
+from flow.text import tell_misfits
 
 # ---------------------------------------------------------------- flags, seeds, what is drawn
 
@@ -78,6 +79,7 @@ def start_run(name: str, args) -> SimpleNamespace:
     reward(torch.zeros(2, 3, 64, 64), prompts[:1] * 2)  # does it work?
     pipe = load_pipeline(args.model, device, args.size, args.frames)
     first = state["epoch"] if state else 0
+    tell_misfits(pipe, prompts + eval_prompts, args.size)
     encode_prompts(pipe, prompts[first * args.groups:] + eval_prompts, args.guidance)
     model = pipe.transformer
     params = add_lora(model, args.rank, args.seed)
