@@ -784,6 +784,22 @@ def test_the_twins_resume_bit_for_bit(runs, tmp_path, monkeypatch, capsys, scrip
     assert timeless(tmp_path) == timeless(runs[script])
 
 
+@pytest.mark.parametrize("pairs, each", [
+    (None, 2),  # half of the group, where four do not fit
+    (1, 1),
+])
+def test_dpo_takes_a_small_group(tmp_path, monkeypatch, pairs, each):
+    rows, honest = [], train_dpo.dpo_loss
+
+    def counted(v_w, *others, **named):
+        rows.append(len(v_w))
+        return honest(v_w, *others, **named)
+    monkeypatch.setattr(train_dpo, "dpo_loss", counted)
+    flags = dict(group=4, groups=2, updates=1, pairs=pairs, epochs=1, eval_every=0)
+    (line,) = metrics(small_run(tmp_path / "run", train_dpo, **flags))
+    assert line["loss"] > 0 and sum(rows) == 2 * each * SMALL["timesteps"]
+
+
 def test_finished_run_says_so(run, capsys):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     with pytest.raises(SystemExit) as end:
