@@ -31,6 +31,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -254,14 +255,17 @@ def draw_report(folders: Folders, metrics: dict, pairs: dict, columns: int = 12)
     high = [1.02 * len(dirs), rows * (0.22 * len(dirs) + 0.6)] + ([0.3 * len(pairs) + 0.4] if pairs else [])
     figure = plt.figure(figsize=(max(len(first), 8) + 1.2, sum(high) + 0.3), layout="constrained")
     strip, bars, *verdicts = figure.subfigures(len(high), 1, height_ratios=high)
-    axes = strip.subplots(len(dirs), len(first), squeeze=False)
-    for row, d in zip(axes, dirs):
-        row[0].set_ylabel(names[d], rotation=0, ha="right", va="center", fontsize=9)
-        for axis, i in zip(row, first):
-            axis.imshow(load_pictures([folders[d][i]["file"]])[0].permute(1, 2, 0).numpy())
-            axis.set(xticks=[], yticks=[])
-    for axis, i in zip(axes[0], first):
-        axis.set_title("\n".join(textwrap.wrap(prompts[i], 16)[:2]), fontsize=7)
+    tiles = torch.stack([load_pictures([folders[d][i]["file"] for i in first]) for d in dirs])
+    h, w = tiles.shape[-2:]
+    gap = -(-w // 16)
+    tiles = torch.nn.functional.pad(tiles, (0, gap, 0, gap), value=1)
+    sheet = rearrange(tiles, "d k c h w -> (d h) (k w) c")[:-gap, :-gap]  # one picture: many axes are slow to draw
+    axis = strip.subplots()
+    axis.imshow(sheet.numpy())
+    axis.set_yticks([i * (h + gap) + h / 2 for i in range(len(dirs))], list(names.values()), fontsize=9)
+    titles = ["\n".join(textwrap.wrap(prompts[i], 16)[:2]) for i in first]
+    axis.set_xticks([i * (w + gap) + w / 2 for i in range(len(first))], titles, fontsize=7)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
 
     charts = bars.subplots(rows, wide, squeeze=False, sharey=True).flatten()
     for axis, (name, scores) in zip(charts, metrics.items()):
