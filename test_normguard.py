@@ -850,7 +850,7 @@ def test_training_raises_a_reward_it_can_raise(tmp_path, script, lr):
     all count."""
     (tmp_path / "bright.py").write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\n")
     out = small_run(tmp_path / "run", script, reward=f"{tmp_path}/bright.py:bright", lam=0.0, epochs=10, groups=4,
-                    group=8, batch=32, timesteps=2, updates=1, eval_n=16, eval_every=10, lr=lr, rank=8)
+                    group=8, batch=32, timesteps=2, updates=1, eval_n=16, eval_every=10, save_every=10, lr=lr, rank=8)
     lines = metrics(out)
     first, last = lines[0], lines[-1]
     assert last["eval_reward"] - first["eval_reward"] > 3 * first["eval_reward_se"]
@@ -872,8 +872,9 @@ def test_guard_holds_the_norm(tmp_path):
     (tmp_path / "contrast.py").write_text("def contrast(images, prompts):\n    return images.std((1, 2, 3))\n")
     ratio = {}
     for lam in (0.0, 1.0):
-        out = small_run(tmp_path / str(lam), lam=lam, reward=f"{tmp_path}/contrast.py:contrast", epochs=10, groups=4,
-                        group=8, batch=32, timesteps=2, updates=1, eval_n=16, eval_every=10, lr=3e-3, rank=8)
+        out = small_run(tmp_path / str(lam), lam=lam, reward=f"{tmp_path}/contrast.py:contrast", epochs=6, groups=4,
+                        group=8, batch=32, timesteps=2, updates=1, eval_n=16, eval_every=6, save_every=6, lr=5e-3,
+                        rank=8)
         lines = metrics(out)
         ratio[lam] = lines[-1]["eval_norm_ratio"]
     assert ratio[0.0] > 1.02 and ratio[1.0] < 1.01
@@ -1161,7 +1162,7 @@ def server():
             asked.append(request["model"])
             fault = next((faults[h] for h in (hashlib.sha256(r).hexdigest() for r in raw) if h in faults), None)
             if fault == "hang":
-                time.sleep(7)
+                time.sleep(4)
                 return None
             if fault == "cut":
                 return self.connection.close()
@@ -1230,7 +1231,7 @@ def test_faults_of_the_server_are_counted(folders, server, tmp_path, monkeypatch
     try:
         kinds = ("garbage", "empty", "words", "500", "hang", "cut")
         faults.update({row["hash"]: fault for row, fault in zip(rows, kinds)})
-        report = compare(*folders, judge=url, judge_retries=0, judge_timeout=5.0, judge_concurrency=4,
+        report = compare(*folders, judge=url, judge_retries=0, judge_timeout=2.5, judge_concurrency=4,
                          out=tmp_path / "report")
     finally:
         faults.clear()
