@@ -96,7 +96,7 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
     if not state_file.exists():
         print(f"{out}: holds no checkpoint yet; starts over")
         return out, None
-    state = read_state(state_file)
+    state = read_state(state_file, {"old": list} if name == "nft" else {})
     if state["epoch"] > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {out} has done {state['epoch']}")
     if state["epoch"] == args.epochs:
@@ -141,14 +141,15 @@ def last_epoch(log: Path) -> int:
         return 0  # it has not come to that
 
 
-def read_state(file: Path) -> dict:
-    """The checkpoint, whole and of finite numbers, or end the process."""
+def read_state(file: Path, more: dict[str, type]) -> dict:
+    """The checkpoint, whole and of finite numbers, or end the process. `more`: what a method keeps besides."""
     why = ""
     try:
         with zipfile.ZipFile(file) as opened:  # torch's format; its checksums are not looked at by torch
             why = opened.testzip() and "a checksum is wrong"
         state = torch.load(file, weights_only=True, map_location="cpu")
         known = {"lora": dict, "opt": dict, "epoch": int, "step": int, "skipped": int, "bad": int, "log_bytes": int}
+        known |= more
         lacks = sorted(name for name, kind in known.items() if not isinstance(state.get(name), kind))
         if not why and lacks:
             why = f"it lacks {', '.join(lacks)}"
@@ -193,6 +194,7 @@ def resume(run):
             fits = {name: x.shape for name, x in saved.items()} == {name: x.shape for name, x in now.items()}
             for i, moments in run.state["opt"]["state"].items():
                 fits = fits and moments["exp_avg"].shape == moments["exp_avg_sq"].shape == run.params[i].shape
+            fits = fits and [x.shape for x in run.state.get("old", run.params)] == [p.shape for p in run.params]
             run.opt.load_state_dict(run.state["opt"])
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # an optimizer's state of another form
             fits = False

@@ -28,6 +28,8 @@ def last_words(kind, error, trace):
         fail(f"the GPU is out of memory; lower --batch or --size ({reason(error)})")
     elif issubclass(kind, OSError) and error.errno in FULL:
         fail(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); what was saved before is whole")
+    elif re.search("inline_container|No space left|File too large", str(error)):  # torch, safetensors
+        fail(f"a file cannot be written: the disk is full ({reason(error)[:80]}); what was saved before is whole")
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -348,8 +348,14 @@ def test_a_log_that_cannot_grow_stays_as_it_was(tmp_path, capsys):
     refuses(capsys, tmp_path, lambda: cli.append(Path("/dev/full"), "a line\n"), "/dev/full", "No space left")
 
 
-def test_a_full_disk_anywhere_else_is_a_line_too():
-    code = "import flow.cli\nwith open('/dev/full', 'w') as file:\n    file.write('x')"
-    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert end.returncode == 2 and end.stderr.startswith("error: ") and end.stderr.count("\n") == 1
-    assert "No space left" in end.stderr
+@pytest.mark.parametrize("code", [
+    "with open('/dev/full', 'w') as file: file.write('x')",
+    "import torch; torch.save(torch.ones(1000), '/dev/full')",
+    "import torch; from safetensors.torch import save_file; save_file({'x': torch.ones(1000)}, 'x')",
+])
+def test_a_full_disk_anywhere_else_is_a_line_too(tmp_path, code):
+    code = f"import resource, flow.cli\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n{code}"
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert end.returncode == 2 and end.stderr.startswith("error: ") and end.stderr.count("\n") == 1, end.stderr
+    assert "cannot be written" in end.stderr

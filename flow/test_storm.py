@@ -206,6 +206,9 @@ train_awm | {RUN} runs/state-nan | state.pt not finite
 train_awm | {RUN} runs/state-epoch-9 | --epochs 3 9
 train_awm | {RUN} runs/state-other-lora | state.pt fit
 train_awm | {RUN} runs/state-odd-opt | state.pt fit
+train_nft | {RUN} runs/nft-no-old | state.pt old
+train_nft | {RUN} runs/nft-odd-old | state.pt fit
+train_nft | {RUN} runs/nft-nan-old | state.pt not finite
 train_awm | {RUN} runs/lock-folder | --out lock no file
 train_awm | --out runs/only-png | --out samples another
 train_awm | --out runs/only-curves | --out curves.png another
@@ -465,6 +468,17 @@ def make_runs(runs: Path, run: Path):
         (runs / f"only-{what}" / file).write_bytes(b"mine")
 
 
+def make_nft_runs(runs: Path, run: Path):
+    """Copies of NFT's, which keeps an old policy, too."""
+    state = torch.load(run / "checkpoint/state.pt", weights_only=True)
+    for what, old in {
+        "no-old": None,
+        "odd-old": state["old"][:-1],
+        "nan-old": [x * math.nan for x in state["old"]],
+    }.items():
+        torch.save({**state, "old": old}, shutil.copytree(run, runs / f"nft-{what}") / "checkpoint/state.pt")
+
+
 def make_loras(loras: Path, run: Path):
     """LoRAs that are broken, or of another model."""
     name = "pytorch_lora_weights.safetensors"
@@ -519,9 +533,11 @@ def home(tmp_path_factory) -> Path:
     os.chdir(home)
     (home / "tiny").symlink_to(ROOT / "tiny")
     call("train_awm", [*RUN.split(), "run", "--epochs", "2"])
+    call("train_nft", [*RUN.split(), "nft", "--epochs", "1"])
     checkpoint.unlock()
     make_odd(home / "odd")
     make_runs(home / "runs", home / "run")
+    make_nft_runs(home / "runs", home / "nft")
     make_loras(home / "loras", home / "run")
     make_outs(home)
     os.chdir(before)
