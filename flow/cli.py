@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -19,11 +20,8 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what keeps a di
 
 def last_words(kind, error, trace):
     """The interpreter's excepthook, but for Ctrl-C, a full disk and a GPU out of memory: they are one line."""
-    if issubclass(kind, KeyboardInterrupt):  # the process then dies of SIGINT, which a shell shows as 130
-        from tqdm import tqdm  # it is below, and clears a progress bar
-        training = Path(sys.argv[0]).name.startswith("train_")
-        resumes = "; the same command resumes from the last checkpoint" if training else ""
-        tqdm.write("interrupted" + resumes, file=sys.stderr)
+    if issubclass(kind, KeyboardInterrupt):
+        interrupted()
     elif kind.__name__ == "OutOfMemoryError":
         fail(f"the GPU is out of memory; lower --batch or --size ({reason(error)})")
     elif issubclass(kind, OSError) and error.errno in FULL:
@@ -34,13 +32,26 @@ def last_words(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+def interrupted(*_):
+    """Say so, and die of SIGINT, which a shell shows as 130."""
+    from tqdm import tqdm  # it clears a progress bar; this may be called before the import below
+    training = Path(sys.argv[0]).name.startswith("train_")
+    resumes = "; the same command resumes from the last checkpoint" if training else ""
+    tqdm.write("interrupted" + resumes, file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 sys.excepthook = last_words
 
 from tqdm import tqdm
 
-from flow.help import answer_help, show_help
+from flow.help import script_that_runs, show_help
 
-answer_help()
+if script_that_runs():
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        show_help(script_that_runs())
+    signal.signal(signal.SIGINT, interrupted)  # until `parse`: libraries that are imported swallow KeyboardInterrupt
 
 # more than this is a slip of the keyboard, which would take all memory or days before it shows
 MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, "steps": 1_000, "timesteps": 1_000,
@@ -66,6 +77,8 @@ def parse(args_class, doc: str):
     """tyro, with its framed errors turned into one line."""
     import tyro  # not needed for --help
 
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if {"-h", "--help"} & set(sys.argv[1:]):
         show_help(sys.modules[args_class.__module__].__file__)
     switches = {f"--{x.name.replace('_', '-')}" for x in fields(args_class) if x.type in (bool, bool | None)}

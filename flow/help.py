@@ -45,8 +45,7 @@ def flag_and_value(name: str, kind: str) -> str:
     return f"{flag} {kind.removesuffix(' | None').upper()}"
 
 
-def answer_help():
-    """If the script that is run is asked for help, it is given now: torch and diffusers take seconds to import."""
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    if {"-h", "--help"} & set(sys.argv[1:]) and script and "parse(Args, __doc__)" in Path(script).read_text("utf-8"):
-        show_help(script)
+def script_that_runs() -> str | None:
+    """The file of the script that is run, if it is one that parses its Args by flow.cli."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return file if file and "parse(Args, __doc__)" in Path(file).read_text("utf-8") else None
