@@ -12,6 +12,8 @@ a tie. judge/<dimension> is the mean P(yes) of a question about one picture, for
 detector (Organika/sdxl-detector, ...). An answer that cannot be read is counted under nan, never scored. Scores are
 kept in OUT/scores.jsonl: run again, nothing is asked twice.
 """
+from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+
 import contextlib
 import functools
 import hashlib
@@ -29,12 +31,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import tyro
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.cli import check_model, fail, json_text, make_dir, parse, reason
+from flow.cli import check_flags, check_model, check_place, make_dir, reason
+from flow.files import append, json_text, write_files
 from flow.judge import http_judge, local_judge, read_answer
-from flow.pictures import load_pictures, read_folder
+from flow.pictures import load_pictures, png, read_folder
 from flow.realism import embed_images, frechet_distance, load_embed, load_forensic
 from flow.rewards import load_reward, without_questions
 
@@ -156,15 +160,15 @@ def cached(out: Path, jobs: dict[str, object], load: Load, batch: int, desc: str
     text, known = read_scores(out / "scores.jsonl")
     missing = sorted(key for key in jobs if key not in known)
     score = load() if missing else None  # a model is loaded where a score is missing, and let go after
-    with open(out / "scores.jsonl", "a") as log:
-        log.write("" if text.endswith("\n") or not text else "\n")
-        for i in tqdm(range(0, len(missing), batch), desc=desc, leave=False, disable=not missing):
-            keys = missing[i:i + batch]
-            for key, value in zip(keys, score([jobs[k] for k in keys])):
-                known[key] = value
-                if math.isfinite(value):
-                    log.write(json.dumps({key: value}) + "\n")
-            log.flush()
+    end = "" if text.endswith("\n") or not text else "\n"  # of a line that was cut short
+    for i in tqdm(range(0, len(missing), batch), desc=desc, leave=False, disable=not missing):
+        keys = missing[i:i + batch]
+        scores = dict(zip(keys, score([jobs[k] for k in keys])))
+        known |= scores
+        finite = {key: value for key, value in scores.items() if math.isfinite(value)}
+        make_dir(str(out), "--out")  # no sooner: nothing is made for a model that cannot be loaded
+        append(out / "scores.jsonl", end + "".join(json.dumps({key: value}) + "\n" for key, value in finite.items()))
+        end = ""
     return {key: known[key] for key in jobs}
 
 
@@ -240,8 +244,9 @@ def short_names(paths: tuple[str, ...]) -> list[str]:
     return short if len(set(short)) == len(short) else list(paths)
 
 
-def draw_report(path: Path, folders: Folders, metrics: dict, pairs: dict, columns: int = 12):
-    """A row of pictures per folder, a column per prompt (its first picture); bars per metric; the judge's verdicts."""
+def draw_report(folders: Folders, metrics: dict, pairs: dict, columns: int = 12) -> bytes:
+    """A PNG: a row of pictures per folder, a column per prompt (its first picture); bars per metric; the judge's
+    verdicts."""
     dirs, prompts = list(folders), [row["prompt"] for row in next(iter(folders.values()))]
     names = dict(zip(dirs, short_names(dirs)))
     colour = {d: plt.cm.tab10.colors[i % 10] for i, d in enumerate(dirs)}
@@ -251,14 +256,17 @@ def draw_report(path: Path, folders: Folders, metrics: dict, pairs: dict, column
     high = [1.02 * len(dirs), rows * (0.22 * len(dirs) + 0.6)] + ([0.3 * len(pairs) + 0.4] if pairs else [])
     figure = plt.figure(figsize=(max(len(first), 8) + 1.2, sum(high) + 0.3), layout="constrained")
     strip, bars, *verdicts = figure.subfigures(len(high), 1, height_ratios=high)
-    axes = strip.subplots(len(dirs), len(first), squeeze=False)
-    for row, d in zip(axes, dirs):
-        row[0].set_ylabel(names[d], rotation=0, ha="right", va="center", fontsize=9)
-        for axis, i in zip(row, first):
-            axis.imshow(load_pictures([folders[d][i]["file"]])[0].permute(1, 2, 0).numpy())
-            axis.set(xticks=[], yticks=[])
-    for axis, i in zip(axes[0], first):
-        axis.set_title("\n".join(textwrap.wrap(prompts[i], 16)[:2]), fontsize=7)
+    tiles = torch.stack([load_pictures([folders[d][i]["file"] for i in first]) for d in dirs])
+    h, w = tiles.shape[-2:]
+    gap = -(-w // 16)
+    tiles = torch.nn.functional.pad(tiles, (0, gap, 0, gap), value=1)
+    sheet = rearrange(tiles, "d k c h w -> (d h) (k w) c")[:-gap, :-gap]  # one picture: many axes are slow to draw
+    axis = strip.subplots()
+    axis.imshow(sheet.numpy())
+    axis.set_yticks([i * (h + gap) + h / 2 for i in range(len(dirs))], list(names.values()), fontsize=9)
+    titles = ["\n".join(textwrap.wrap(prompts[i], 16)[:2]) for i in first]
+    axis.set_xticks([i * (w + gap) + w / 2 for i in range(len(first))], titles, fontsize=7)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
 
     charts = bars.subplots(rows, wide, squeeze=False, sharey=True).flatten()
     for axis, (name, scores) in zip(charts, metrics.items()):
@@ -274,8 +282,7 @@ def draw_report(path: Path, folders: Folders, metrics: dict, pairs: dict, column
     for axis in figure.axes:
         axis.spines[["top", "right"] if axis in charts[:len(metrics)] else list(axis.spines)].set_visible(False)
         axis.set_visible(axis not in charts[len(metrics):])
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return png(figure, 130)
 
 
 def draw_verdicts(axis, pairs: dict, names: dict[str, str], colour: dict):
@@ -350,12 +357,8 @@ def distance_of(args: Args, folders: Folders, real_rows: list[dict], device: tor
 
 def main(args: Args):
     """Compare folders."""
-    least = {"bootstrap": 1, "batch": 1, "judge_concurrency": 1, "judge_retries": 0, "judge_timeout": 1e-3}
-    for flag, value in vars(args).items():
-        if "" in (value if isinstance(value, tuple) else [value]):
-            fail(f"--{flag.replace('_', '-')} '': is empty; give a name, or leave the flag out")
-        if flag in least and not least[flag] <= value < math.inf:
-            fail(f"--{flag.replace('_', '-')} {value}: must be a finite number, at least {least[flag]}")
+    check_flags(args, {"bootstrap": 1, "batch": 1, "judge_concurrency": 1, "judge_retries": 0, "judge_timeout": 1e-3})
+    check_place(args.out, "--out", ("scores.jsonl", "report.json", "report.png"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folders = pair_folders(args.dirs)
     real_rows = read_folder(args.real, plain=True) if args.real else []
@@ -363,7 +366,7 @@ def main(args: Args):
     n, n_real = len(prompts), len(real_rows)
     if args.real and min(n, n_real) < 2:
         fail(f"--real {args.real}: a Frechet distance takes at least two pictures, here {n} against {n_real}")
-    args.judge = None if args.judge in (None, "none") else args.judge
+    args.judge = None if args.judge in (None, "none", "None") else args.judge
     if not (args.reward or args.forensic or args.judge or args.real):
         fail("nothing to compare by: give --reward, --judge, --forensic or --real")
     server = bool(args.judge) and args.judge.startswith(("http://", "https://"))
@@ -374,7 +377,7 @@ def main(args: Args):
     tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
     if tiny and folders[args.dirs[0]][0]["size"] != (64, 64):
         print(f"note: {', '.join(tiny)} know only the miniature's 64x64 pictures; what they say of these means little")
-    out = make_dir(args.out, "--out")
+    out = Path(args.out)
     check_out(out)
     values, metrics, pairs = {}, {}, {}
 
@@ -416,9 +419,8 @@ def main(args: Args):
     metrics, pairs = (json.loads(json_text(numbers)) for numbers in (metrics, pairs))  # None for NaN, as in the file
     report = {"dirs": list(args.dirs), "n": n, "args": asdict(args), "metrics": metrics,
               "pairs": {"judge/quality": pairs} if pairs else {}}
-    (out / ".report.tmp").write_text(json_text(report, indent=2) + "\n")
-    (out / ".report.tmp").replace(out / "report.json")
-    draw_report(out / "report.png", folders, metrics, pairs)
+    picture = draw_report(folders, metrics, pairs)
+    write_files({out / "report.json": json_text(report, indent=2) + "\n", out / "report.png": picture})
     print(table(args.dirs, metrics, pairs))
 
 

@@ -15,6 +15,8 @@ in fp32; with --renorm, which diffusers cannot do, row["pipe"] is null):
         pipe.load_lora_weights(row["lora"])
     pipe(prompt=row["prompt"], generator=torch.Generator("cpu").manual_seed(row["seed"]), **row["pipe"])
 """
+from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +26,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.cli import fail, json_text, make_dir, parse, read_prompts
-from flow.lora import load_lora
-from flow.pictures import earlier_samples, save_samples
+from flow.cli import MOST, check_flags, check_place, read_prompts
+from flow.files import json_text, write_files
+from flow.lora import check_lora, load_lora
+from flow.pictures import earlier_samples, png, save_samples
 from flow.pipeline import decode, decode_batch, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.rewards import load_reward
 from flow.seam import guided
+from flow.text import tell_misfits
+
+# what it writes besides the pictures
+FILES = "samples.jsonl", "grid.png", "norms.json", "norms.png", "adjoint.json", "adjoint.png"
 
 
 @dataclass
@@ -109,7 +116,6 @@ def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
     rows = {"t": t, "mean": ratios.mean(0).tolist(), "std": ratios.std(0, correction=0).tolist(),
             "min": ratios.amin(0).tolist(), "max": ratios.amax(0).tolist(), "n": len(ratios),
             "overall": ratios.mean().item()}
-    (out / "norms.json").write_text(json_text(rows, indent=2) + "\n")
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     axis.axhline(1, color="gray", linewidth=0.8)
     axis.plot(t, rows["mean"], marker="o", markersize=3, label="mean")
@@ -118,8 +124,7 @@ def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
     axis.set(xlabel="t (1 is noise)", ylabel="norm ratio to the reference", xlim=(1.02, -0.02))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(out / "norms.png", dpi=130)
-    plt.close(figure)
+    write_files({out / "norms.json": json_text(rows, indent=2) + "\n", out / "norms.png": png(figure, 130)})
     when = ", before --renorm" if renormed else ""
     print(f"norm ratio to the reference{when}: mean {rows['overall']:.4f}, worst step {max(rows['mean']):.4f}")
 
@@ -154,9 +159,7 @@ def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor], pro
     axes[1].axhspan(-1.96, 1.96, color="gray", alpha=0.15, linewidth=0)
     axes[2].set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
-    (out / "adjoint.json").write_text(json_text(rows, indent=2) + "\n")
-    figure.savefig(out / "adjoint.png", dpi=130)
-    plt.close(figure)
+    write_files({out / "adjoint.json": json_text(rows, indent=2) + "\n", out / "adjoint.png": png(figure, 130)})
 
 
 def energy(images: Tensor, prompts: list[str]) -> Tensor:
@@ -168,32 +171,32 @@ def main(args: Args):
     """Sample, measure, write."""
     if args.renorm not in ("none", "match", "cap"):
         fail(f"--renorm {args.renorm}: none, match or cap")
-    for flag in ("n", "steps", "batch", "size", "frames"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            fail(f"--{flag} {getattr(args, flag)}: must be at least 1")
+    check_flags(args, {"n": 1, "steps": 1, "batch": 1, "size": 1, "frames": 1, "seed": 0, "guidance": 0})
     if (args.norms or args.renorm != "none") and not args.lora:
         fail("--norms and --renorm compare a LoRA with its base: give --lora")
     if args.adjoint and not args.reward:
         fail("--adjoint asks how a reward would change: give --reward")
-    if args.adjoint and "vlm:" in args.reward:
-        fail(f"--adjoint: --reward {args.reward} has no gradient")
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts, "--prompts")
+    if args.n * len(prompts) > MOST["n"]:
+        fail(f"--n {args.n}: makes {args.n * len(prompts)} pictures of {len(prompts)} prompts; at most {MOST['n']}")
     prompts = [p for p in prompts for _ in range(args.n)]
     seeds = list(range(args.seed, args.seed + len(prompts)))
-    if args.lora and not (Path(args.lora) / "pytorch_lora_weights.safetensors").is_file():
-        fail(f"--lora {args.lora}: holds no pytorch_lora_weights.safetensors; a run keeps it in its lora/ folder")
-    if args.guidance is not None and not 0 <= args.guidance < float("inf"):
-        fail(f"--guidance {args.guidance}: must be at least 0")
-    if not 0 <= args.seed < 2**63 - len(prompts):
-        fail(f"--seed {args.seed}: must be at least 0 and below 2^63")
+    if args.seed >= 2**63 - len(prompts):
+        fail(f"--seed {args.seed}: must be below 2^63")
+    if args.lora:
+        check_lora(args.lora)
+    check_place(args.out, "--out", FILES)
     earlier_samples(args.out)
-    out = make_dir(args.out, "--out")
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reward = load_reward(args.reward, device) if args.reward else None
+    rewards = {"energy (control)": energy}
+    if args.adjoint:
+        rewards = {args.reward: load_reward(args.reward, device, differentiable=True), **rewards}
+
     pipe = load_pipeline(args.model, device, args.size, args.frames)
     if args.lora:
         load_lora(pipe, args.lora, args.model)
-    reward = load_reward(args.reward, device) if args.reward else None
+    tell_misfits(pipe, prompts, args.size)
     encode_prompts(pipe, prompts, args.guidance)
     sigmas = schedule(pipe, args.steps)
     noise = draw_noise(pipe, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])
@@ -211,8 +214,8 @@ def main(args: Args):
             row["reward"] = r
         print(f"reward: {np.mean([row['reward'] for row in rows]):.4f}")
     save_samples(args.out, pictures, rows)
+    out = Path(args.out)
     if args.adjoint:
-        rewards = {args.reward: load_reward(args.reward, device, differentiable=True), "energy (control)": energy}
         sensitivity = adjoint(pipe, noise, prompts, sigmas, list(rewards.values()), guidance=args.guidance,
                               batch=max(1, args.batch // 8))
         write_adjoint(out, sigmas, dict(zip(rewards, sensitivity)), prompts)

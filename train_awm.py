@@ -19,12 +19,13 @@ of the weights, and no second KL to such an EMA.
 
 To resume, run the same command again.
 """
+from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flow.cli import fail, parse
 from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, stratified
 from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, velocity

@@ -22,6 +22,8 @@ weights.
 
 To resume, run the same command again.
 """
+from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +31,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from flow.cli import fail, parse
 from flow.draws import ROLLOUT, TRAINING, noise_of, own_batches
 from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, schedule, velocity

@@ -1,17 +1,19 @@
 """A run's folder: whose it is, where it stopped, and the checkpoint that it resumes from. Nothing that the run itself
 has not written is overwritten or deleted."""
 import fcntl
-import hashlib
+import io
 import json
 import sys
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from flow.cli import fail, json_text, make_dir, reason
+from flow.card import write_card
+from flow.cli import check_place, fail, make_dir, reason
+from flow.files import fingerprint, json_text, write_files
 from flow.lora import save_lora, swapped
 from flow.pictures import plot_curves
 from flow.processes import PROCESSES, RANK
@@ -21,21 +23,9 @@ from flow.rewards import without_questions
 FREE = ["epochs", "save_every", "eval_every", "wandb"]
 NEARLY_FREE = ["batch", "rollout_batch", "checkpointing", "compile", "shard"]
 HELD = []  # locks
-OURS = ["args.json", "metrics.jsonl", "samples", "curves.png", "lora", "checkpoint"]
-
-
-def fingerprint(path: str) -> str | None:
-    """A hash of a file or a folder's files: names, sizes and up to a megabyte from all over each. None of a hub id."""
-    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
-    digest = hashlib.sha256()
-    for file in filter(Path.is_file, files):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)} {size}".encode())
-        with open(file, "rb") as opened:
-            for start in range(0, size, max(2**16, size // 16)):
-                opened.seek(start)
-                digest.update(opened.read(2**16))
-    return digest.hexdigest()[:16] if Path(path).exists() else None
+FOLDERS = "samples", "lora", "checkpoint"
+FILES = ("args.json", "metrics.jsonl", "curves.png", "lora/pytorch_lora_weights.safetensors", "lora/README.md",
+         "checkpoint/state.pt", "checkpoint/lock")
 
 
 def inputs_of(args) -> dict[str, str | None]:
@@ -69,8 +59,10 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
     rewards = without_questions(args.reward).split(",")
     reward = "+".join(Path(part).name.replace(".py:", "-").replace(":", "") for part in rewards)
     out = Path(args.out or f"runs/{name}-{Path(args.model).name}-{reward}-lam{args.lam:g}-s{args.seed}")
+    check_place(out, "--out", FILES, FOLDERS)
+    check_place(out, "--out", tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*")))
     args_file, state_file, log = out / "args.json", out / "checkpoint" / "state.pt", out / "metrics.jsonl"
-    files = [path for part in OURS for path in (out / part, *(out / part).rglob("*"))]
+    files = [path for part in (*FILES, *FOLDERS) for path in (out / part, *(out / part).rglob("*"))]
     files = [path for path in files if path.is_file() and path.name != "lock"]  # left by a run killed at its start
     found = sorted({path.relative_to(out).parts[0] for path in files})
     if not found:
@@ -94,14 +86,13 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
     if not state_file.exists():
         print(f"{out}: holds no checkpoint yet; starts over")
         return out, None
-    state = read_state(state_file)
+    state = read_state(state_file, {"old": list} if name == "nft" else {})
     if state["epoch"] > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {out} has done {state['epoch']}")
     if state["epoch"] == args.epochs:
         print(f"{out}: this run is finished ({args.epochs} epochs); a larger --epochs goes on with it")
         sys.exit(0)
-    if not log.is_file() or log.stat().st_size < state["log_bytes"]:
-        fail(f"{log}: is shorter than the checkpoint knows it; restore it, or give another --out")
+    check_log(log, state["log_bytes"])
     rounding = [f"--{flag.replace('_', '-')}" for flag in NEARLY_FREE if theirs.get(flag) != mine[flag]]
     if theirs.get("processes", 1) != PROCESSES:
         rounding.append(f"the number of processes ({theirs.get('processes', 1)} there, {PROCESSES} here)")
@@ -116,7 +107,21 @@ def read_args(file: Path, script: str) -> dict | None:
         args = json.loads(file.read_text())
     except (OSError, ValueError) as e:
         fail(f"{file}: cannot be read ({reason(e)}); restore it, or give another --out")
-    return args if isinstance(args, dict) and args.get("script") == script and "inputs" in args else None
+    known = {"script": str, "inputs": dict, "save_every": int, "epochs": int}
+    ours = isinstance(args, dict) and all(isinstance(args.get(name), kind) for name, kind in known.items())
+    return args if ours and args["script"] == script else None
+
+
+def check_log(log: Path, size: int):
+    """End the process unless a run's log is there, as long as the checkpoint knows it, and as it was written."""
+    try:
+        content = log.read_bytes()
+        if len(content) < size:
+            raise ValueError("it is shorter than the checkpoint knows it")
+        if not all(isinstance(json.loads(line), dict) for line in content[:size].splitlines()):
+            raise ValueError("a line is no JSON object")
+    except (OSError, ValueError) as e:
+        fail(f"{log}: cannot be read ({reason(e)}); restore it, or give another --out")
 
 
 def last_epoch(log: Path) -> int:
@@ -128,16 +133,18 @@ def last_epoch(log: Path) -> int:
         return 0  # it has not come to that
 
 
-def read_state(file: Path) -> dict:
-    """The checkpoint, whole and of finite numbers, or end the process."""
+def read_state(file: Path, more: dict[str, type]) -> dict:
+    """The checkpoint, whole and of finite numbers, or end the process. `more`: what a method keeps besides."""
     why = ""
     try:
         with zipfile.ZipFile(file) as opened:  # torch's format; its checksums are not looked at by torch
             why = opened.testzip() and "a checksum is wrong"
         state = torch.load(file, weights_only=True, map_location="cpu")
-        known = {"lora", "opt", "epoch", "step", "skipped", "bad", "log_bytes"}
-        if not why and not known <= state.keys():
-            why = f"it lacks {', '.join(sorted(known - state.keys()))}"
+        known = {"lora": dict, "opt": dict, "epoch": int, "step": int, "skipped": int, "bad": int, "log_bytes": int}
+        known |= more
+        lacks = sorted(name for name, kind in known.items() if not isinstance(state.get(name), kind))
+        if not why and lacks:
+            why = f"it lacks {', '.join(lacks)}"
         if not why and not all(x.isfinite().all() for x in tensors(state)):
             why = "it holds numbers that are not finite"
     except Exception as e:  # torch and zipfile raise what their readers raise
@@ -166,8 +173,7 @@ def open_folder(run):
     args = {flag: value for flag, value in asdict(run.args).items() if flag != "out"}
     recorded = {"script": f"train_{run.name}.py", **args, "processes": PROCESSES, "inputs": inputs_of(run.args),
                 "max_sequence_length": run.pipe.seam.settings.get("max_sequence_length")}
-    args_file.with_suffix(".tmp").write_text(json.dumps(recorded, indent=2) + "\n")
-    args_file.with_suffix(".tmp").replace(args_file)
+    write_files({args_file: json.dumps(recorded, indent=2) + "\n"})
     with open(run.out / "metrics.jsonl", "a") as log:
         log.truncate(run.state["log_bytes"] if run.state else 0)
 
@@ -176,54 +182,32 @@ def resume(run):
     """Put back what the checkpoint knows, if there is one that fits."""
     if run.state:
         saved, now = run.state["lora"], get_peft_model_state_dict(run.pipe.transformer)
-        fits = {name: x.shape for name, x in saved.items()} == {name: x.shape for name, x in now.items()}
-        for i, moments in run.state["opt"]["state"].items():
-            fits = fits and moments["exp_avg"].shape == run.params[i].shape
+        try:
+            fits = {name: x.shape for name, x in saved.items()} == {name: x.shape for name, x in now.items()}
+            for i, moments in run.state["opt"]["state"].items():
+                fits = fits and moments["exp_avg"].shape == moments["exp_avg_sq"].shape == run.params[i].shape
+            fits = fits and [x.shape for x in run.state.get("old", run.params)] == [p.shape for p in run.params]
+            run.opt.load_state_dict(run.state["opt"])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # an optimizer's state of another form
+            fits = False
         if not fits:
             fail(f"{run.out}/checkpoint/state.pt: does not fit the model; restore it, or give another --out")
         set_peft_model_state_dict(run.pipe.transformer, saved)
-        run.opt.load_state_dict(run.state["opt"])
         for average, saved in zip(run.ema or (), run.state.get("ema") or ()):
             average.copy_(saved)
         run.step, run.skipped, run.bad = (run.state[k] for k in ("step", "skipped", "bad"))
         print(f"{run.out}: resumed at epoch {run.epoch}")
 
 
-def write_card(run):
-    """lora/README.md: a model card as the hub expects it; the licence is the user's to choose."""
-    args, flags = run.args, []
-    for field in fields(args):
-        value, flag = getattr(args, field.name), field.name.replace("_", "-")
-        if value != field.default:
-            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            flags.append({True: f"--{flag}", False: f"--no-{flag}"}.get(value, f"--{flag} {value}"))
-    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(run.eval_prompts[:4]))
-    text = f"""---
-base_model: {args.model}
-library_name: diffusers
-tags: [lora, diffusers, normguard, {run.name}]
----
-A LoRA of rank {args.rank} for `{args.model}` (`pipe.load_lora_weights(FOLDER)`), trained for the reward
-`{args.reward}` with {run.name.upper()} and NormGuard (arXiv 2606.27771), lam {args.lam}:
-
-    python train_{run.name}.py {" ".join(flags)}
-
-Prompts to try:
-
-{prompts}
-"""
-    (run.out / "lora" / "README.md").write_text(text)
-
-
 def save_checkpoint(run, epoch: int, **state):
-    """lora/ and curves.png, then all that the next epoch depends on, to a temporary name and renamed: a run killed in
+    """lora/ and curves.png, then all that the next epoch depends on: a run that is killed, or has filled the disk, in
     between does the epochs since the checkpoint again and writes the same files."""
     with swapped(run.params, run.ema):
         save_lora(run.pipe, run.out / "lora")
     write_card(run)
     plot_curves(run.out)
-    tmp = run.out / "checkpoint" / "state.tmp"
+    content = io.BytesIO()  # torch itself does not say that a disk is full
     torch.save({"lora": get_peft_model_state_dict(run.pipe.transformer), "opt": run.opt.state_dict(), "epoch": epoch,
                 "step": run.step, "skipped": run.skipped, "bad": run.bad, "ema": run.ema, **state,
-                "log_bytes": (run.out / "metrics.jsonl").stat().st_size}, tmp)
-    tmp.replace(tmp.with_name("state.pt"))
+                "log_bytes": (run.out / "metrics.jsonl").stat().st_size}, content)
+    write_files({run.out / "checkpoint" / "state.pt": content.getvalue()})

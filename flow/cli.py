@@ -1,28 +1,131 @@
-"""The command line and its errors: flags parsed, files read, and one line where something is wrong."""
+"""The command line and its errors: flags and files read, files written, and one line where something is wrong.
+
+Each script imports this before torch and diffusers, which take seconds: from here on Ctrl-C is one line, and --help is
+answered without them.
+"""
 import contextlib
+import errno
 import io
-import json
+import math
 import os
 import re
+import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-import torch
-import tyro
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what keeps a disk from taking more
+
+
+RESUMES = "; the same command resumes from the last checkpoint"
+
+
+def training() -> bool:
+    """Is it a training script that runs?"""
+    return Path(sys.argv[0]).name.startswith("train_")
+
+
+def last_words(kind, error, trace):
+    """The interpreter's excepthook, but for Ctrl-C, a full disk and a GPU out of memory: they are one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        interrupted()
+    elif kind.__name__ == "OutOfMemoryError":
+        lower = "--batch or --rollout-batch" + RESUMES if training() else "--batch or --size"
+        fail(f"the GPU is out of memory; lower {lower} ({reason(error)})")
+    elif issubclass(kind, OSError) and error.errno in FULL:
+        fail(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); what was saved before is whole")
+    elif re.search("inline_container|No space left|File too large", str(error)):  # torch, safetensors
+        fail(f"a file cannot be written: the disk is full ({reason(error)[:80]}); what was saved before is whole")
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def interrupted(*_):
+    """Say so, and die of SIGINT, which a shell shows as 130."""
+    from tqdm import tqdm  # it clears a progress bar; this may be called before the import below
+    tqdm.write("interrupted" + (RESUMES if training() else ""), file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+sys.excepthook = last_words
+
 from tqdm import tqdm
+
+from flow.help import script_that_runs, show_help
+
+if script_that_runs():
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        show_help(script_that_runs())
+    signal.signal(signal.SIGINT, interrupted)  # until `parse`: libraries that are imported swallow KeyboardInterrupt
+
+# more than this is a slip of the keyboard, which would take all memory or days before it shows
+MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, "steps": 1_000, "timesteps": 1_000,
+        "eval_steps": 1_000, "rank": 4_096, "size": 8_192, "frames": 1_000, "eval_n": 10_000, "n": 100_000,
+        "renders": 10**7, "bootstrap": 100_000, "judge_retries": 100, "judge_concurrency": 1_000,
+        "judge_timeout": 86_400}
 
 
 def fail(message: str):
     """End the process with one line on stderr and exit code 2: the user's input is wrong, nothing was overwritten."""
-    alike = int(os.environ.get("LOCAL_RANK", 0)) > 0 and not torch.distributed.is_initialized()
-    if not alike:  # of several processes that fail alike before they meet, the first speaks
-        tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
+    message = re.sub(r"\S{200,}", lambda name: f"{name[0][:60]}...{name[0][-60:]}", " ".join(str(message).split()))
+    met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+    if met or os.environ.get("LOCAL_RANK", "0") == "0":  # processes that fail alike, before they meet, say so once
+        tqdm.write(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def reason(error: Exception) -> str:
     """What went wrong, in a line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------- flags
+
+def parse(args_class, doc: str):
+    """tyro, with its framed errors turned into one line."""
+    import tyro  # not needed for --help
+
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        show_help(sys.modules[args_class.__module__].__file__)
+    switches = {f"--{x.name.replace('_', '-')}" for x in fields(args_class) if x.type in (bool, bool | None)}
+    given = []
+    for word in sys.argv[1:]:  # --compile True is --compile, too
+        if word in ("True", "False") and given and given[-1] in switches:
+            given[-1] = given[-1] if word == "True" else "--no-" + given[-1][2:]
+        else:
+            given.append(word)
+    framed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(framed):
+            args, unknown = tyro.cli(args_class, args=given, description=doc, return_unknown_args=True,
+                                     config=(tyro.conf.DisallowNone,))
+    except SystemExit as end:
+        if not end.code:
+            raise
+        said = " ".join(framed.getvalue().translate(str.maketrans("", "", "╭╮╰╯─│")).split())
+        wrong = re.search(r"Error parsing (--\S+): (.*?)(?: Got errors.*?)? Argument helptext: --\S+ (\S+)", said)
+        fail("{0}: {1}; it takes {2}".format(*wrong.groups())[:150] if wrong else said[:150])
+    if unknown:
+        fail(f"unknown flag {unknown[0]}; --help lists them all")
+    return args
+
+
+def check_flags(args, least: dict[str, float]):
+    """End the process where a flag is empty, or a number not finite, below `least` of its flag or beyond reason."""
+    for flag, value in vars(args).items():
+        name = f"--{flag.replace('_', '-')}"
+        if "" in (value if isinstance(value, tuple) else [value]):
+            fail(f"{name} '': is empty; give a value, or leave the flag out")
+        if isinstance(value, (int, float)):
+            if value != value or value in (math.inf, -math.inf):
+                fail(f"{name} {value}: must be a finite number")
+            if value < least.get(flag, value):
+                fail(f"{name} {value}: must be at least {least[flag]:g}")
+            if value > MOST.get(flag, value):
+                fail(f"{name} {value}: must be at most {MOST[flag]}")
 
 
 def check_model(flag: str, name: str, or_else: str = ""):
@@ -36,7 +139,7 @@ def cannot_load(flag: str, name: str, error: Exception, needs: tuple[str, ...] =
     if isinstance(error, ImportError):  # Qwen-VL's processor also reads videos, for which it wants torchvision
         fail(f"{flag} {name}: needs a package that is not installed: {str(error).strip()[:200]} "
              "(for torch 2.13: pip install torchvision==0.28.0)")
-    why = f"{flag} {name}: cannot be loaded ({type(error).__name__}: {reason(error.__cause__ or error)})"
+    why = f"{flag} {name}: cannot be loaded ({type(error).__name__}: {reason(error.__cause__ or error)[:90]})"
     if Path(name).is_dir():
         fail(f"{why}; the folder is of another kind of model, or broken")
     away = f"`hf download {name} --local-dir DIR` elsewhere and give {flag} DIR"
@@ -46,42 +149,7 @@ def cannot_load(flag: str, name: str, error: Exception, needs: tuple[str, ...] =
          f"licence there and `hf auth login`; if offline, {away}")
 
 
-def parse(args_class, doc: str):
-    """tyro, with its framed errors turned into one line; Ctrl-C and a GPU out of memory, later, become one too."""
-    trains = hasattr(args_class, "save_every")
-    lower = ("--batch or --rollout-batch; the same command with those resumes from the last checkpoint" if trains
-             else "--batch or --size")
-
-    def last_words(kind, error, trace):
-        """The interpreter's excepthook, but for these two."""
-        if issubclass(kind, KeyboardInterrupt):
-            resumes = "; the same command resumes from the last checkpoint" if trains else ""
-            return tqdm.write("interrupted" + resumes, file=sys.stderr)
-        if not issubclass(kind, torch.OutOfMemoryError):
-            return sys.__excepthook__(kind, error, trace)
-        tqdm.write(f"error: the GPU is out of memory; lower {lower} ({reason(error)})", file=sys.stderr)
-
-    sys.excepthook = last_words
-    framed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(framed):
-            args, unknown = tyro.cli(args_class, description=doc, return_unknown_args=True)
-    except SystemExit as end:
-        if end.code:
-            said = " ".join(framed.getvalue().translate(str.maketrans("", "", "╭╮╰╯─│")).split())
-            wrong = re.search(r"Error parsing (--\S+): (.*?)(?: Got errors.*?)? Argument helptext: --\S+ (\S+)", said)
-            fail("{0}: {1}; it takes {2}".format(*wrong.groups())[:150] if wrong else said[:150])
-        raise
-    if unknown:
-        fail(f"unknown flag {unknown[0]}; --help lists them all")
-    return args
-
-
-def json_text(value, indent: int | None = None) -> str:
-    """JSON, in which a number that is not finite is null: JSON has none."""
-    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(value, indent=indent)
-
+# ---------------------------------------------------------------- files and folders
 
 def read_prompts(path: str, flag: str) -> list[str]:
     """The non-empty lines of a text file; a missing or empty one ends the process, naming `flag`."""
@@ -96,13 +164,32 @@ def read_prompts(path: str, flag: str) -> list[str]:
     return prompts
 
 
+def check_place(path: str | Path, flag: str, files: tuple = (), folders: tuple = ()):
+    """End the process if a folder cannot be made or written to, or if what is to be a file or a folder in it is of
+    another kind. Nothing is made yet: it is found at the start, not after hours at the first save."""
+    place = Path(path)
+    try:
+        there = next(part for part in (place, *place.absolute().parents) if part.exists() or part.is_symlink())
+        if not there.is_dir():
+            fail(f"{flag} {path}: {there} is no folder; give another {flag}")
+        if not os.access(there, os.W_OK | os.X_OK):
+            fail(f"{flag} {path}: {there} cannot be written to; give another {flag}")
+        for names, is_right, kind in ((files, Path.is_file, "file"), (folders, Path.is_dir, "folder")):
+            for part in (place / name for name in names):
+                if (part.exists() or part.is_symlink()) and not is_right(part):
+                    fail(f"{flag} {path}: {part} is no {kind}; move it, or give another {flag}")
+    except OSError as e:  # a name that is too long, for one
+        fail(f"{flag} {path}: cannot be written to ({e.strerror})")
+
+
 def make_dir(path: str, flag: str) -> Path:
     """Create a folder that can be written to, or end the process, naming `flag`."""
+    check_place(path, flag)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         probe = Path(path) / f".write-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as e:
-        fail(f"{flag} {path}: cannot be written to ({e})")
+        fail(f"{flag} {path}: cannot be written to ({e.strerror})")
     return Path(path)

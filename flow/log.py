@@ -3,7 +3,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from flow.cli import fail, json_text
+from flow.cli import fail
+from flow.files import append, json_text
 from flow.processes import RANK
 
 
@@ -11,8 +12,7 @@ def write_line(run, line: dict):
     """Append to metrics.jsonl, and to wandb if asked for."""
     if RANK > 0:
         return
-    with open(run.out / "metrics.jsonl", "a") as log:
-        log.write(json_text(line) + "\n")
+    append(run.out / "metrics.jsonl", json_text(line) + "\n")
     if run.wandb:
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         run.wandb.log(numbers, step=line["step"])

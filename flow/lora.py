@@ -1,5 +1,7 @@
 """LoRA on a diffusers transformer: its places are found, not listed; in and out in diffusers' own format."""
 import json
+import logging
+import re
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +13,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from flow.cli import fail, reason
+from flow.cli import fail, make_dir, reason
+from flow.files import write_files
+
+NAME = "pytorch_lora_weights.safetensors"  # diffusers'
 
 warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT has two adapters and means it
 
@@ -112,28 +117,59 @@ def save_lora(pipe, folder: Path):
     config["target_modules"] = sorted(config["target_modules"])  # peft holds a set
     lora = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(pipe.transformer).items()}
     metadata = json.dumps({f"transformer.{k}": v for k, v in config.items()}, sort_keys=True)
-    folder.mkdir(exist_ok=True)
-    save_file(lora, folder / "lora.tmp", {"lora_adapter_metadata": metadata})
-    (folder / "lora.tmp").replace(folder / "pytorch_lora_weights.safetensors")
+    make_dir(str(folder), "--out")
+    write_files({folder / NAME: save(lora, {"lora_adapter_metadata": metadata})})
+
+
+def check_lora(folder: str):
+    """End the process, before a model is loaded, if a folder holds no LoRA that can be read."""
+    file = Path(folder) / NAME
+    if Path(folder).is_file():
+        fail(f"--lora {folder}: is a file; give the folder that holds it, {Path(folder).parent}")
+    if not file.is_file():
+        fail(f"--lora {folder}: holds no {NAME}; a run keeps it in its lora/ folder")
+    try:
+        with safe_open(file, "pt") as opened:
+            if not all(opened.get_tensor(name).isfinite().all() for name in opened.keys()):
+                raise ValueError("it holds numbers that are not finite")
+    except Exception as e:  # safetensors has errors of its own
+        fail(f"--lora {folder}: {NAME} cannot be read ({reason(e)})")
 
 
 def load_lora(pipe, folder: str, model: str):
     """Put a LoRA on; one that does not fit ends the process, naming --lora and --model."""
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # it would list each tensor
     try:
-        with warnings.catch_warnings():
+        with safe_open(Path(folder) / NAME, "pt") as opened, warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # peft's, of weights that have no place in this model
+            names = set(opened.keys())
             if hasattr(pipe, "transformer_name"):  # a loader for transformers; PRX has one for UNets
                 pipe.load_lora_weights(folder)
             else:
-                with safe_open(Path(folder) / "pytorch_lora_weights.safetensors", "pt") as opened:
-                    config = json.loads(opened.metadata()["lora_adapter_metadata"])
-                    lora = {name.removeprefix("transformer."): opened.get_tensor(name) for name in opened.keys()}
+                config = json.loads(opened.metadata()["lora_adapter_metadata"])
+                lora = {name.removeprefix("transformer."): opened.get_tensor(name) for name in names}
                 config = {name.removeprefix("transformer."): value for name, value in config.items()}
                 inject(pipe.transformer, "default", LoraConfig(**config))
                 set_peft_model_state_dict(pipe.transformer, lora)
-        if not all(p.isfinite().all() for name, p in pipe.transformer.named_parameters() if "lora_" in name):
-            raise ValueError("it holds numbers that are not finite")
-        if not lora_layers(pipe.transformer):
+        weights = [p for name, p in pipe.transformer.named_parameters() if ".lora_" in name]
+        if not weights:
             raise ValueError("it holds nothing for the transformer")
+        if any(p.is_meta for p in weights):
+            raise ValueError("it lacks some of its tensors")
+        ours = [name for name in names if name.startswith("transformer.") and ".lora_" in name]
+        if len(ours) == len(names) != len(weights):
+            raise ValueError(f"it has {len(names)} tensors, of which {len(weights)} have a place")
     except Exception as e:  # of another rank, model or library: peft, diffusers and safetensors each raise their own
-        fail(f"--lora {folder}: does not fit --model {model} ({reason(e)})")
+        fail(f"--lora {folder}: does not fit --model {model} ({misfit(e)})")
+    finally:
+        diffusers.utils.logging.set_verbosity_error()
+
+
+def misfit(error: Exception) -> str:
+    """Why a LoRA does not fit, in a line, out of the libraries' many."""
+    sizes = re.search(r"size mismatch for (\S+?)\.lora_\S+ .*?Size\((.*?)\).*?Size\((.*?)\)", str(error))
+    if sizes:
+        return "{} has {} in it, and {} in the model".format(*sizes.groups())
+    if "inconsistency" in str(error):  # peft's, of places
+        return "it is of another pipeline, or lacks some of its tensors"
+    return reason(error)[:150]

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.cli import fail, json_text, make_dir, reason
+from flow.cli import fail, make_dir, reason
+from flow.files import json_text, write_files
 
 matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
@@ -53,10 +54,18 @@ def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> I
 
 def save_grid(path: Path, pictures: Tensor, columns: int, captions: list[str] | None = None):
     """A grid as `path`.png; of videos (n, frames, 3, h, w) the middle frames', and one that moves as `path`.gif."""
-    grid(middle_frames(pictures), columns, captions).save(path.with_suffix(".png"))
-    if pictures.ndim == 5:
-        first, *rest = [grid(frame, columns, captions) for frame in pictures.unbind(1)]
-        first.save(path.with_suffix(".gif"), save_all=True, append_images=rest, duration=125, loop=0)  # 8 a second
+    write_files(grid_files(path, pictures, columns, captions))
+
+
+def grid_files(path: Path, pictures: Tensor, columns: int, captions: list[str] | None = None) -> dict[Path, bytes]:
+    """What save_grid writes."""
+    still, moving = io.BytesIO(), io.BytesIO()
+    grid(middle_frames(pictures), columns, captions).save(still, "PNG")
+    if pictures.ndim < 5:
+        return {path.with_suffix(".png"): still.getvalue()}
+    first, *rest = [grid(frame, columns, captions) for frame in pictures.unbind(1)]
+    first.save(moving, "GIF", save_all=True, append_images=rest, duration=125, loop=0)  # 8 a second
+    return {path.with_suffix(".png"): still.getvalue(), path.with_suffix(".gif"): moving.getvalue()}
 
 
 def earlier_samples(out: str) -> list[Path]:
@@ -79,14 +88,14 @@ def save_samples(out: str, pictures: Tensor, rows: list[dict]):
     """PNGs (of videos: of the middle frame, and a GIF), grid.png and samples.jsonl in the folder `out`, for pictures
     (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1] and n dicts that hold at least prompt and seed."""
     folder = make_dir(out, "--out")
-    for old in earlier_samples(out):
-        if old.stem != "grid":
-            old.unlink()  # there may have been more
+    old = {path for path in earlier_samples(out) if path.stem != "grid"}
     lines = [json_text({"file": f"{i:05d}.png", **row}) + "\n" for i, row in enumerate(rows)]
-    (folder / "samples.jsonl").write_text("".join(lines))  # first: what follows is known to be ours
+    files = {folder / "samples.jsonl": "".join(lines)}  # first: what follows is known to be ours
     for i in tqdm(range(len(pictures)), desc="save", leave=False):
-        save_grid(folder / f"{i:05d}", pictures[i:i + 1], 1)
-    save_grid(folder / "grid", pictures[:64], min(8, len(pictures)))
+        files |= grid_files(folder / f"{i:05d}", pictures[i:i + 1], 1)
+    write_files(files | grid_files(folder / "grid", pictures[:64], min(8, len(pictures))))
+    for path in old - files.keys():
+        path.unlink()  # there were more
     print(f"{len(rows)} pictures in {folder}/")
 
 
@@ -134,7 +143,8 @@ def plot_curves(out: Path):
     panels = {"reward": ["reward", "eval_reward"],
               "norm ratio to the reference": ["norm_ratio", "eval_norm_ratio", "eval_norm_ratio_max"],
               "guard: share of samples over the reference": ["active"]}
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(17, 3.4))
+    figure.subplots_adjust(0.03, 0.14, 0.99, 0.91, 0.2)  # to find a layout takes as long as to draw it
     for axis, (title, keys) in zip(axes, panels.items()):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
@@ -151,6 +161,12 @@ def plot_curves(out: Path):
         axes[3].legend(fontsize=7)
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.savefig(out / "curves.tmp", dpi=110, format="png")
+    write_files({out / "curves.png": png(figure)})
+
+
+def png(figure, dpi: int = 110) -> bytes:
+    """A figure as a PNG file; the figure is closed."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format="png")
     plt.close(figure)
-    (out / "curves.tmp").replace(out / "curves.png")
+    return content.getvalue()

@@ -38,7 +38,7 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
 
 def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> list[int]:
     """Which of a detector's labels mean a real picture: --real-label, or by their words, all of which must be known."""
-    listed = ", ".join(labels.values())
+    listed = ", ".join([*labels.values()][:8]) + (", ..." if len(labels) > 8 else "")
     if real_label is not None:
         if real_label not in labels.values():
             fail(f"--real-label {real_label}: {name} has no such label; its labels are {listed}")

@@ -59,6 +59,8 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
         if not math.isfinite(weight):
             fail(f"--reward {part}: its weight must be a finite number")
         parts.append((name, weight, load_part(name, device, differentiable)))
+        if differentiable:
+            check_gradient(*parts[-1])
 
     models = [score.model for _, _, score in parts if hasattr(score, "model")]
 
@@ -81,6 +83,15 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     return reward
 
 
+def check_gradient(name: str, weight: float, score: Reward):
+    """End the process if a reward does not say how it changes with the picture, as a function of NumPy's."""
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.enable_grad():
+        value = checked(name, score, images, ["a picture"]).sum()
+    if not (value.requires_grad and torch.autograd.grad(value, images, allow_unused=True)[0] is not None):
+        fail(f"--adjoint: --reward {name} has no gradient")
+
+
 def without_questions(spec: str) -> str:
     """A reward's spec with MODEL in place of vlm:MODEL@URL[QUESTION]: what it is made of, and a name for it."""
     return re.sub(r"vlm:([^@[,]+)(@[^[,]*)?(\[.*?\])?", r"\1", spec, flags=re.DOTALL)
@@ -89,7 +100,7 @@ def without_questions(spec: str) -> str:
 def load_part(name: str, device: torch.device, differentiable: bool) -> Reward:
     """One reward, without its weight."""
     if name.startswith("vlm:"):
-        return fail(f"--reward {name}: has no gradient") if differentiable else load_vlm(name, device)
+        return fail(f"--adjoint: --reward {name} has no gradient") if differentiable else load_vlm(name, device)
     if ".py:" in name:
         return load_function(name)
     if name.endswith(".py"):

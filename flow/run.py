@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flow.checkpoint import find_run, open_folder, resume, save_checkpoint, unlock
-from flow.cli import fail
+from flow.cli import check_flags, fail
 from flow.draws import EPOCH, draw_prompts, rng
 from flow.evaluate import evaluate, mark_peak, to_cpu
 from flow.log import last_line, start_wandb, write_line
@@ -20,6 +20,7 @@ from flow.lora import add_lora
 from flow.pipeline import encode_prompts, load_pipeline, schedule
 from flow.processes import PROCESSES, RANK, gathered, meet, own_device, part_ways, share, sum_gradients
 from flow.rewards import load_reward
+from flow.text import tell_misfits
 
 # ---------------------------------------------------------------- start
 
@@ -27,14 +28,7 @@ def check_numbers(args):
     """Refuse numbers that cannot work, naming the flag. A flag that a script does not have is passed over."""
     at_least = {"epochs groups rank updates batch rollout_batch timesteps save_every eval_n eval_steps size frames": 1,
                 "group steps": 2, "seed eval_every lam margin kl guidance": 0}
-    for flags, low in at_least.items():
-        for flag in flags.split():
-            value = getattr(args, flag, None)
-            if value is not None and not low <= value < float("inf"):
-                fail(f"--{flag.replace('_', '-')} {value}: must be at least {low}")
-    for flag in ("model", "reward"):
-        if not getattr(args, flag):
-            fail(f"--{flag} '': give a folder or a hub id")
+    check_flags(args, {flag: low for flags, low in at_least.items() for flag in flags.split()})
     if args.ema is not None and not 0 < args.ema < 1:
         fail(f"--ema {args.ema}: must be above 0 and below 1")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
@@ -61,6 +55,7 @@ def start_run(name: str, args) -> SimpleNamespace:
     reward(torch.zeros(2, 3, 64, 64), prompts[:1] * 2)  # does it work?
     to_cpu(reward)
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
+    tell_misfits(pipe, prompts + eval_prompts, args.size)
     model = pipe.transformer
     params = add_lora(model, args.rank, args.seed)
     opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, fused=device.type == "cuda")

@@ -2,19 +2,22 @@
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import eval_judge
 import sample
 import train_awm
 import train_nft
-from flow import checkpoint, cli, pictures, run
+from flow import checkpoint, cli, files, pictures, run
 from flow.pipeline import decode, load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +41,13 @@ def once(tmp_path_factory) -> Path:
     """A finished run, not to be changed."""
     os.chdir(ROOT)
     return train(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="session")
+def longer(tmp_path_factory) -> Path:
+    """An uninterrupted run of one epoch more."""
+    os.chdir(ROOT)
+    return train(tmp_path_factory.mktemp("runs") / "longer", epochs=3)
 
 
 @pytest.fixture()
@@ -66,11 +76,10 @@ def lora(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "lora/pytorch_lora_weights.safetensors")
 
 
-def test_a_finished_run_is_extended_to_what_a_longer_one_gives(trained, tmp_path, capsys):
+def test_a_finished_run_is_extended_to_what_a_longer_one_gives(trained, longer, capsys):
     train(trained, epochs=3, save_every=2, eval_every=3)
     assert "resumed at epoch 2" in capsys.readouterr().out
-    whole = train(tmp_path / "whole", epochs=3)
-    assert all(torch.equal(value, lora(whole)[name]) for name, value in lora(trained).items())
+    assert all(torch.equal(value, lora(longer)[name]) for name, value in lora(trained).items())
     assert json.loads((trained / "args.json").read_text())["epochs"] == 3
 
 
@@ -149,13 +158,13 @@ def test_a_changed_input_is_named(tmp_path, capsys, flag):
 
 def test_a_fingerprint_sees_names_sizes_and_bytes(tmp_path):
     (tmp_path / "a").write_bytes(bytes(3_000_000))
-    before = checkpoint.fingerprint(str(tmp_path))
-    assert before == checkpoint.fingerprint(str(tmp_path)) and checkpoint.fingerprint("a/hub-id") is None
+    before = files.fingerprint(str(tmp_path))
+    assert before == files.fingerprint(str(tmp_path)) and files.fingerprint("a/hub-id") is None
     (tmp_path / "a").write_bytes(bytes([1]) * 3_000_000)
-    assert checkpoint.fingerprint(str(tmp_path)) != before
+    assert files.fingerprint(str(tmp_path)) != before
     (tmp_path / "a").rename(tmp_path / "b")
     (tmp_path / "b").write_bytes(bytes(3_000_000))
-    assert checkpoint.fingerprint(str(tmp_path)) != before
+    assert files.fingerprint(str(tmp_path)) != before
 
 
 def test_a_damaged_checkpoint_is_refused_whole(trained, capsys):
@@ -231,7 +240,7 @@ def test_a_byte_order_mark_is_no_prompt(tmp_path):
 
 
 def test_json_has_no_nan():
-    assert json.loads(cli.json_text({"a": [math.nan, 1.0], "b": math.inf})) == {"a": [None, 1.0], "b": None}
+    assert json.loads(files.json_text({"a": [math.nan, 1.0], "b": math.inf})) == {"a": [None, 1.0], "b": None}
 
 
 def test_a_run_ends_by_saying_what_came_of_it(tmp_path, capsys):
@@ -277,3 +286,75 @@ def test_wandb_gets_the_numbers_and_the_grids(tmp_path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [numbers["loss"] for _, numbers in logged if "loss" in numbers] == [lines[1]["loss"]]
     assert sum("samples" in numbers for _, numbers in logged) == 2
+
+
+# ---------------------------------------------------------------- a full disk
+
+@contextmanager
+def full_beyond(size: int):
+    """No file takes more than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("file", [
+    "args.json",
+    "metrics.jsonl",
+    "lora/pytorch_lora_weights.safetensors",
+    "checkpoint/state.pt",
+])
+def test_a_full_disk_costs_no_more_than_the_epoch(trained, longer, capsys, file):
+    """Full as soon as a file is to be what it is now: the line names it, what was there is whole, and with room again
+    the same command makes what an uninterrupted run makes."""
+    before = contents(trained)
+    with full_beyond(len(before[file]) - 1), pytest.raises(SystemExit) as end:
+        train(trained, epochs=3)
+    checkpoint.unlock()
+    said = capsys.readouterr().err.replace("\x1b[A", "")  # bars go up a line
+    error = [line for line in said.splitlines() if line.strip() and "%|" not in line]
+    assert end.value.code == 2 and len(error) == 1 and f"{file}: cannot be written" in error[0], error
+    after = contents(trained)
+    assert after[file] == before[file] and after["checkpoint/state.pt"] == before["checkpoint/state.pt"]
+    assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
+    assert not [name for name in after if name.endswith(".tmp")]
+    train(trained, epochs=3)
+    assert all(torch.equal(value, lora(longer)[name]) for name, value in lora(trained).items())
+
+
+def test_a_full_disk_leaves_earlier_pictures_and_reports(tmp_path, capsys):
+    rows = [{"prompt": "a red star", "seed": seed} for seed in range(2)]
+    noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    dirs = [str(tmp_path / name) for name in "ab"]
+    for folder in dirs:
+        pictures.save_samples(folder, noise, rows)
+    with full_beyond(2000):  # more than samples.jsonl, less than a picture
+        refuses(capsys, tmp_path, lambda: pictures.save_samples(dirs[0], 1 - noise, rows), "00000.png", "room")
+    args = eval_judge.Args(tuple(dirs), reward=(), judge=None, out=str(tmp_path / "eval"))
+    eval_judge.main(args)
+    args.dirs = args.dirs[::-1]  # another report, of the same scores
+    with full_beyond(5000):
+        refuses(capsys, tmp_path, lambda: eval_judge.main(args), "report.png", "room")
+
+
+def test_a_log_that_cannot_grow_stays_as_it_was(tmp_path, capsys):
+    (tmp_path / "log").write_text("a line\n")
+    with full_beyond(10):
+        refuses(capsys, tmp_path, lambda: files.append(tmp_path / "log", "another line\n"), "log", "room")
+    refuses(capsys, tmp_path, lambda: files.append(Path("/dev/full"), "a line\n"), "/dev/full", "No space left")
+
+
+@pytest.mark.parametrize("code", [
+    "with open('/dev/full', 'w') as file: file.write('x')",
+    "import torch; torch.save(torch.ones(1000), '/dev/full')",
+    "import torch; from safetensors.torch import save_file; save_file({'x': torch.ones(1000)}, 'x')",
+])
+def test_a_full_disk_anywhere_else_is_a_line_too(tmp_path, code):
+    code = f"import resource, flow.cli\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n{code}"
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert end.returncode == 2 and end.stderr.startswith("error: ") and end.stderr.count("\n") == 1, end.stderr
+    assert "cannot be written" in end.stderr

@@ -4,6 +4,7 @@ import inspect
 from contextlib import contextmanager
 
 import torch
+from tqdm import tqdm
 
 from flow.seam import Seen, call
 
@@ -146,3 +147,23 @@ def batches(pipe, prompts: list[str], most: int, guidance: float | None = None) 
         groups.setdefault(pipe.seam.shapes.get(prompt), []).append(i)
     most = 1 if pipe.seam.one_by_one.get(guidance) else most
     return [rows[i:i + most] for rows in groups.values() for i in range(0, len(rows), most)]
+
+
+def tell_misfits(pipe, prompts: list[str], size: int | None):
+    """Say what the model was not made for: prompts longer than any of its tokenizers reads, a size far from its own."""
+    names = sorted(name for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None)
+    tokenizers = [getattr(pipe.components[name], "tokenizer", pipe.components[name]) for name in names]  # a processor's
+    limits = [tokenizer.model_max_length for tokenizer in tokenizers]
+    limits[-1:] = [pipe.seam.settings.get("max_sequence_length", limit) for limit in limits[-1:]]
+    unique = list(dict.fromkeys(prompts))
+    cut = [prompt for prompt in unique if tokenizers and not any(
+        len(tokenizer(prompt).input_ids) <= limit for tokenizer, limit in zip(tokenizers, limits))]
+    if cut:
+        tqdm.write(f"note: {len(cut)} of {len(unique)} prompts are longer than the {max(limits)} tokens that "
+                   f"{type(pipe).__name__} reads; the end is lost, first of {cut[0][:80]!r}")
+    own = pipe.seam.takes["height"].default if "height" in pipe.seam.takes else None
+    own = own or getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
+    made_for = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
+    own = min(own, made_for) if isinstance(made_for, int) else own
+    if size and own and not own / 2 <= size <= own * 2:
+        tqdm.write(f"note: --size {size}: {type(pipe).__name__} was made for pictures of {own} pixels a side")

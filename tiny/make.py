@@ -31,6 +31,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+
 import diffusers as D
 import torch
 import torch.nn.functional as F
@@ -39,13 +43,10 @@ from einops import rearrange
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
 from world import CAPTIONS, COLOURS, COMBOS, FLAWS, HELD_OUT, SHAPES, SIZE, caption, degrade, render, scene
 
 from eval_judge import PAIR, SINGLE
-from flow.cli import fail, parse
+from flow.cli import check_flags, check_place, make_dir
 from flow.judge import local_judge, messages, read_answer
 from flow.pictures import to_image
 from flow.pipeline import add_noise, decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule
@@ -53,14 +54,15 @@ from flow.realism import embed_images, frechet_distance, load_embed, load_forens
 
 TOKENS = 8  # length of an encoded caption, for CLIP and T5
 PARTS = ["vae", "pickscore", "hps", "embed", "sd3", "flux", "judge", "forensic"]
+NEEDS = {"judge": ("sd3", "flux"), "forensic": ("sd3", "flux")}  # whose pictures they are trained on
 
 
 @dataclass
 class Args:
     parts: tuple[str, ...] = tuple(PARTS)
-    """what to make"""
+    """what to make (default: all of it, in this order)"""
     out: str = str(HERE)
-    """where the folders go"""
+    """where the folders go (default: tiny/)"""
     work: str = "runs/make"
     """unfinished training states and cached renders"""
     seed: int = 0
@@ -805,10 +807,23 @@ def report(args: Args) -> dict[str, float]:
 
 def main(args: Args):
     """Make the parts asked for, write the prompt files, report."""
-    Path(args.work).mkdir(parents=True, exist_ok=True)
+    steps = {flag: 1 for flag in vars(args) if flag.endswith("_steps")}
+    check_flags(args, {**steps, "renders": 1, "seed": 0, "wrong": 0})
+    if args.wrong > 1:
+        fail(f"--wrong {args.wrong}: a share is at most 1")
+    if args.seed >= 2**32:
+        fail(f"--seed {args.seed}: must be below 2^32")
     for part in args.parts:
         if part not in PARTS:
             fail(f"--parts {part}: choose from {', '.join(PARTS)}")
+        for needed in NEEDS.get(part, ()):
+            if needed not in args.parts and not (Path(args.out) / needed).is_dir():
+                fail(f"--parts {part}: needs {needed}, which is not in {args.out}; give --parts {needed} {part}")
+    check_place(args.out, "--out", ("prompts.txt", "eval_prompts.txt"), tuple(PARTS))
+    check_place(args.work, "--work")
+    make_dir(args.out, "--out")
+    make_dir(args.work, "--work")
+    for part in args.parts:
         start = time.time()
         globals()[f"make_{part}"](args)
         print(f"{part}: {time.time() - start:.0f} s", flush=True)

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ from tqdm import tqdm
 
 from eval_judge import SINGLE
 from flow import run as flow_run
-from flow.cli import fail, make_dir, parse
+from flow.cli import check_flags, check_place, make_dir
 from flow.judge import local_judge, read_answer
 from flow.lora import save_lora
 from flow.pictures import load_pictures, read_folder
@@ -428,13 +429,14 @@ def todo(args: Args, runs: list[Run], ablation: bool) -> dict[Run, list[str]]:
 
 def main(args: Args):
     """Do what is missing, then write the report."""
+    check_flags(args, {"jobs": 1})
     for flag, known in (("bases", Args.bases), ("methods", Args.methods), ("rewards", Args.rewards)):
         if unknown := set(getattr(args, flag)) - set(known):
             fail(f"--{flag} {unknown.pop()}: {', '.join(known)}")
     if args.only is not None and not 1 <= args.only <= 9:
         fail(f"--only {args.only}: a claim is a number from 1 to 9")
-    if args.jobs is not None and args.jobs < 1:
-        fail(f"--jobs {args.jobs}: at least 1")
+    if args.seeds and not 0 <= min(args.seeds) <= max(args.seeds) < 2**63:
+        fail(f"--seeds {' '.join(map(str, args.seeds))}: from 0 to below 2^63")
     if len(args.runs.split()) != 1:  # commands are split at spaces
         fail(f"--runs '{args.runs}': a path without spaces")
     if not all((args.bases, args.methods, args.rewards, args.seeds)):
@@ -444,6 +446,9 @@ def main(args: Args):
     if args.smoke:
         root = "runs/smoke" if args.runs == Args.runs else args.runs
         args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, args.jobs, True, root, f"{root}/results")
+    check_place(args.runs, "--runs", ("lock",))
+    check_place(args.results, "--results")
+    check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
     root, results = make_dir(args.runs, "--runs"), make_dir(args.results, "--results")
     assets = Path("assets") if args.results == Args.results else results.parent
     lock = open(root / "lock", "w")

@@ -11,12 +11,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from flow.cli import fail, parse, read_prompts
-from flow.pictures import save_samples
+from flow.cli import check_flags, check_place, read_prompts
+from flow.pictures import earlier_samples, save_samples
 
 SIZE = 64  # pixels a side
 # hue, degrees
@@ -207,8 +209,11 @@ class Args:
 
 def main(args: Args):
     """Write n captioned renders in sample.py's folder format."""
-    if args.n < 1:
-        fail(f"--n {args.n}: must be at least 1")
+    check_flags(args, {"n": 1, "seed": 0})
+    if args.seed >= 2**63:
+        fail(f"--seed {args.seed}: must be below 2^63")
+    check_place(args.out, "--out", ("samples.jsonl", "grid.png"))
+    earlier_samples(args.out)
     captions = read_prompts(args.prompts, "--prompts") if args.prompts else CAPTIONS
     strange = [c for c in captions if c not in CAPTIONS]
     if strange:

@@ -1,0 +1,30 @@
+"""The model card that stands beside a LoRA."""
+from dataclasses import fields
+
+from flow.files import write_files
+
+
+def write_card(run):
+    """lora/README.md: a model card as the hub expects it; the licence is the user's to choose."""
+    args, flags = run.args, []
+    for field in fields(args):
+        value, flag = getattr(args, field.name), field.name.replace("_", "-")
+        if value != field.default:
+            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            flags.append({True: f"--{flag}", False: f"--no-{flag}"}.get(value, f"--{flag} {value}"))
+    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(run.eval_prompts[:4]))
+    text = f"""---
+base_model: {args.model}
+library_name: diffusers
+tags: [lora, diffusers, normguard, {run.name}]
+---
+A LoRA of rank {args.rank} for `{args.model}` (`pipe.load_lora_weights(FOLDER)`), trained for the reward
+`{args.reward}` with {run.name.upper()} and NormGuard (arXiv 2606.27771), lam {args.lam}:
+
+    python train_{run.name}.py {" ".join(flags)}
+
+Prompts to try:
+
+{prompts}
+"""
+    write_files({run.out / "lora" / "README.md": text})
