@@ -13,6 +13,7 @@ in fp32; with --renorm, which diffusers cannot do, row["pipe"] is null):
         pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(row["scheduler"])
     if row["lora"]:
         pipe.load_lora_weights(row["lora"])
+        pipe.set_adapters(pipe.get_active_adapters(), row["lora_scale"])
     pipe(prompt=row["prompt"], generator=torch.Generator("cpu").manual_seed(row["seed"]), **row["pipe"])
 """
 from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
@@ -30,7 +31,17 @@ from flow.cli import MOST, check_flags, check_place, read_prompts
 from flow.files import json_text, write_files
 from flow.lora import check_lora, load_lora
 from flow.pictures import earlier_samples, png, save_samples
-from flow.pipeline import decode, decode_batch, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
+from flow.pipeline import (
+    REPAIRS,
+    decode,
+    decode_batch,
+    draw_noise,
+    encode_prompts,
+    integrate,
+    load_pipeline,
+    schedule,
+    velocity,
+)
 from flow.rewards import load_reward
 from flow.seam import guided
 from flow.text import tell_misfits
@@ -45,6 +56,8 @@ class Args:
     """any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id"""
     lora: str | None = None
     """folder with pytorch_lora_weights.safetensors, as training writes it to OUT/lora"""
+    lora_scale: float = 1.0
+    """how much of the LoRA: 0 is the base"""
     prompts: str = "tiny/eval_prompts.txt"
     """text file, one prompt a line"""
     prompt: str | None = None
@@ -64,7 +77,8 @@ class Args:
     batch: int = 64
     """pictures at once"""
     renorm: str = "none"
-    """rescale each velocity to the reference's norm: none, match, or cap (only shrink)"""
+    """rescale each velocity to the reference's norm: none, match, or cap (only shrink); or project: take out of its
+    difference from the reference what lies along that"""
     norms: bool = False
     """measure the norm ratio to the reference at each step (before any --renorm): norms.json, norms.png"""
     adjoint: bool = False
@@ -169,8 +183,8 @@ def energy(images: Tensor, prompts: list[str]) -> Tensor:
 
 def main(args: Args):
     """Sample, measure, write."""
-    if args.renorm not in ("none", "match", "cap"):
-        fail(f"--renorm {args.renorm}: none, match or cap")
+    if args.renorm not in ("none", *REPAIRS):
+        fail(f"--renorm {args.renorm}: none, {', '.join(REPAIRS)}")
     check_flags(args, {"n": 1, "steps": 1, "batch": 1, "size": 1, "frames": 1, "seed": 0, "guidance": 0})
     if (args.norms or args.renorm != "none") and not args.lora:
         fail("--norms and --renorm compare a LoRA with its base: give --lora")
@@ -194,8 +208,10 @@ def main(args: Args):
         rewards = {args.reward: load_reward(args.reward, device, differentiable=True), **rewards}
 
     pipe = load_pipeline(args.model, device, args.size, args.frames)
+    if args.adjoint and device.type == "cuda":
+        pipe.transformer.enable_gradient_checkpointing()
     if args.lora:
-        load_lora(pipe, args.lora, args.model)
+        load_lora(pipe, args.lora, args.model, args.lora_scale)
     tell_misfits(pipe, prompts, args.size)
     encode_prompts(pipe, prompts, args.guidance)
     sigmas = schedule(pipe, args.steps)
@@ -207,7 +223,8 @@ def main(args: Args):
     settings = {"num_inference_steps": args.steps, **pipe.seam.settings, **guided(pipe, args.guidance)}
     settings |= {"height": pictures.shape[-2], "width": pictures.shape[-1]}
     settings = settings if args.renorm == "none" else None  # diffusers cannot renormalize
-    rows = [{"prompt": p, "seed": s, "model": args.model, "lora": args.lora, "scheduler": pipe.seam.scheduler,
+    rows = [{"prompt": p, "seed": s, "model": args.model, "lora": args.lora, "lora_scale": args.lora_scale,
+             "scheduler": pipe.seam.scheduler,
              "renorm": args.renorm, "pipe": settings} for p, s in zip(prompts, seeds)]
     if reward:
         for row, r in zip(rows, reward(pictures, prompts).tolist()):
@@ -217,7 +234,7 @@ def main(args: Args):
     out = Path(args.out)
     if args.adjoint:
         sensitivity = adjoint(pipe, noise, prompts, sigmas, list(rewards.values()), guidance=args.guidance,
-                              batch=max(1, args.batch // 8))
+                              batch=1 if device.type == "cuda" else max(1, args.batch // 8))
         write_adjoint(out, sigmas, dict(zip(rewards, sensitivity)), prompts)
     if args.norms:
         write_norms(out, sigmas, ratios, args.renorm != "none")

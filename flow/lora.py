@@ -136,7 +136,7 @@ def check_lora(folder: str):
         fail(f"--lora {folder}: {NAME} cannot be read ({reason(e)})")
 
 
-def load_lora(pipe, folder: str, model: str):
+def load_lora(pipe, folder: str, model: str, scale: float = 1.0):
     """Put a LoRA on; one that does not fit ends the process, naming --lora and --model."""
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # it would list each tensor
     try:
@@ -163,6 +163,8 @@ def load_lora(pipe, folder: str, model: str):
         fail(f"--lora {folder}: does not fit --model {model} ({misfit(e)})")
     finally:
         diffusers.utils.logging.set_verbosity_error()
+    for layer in lora_layers(pipe.transformer):
+        layer.scale_layer(scale)
 
 
 def misfit(error: Exception) -> str:

@@ -14,6 +14,7 @@ tokens, video.
     pictures = decode(pipe, x0)                                     # (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1]
     v = velocity(pipe, add_noise(x0, noise, t), t, prompts)         # with a gradient, each sample at a t of its own
 """
+import functools
 import inspect
 import traceback
 from pathlib import Path
@@ -32,7 +33,7 @@ from flow.lora import merged
 from flow.precision import quantization, use_autocast, use_fast_kernels
 from flow.processes import shard
 from flow.seam import Seen, call, guided, latents_of, listening, prepare, replace_scheduler, seen, telling, told
-from flow.text import batches, remember_prompts, same, text_encoders
+from flow.text import batches, own_settings, remember_prompts, same, text_encoders
 from normguard import norm_ratio, reference, renormalize
 
 for library in (diffusers, transformers):
@@ -107,22 +108,6 @@ def check_parts(model: str, config: dict):
     if has != ["transformer"]:
         fail(f"--model {model}: is a {config['_class_name']} with {' and '.join(has) or 'no denoiser'}; "
              "it takes a flow-matching pipeline with one transformer")
-
-
-def own_settings(pipe, takes, size: int | None, frames: int | None) -> dict:
-    """The pipeline's arguments besides steps and guidance: a picture no larger than the VAE was made for, and as much
-    (padded) text as the last tokenizer takes, where these are less than the pipeline's defaults."""
-    most = takes["max_sequence_length"].default if "max_sequence_length" in takes else None
-    tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
-    if most and tokenizers:
-        most = min(most, tokenizers[-1].model_max_length)
-    if size is None and "height" in takes and takes["height"].default is None and hasattr(pipe, "default_sample_size"):
-        made_for = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
-        if isinstance(made_for, int) and made_for < pipe.default_sample_size * pipe.vae_scale_factor:
-            size = made_for
-    settings = {"height": size, "width": size, "num_frames": frames, "frames": frames, "max_sequence_length": most,
-                "enable_prompt_rewrite": False}  # a reward is asked about the prompt that was given
-    return {name: value for name, value in settings.items() if value is not None and name in takes}
 
 
 @torch.no_grad()
@@ -243,13 +228,24 @@ def velocity(pipe, x: Tensor, t: Tensor, prompts: list[str], guidance: float | N
     return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.tensor(order).argsort().to(x.device)]
 
 
+def project(v: Tensor, v_ref: Tensor) -> Tensor:
+    """v without the part of v - v_ref that lies along v_ref, per sample: what is left changes the direction only to
+    first order. (b, ...). Compare APG (arXiv 2410.02416), which does so to guidance."""
+    d, ref = (v - v_ref).flatten(1), v_ref.flatten(1)
+    along = (d * ref).sum(1, keepdim=True) / ref.square().sum(1, keepdim=True).clamp_min(1e-12) * ref
+    return (v_ref.flatten(1) + d - along).view_as(v)
+
+
+REPAIRS = {"match": renormalize, "cap": functools.partial(renormalize, cap=True), "project": project}  # by --renorm
+
+
 @torch.no_grad()
 def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidance: float | None = None,
               renorm: str = "none", compare: bool = False, batch: int = 64,
               desc: str = "sample") -> tuple[Tensor, Tensor | None]:
     """Euler from noise (n, ...) down `sigmas` (steps + 1,), in the pipeline's own loop. Returns x0 (n, ...) on the CPU
-    and, with `compare` or a renorm of "match" or "cap", the norm ratio to the reference at each step, (n, steps),
-    before any of that."""
+    and, with `compare` or a renorm of REPAIRS, the norm ratio to the reference at each step, (n, steps), before any of
+    that."""
     out, dts = torch.empty_like(noise), sigmas.diff().tolist()
     ratios = torch.empty(len(noise), len(dts)) if compare or renorm != "none" else None
     with merged(pipe.transformer):
@@ -263,7 +259,7 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
                     with reference(pipe.transformer):
                         v_ref = velocity(pipe, x, sigmas[i].expand(len(x)), some, guidance)
                     ratios[rows, i] = norm_ratio(v, v_ref).cpu()
-                    v = v if renorm == "none" else renormalize(v, v_ref, cap=renorm == "cap")
+                    v = v if renorm == "none" else REPAIRS[renorm](v, v_ref)
                 x = x + dts[i] * v
                 if i == len(dts) - 1:
                     out[rows] = x.cpu()

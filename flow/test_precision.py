@@ -1,5 +1,6 @@
 """Precision, merged rollouts and quantized bases: the GPU's path (bf16 base under autocast, fp32 LoRA), on a CPU."""
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import diffusers
 import pytest
 import torch
 
-from flow.lora import add_lora, lora_layers, merged, swapped
-from flow.pipeline import add_noise, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
+import sample
+from flow.lora import add_lora, lora_layers, merged, save_lora, swapped
+from flow.pictures import load_pictures
+from flow.pipeline import add_noise, draw_noise, encode_prompts, integrate, load_pipeline, project, schedule, velocity
 from flow.precision import quantization
 from normguard import norm_hinge, norm_ratio, reference
 
@@ -140,3 +143,37 @@ def test_an_int8_base(tmp_path):
     saved = diffusers.DiffusionPipeline.from_pretrained(ROOT / "tiny/sd3", quantization_config=quantization("int8"))
     saved.save_pretrained(tmp_path / "int8")
     torch.testing.assert_close(step(*ready(tmp_path / "int8"))[1], ours[1])
+
+
+def test_a_scaled_lora_is_plain_diffusers(tmp_path, monkeypatch):
+    """`sample.py --lora-scale` and its samples.jsonl against diffusers' set_adapters; 0 is the base."""
+    monkeypatch.chdir(ROOT)
+    pipe, _ = ready(ROOT / "tiny/sd3")
+    save_lora(pipe, tmp_path / "lora")
+    pictures = {}
+    for scale in (0.0, 0.5, 1.0):
+        out = str(tmp_path / f"{scale}")
+        sample.main(sample.Args(prompt="a red star", steps=2, lora=f"{tmp_path}/lora", lora_scale=scale, out=out))
+        pictures[scale] = load_pictures([f"{out}/00000.png"])
+    row = json.loads((tmp_path / "0.5/samples.jsonl").read_text())
+    plain = diffusers.DiffusionPipeline.from_pretrained(row["model"], dtype=torch.float32)
+    noise = torch.Generator("cpu")
+    base = plain(row["prompt"], generator=noise.manual_seed(0), **row["pipe"], output_type="pt").images
+    plain.load_lora_weights(row["lora"])
+    plain.set_adapters(plain.get_active_adapters(), row["lora_scale"])
+    half = plain(row["prompt"], generator=noise.manual_seed(0), **row["pipe"], output_type="pt").images
+    torch.testing.assert_close(pictures[0.0], base, rtol=0, atol=2 / 255)
+    torch.testing.assert_close(pictures[0.5], half, rtol=0, atol=2 / 255)
+    assert (half - base).abs().max() > 8 / 255 and (pictures[1.0] - half).abs().max() > 8 / 255
+
+
+def test_project_takes_out_what_lies_along_the_reference():
+    g = torch.Generator().manual_seed(0)
+    v, v_ref = torch.randn(2, 3, 4, 4, 4, generator=g, dtype=torch.float64)
+    ours = project(v, v_ref)
+    for one, v_one, ref in zip(ours, v, v_ref):  # by Gram-Schmidt on each sample alone
+        unit = ref / ref.square().sum().sqrt()
+        change = (v_one - ref) - ((v_one - ref) * unit).sum() * unit
+        torch.testing.assert_close(one, ref + change)
+    torch.testing.assert_close(((ours - v_ref) * v_ref).flatten(1).sum(1), torch.zeros(3, dtype=torch.float64))
+    assert project(v, torch.zeros_like(v)).isfinite().all()

@@ -149,6 +149,22 @@ def batches(pipe, prompts: list[str], most: int, guidance: float | None = None) 
     return [rows[i:i + most] for rows in groups.values() for i in range(0, len(rows), most)]
 
 
+def own_settings(pipe, takes, size: int | None, frames: int | None) -> dict:
+    """The pipeline's arguments besides steps and guidance: a picture no larger than the VAE was made for, and as much
+    (padded) text as the last tokenizer takes, where these are less than the pipeline's defaults."""
+    most = takes["max_sequence_length"].default if "max_sequence_length" in takes else None
+    tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
+    if most and tokenizers:
+        most = min(most, tokenizers[-1].model_max_length)
+    if size is None and "height" in takes and takes["height"].default is None and hasattr(pipe, "default_sample_size"):
+        made_for = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
+        if isinstance(made_for, int) and made_for < pipe.default_sample_size * pipe.vae_scale_factor:
+            size = made_for
+    settings = {"height": size, "width": size, "num_frames": frames, "frames": frames, "max_sequence_length": most,
+                "enable_prompt_rewrite": False}  # a reward is asked about the prompt that was given
+    return {name: value for name, value in settings.items() if value is not None and name in takes}
+
+
 def tell_misfits(pipe, prompts: list[str], size: int | None):
     """Say what the model was not made for: prompts longer than any of its tokenizers reads, a size far from its own."""
     names = sorted(name for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None)
