@@ -64,7 +64,8 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
     process before anything is touched."""
     rewards = without_questions(args.reward).split(",")
     reward = "+".join(Path(part).name.replace(".py:", "-").replace(":", "") for part in rewards)
-    out = Path(args.out or f"runs/{name}-{Path(args.model).name}-{reward}-lam{args.lam:g}-s{args.seed}")
+    lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
+    out = Path(args.out or f"runs/{name}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}")
     args_file, state_file, log = out / "args.json", out / "checkpoint" / "state.pt", out / "metrics.jsonl"
     files = [path for part in OURS for path in (out / part, *(out / part).rglob("*"))]
     files = [path for path in files if path.is_file() and path.name != "lock"]  # left by a run killed at its start

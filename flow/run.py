@@ -31,7 +31,7 @@ def check_numbers(args):
     for flags, low in at_least.items():
         for flag in flags.split():
             value = getattr(args, flag, None)
-            if value is not None and not low <= value < float("inf"):
+            if value is not None and value != "auto" and not low <= value < float("inf"):
                 fail(f"--{flag.replace('_', '-')} {value}: must be at least {low}")
     for flag in ("model", "reward"):
         if not getattr(args, flag):
