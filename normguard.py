@@ -14,6 +14,9 @@ In a foreign training loop, with any velocity-local base loss:
         v_ref = model(x_t, t, cond)
     loss = base_loss + 0.05 * norm_hinge(v, v_ref).mean()
 
+or, for a loss of unknown scale, oppose(v, v_ref) before base_loss.backward(): a guard in units of the loss's own
+gradient, with no weight to tune (guard_gradient).
+
 The idea: "NormGuard: Reward-Preserving Norm Constraints in Flow-Matching Reinforcement Learning" (arXiv 2606.27771).
 Only its abstract was at hand. The hinge's form here (linear, relative, one norm per sample) is our choice: relative to
 ||v_ref||, so that lam means the same at any resolution and latent scale.

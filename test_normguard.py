@@ -996,6 +996,7 @@ def test_bad_flags(tmp_path, capsys):
         (dict(groups=99), ["--groups 99"]),
         (dict(lam=-1.0), ["--lam"]),
         (dict(lam=math.nan), ["--lam nan"]),
+        (dict(lam="some"), ["--lam some", "auto"]),
         (dict(size=60), ["--size 60"]),
         (dict(size=0), ["--size 0"]),
         (dict(size=256), ["--size 256"]),
@@ -1021,7 +1022,7 @@ def test_bad_flags(tmp_path, capsys):
     (["--lamda", "0.05"], "--lamda"),
     (["--group", "many"], "--group"),
     (["--lr"], "--lr"),
-    (["--lam", "some"], "--lam"),
+    (["--lam", "some"], "auto"),
 ])
 def test_command_line_errors_are_one_line(monkeypatch, capsys, argv, word):
     monkeypatch.setattr(sys, "argv", ["train_awm.py", *argv])

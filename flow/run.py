@@ -31,8 +31,11 @@ def check_numbers(args):
     for flags, low in at_least.items():
         for flag in flags.split():
             value = getattr(args, flag, None)
-            if value is not None and value != "auto" and not low <= value < float("inf"):
-                fail(f"--{flag.replace('_', '-')} {value}: must be at least {low}")
+            if value is None or (flag, value) == ("lam", "auto"):
+                continue
+            if isinstance(value, str) or not low <= value < float("inf"):
+                or_else = ", or auto" if flag == "lam" else ""
+                fail(f"--{flag.replace('_', '-')} {value}: must be at least {low}{or_else}")
     for flag in ("model", "reward"):
         if not getattr(args, flag):
             fail(f"--{flag} '': give a folder or a hub id")
