@@ -53,29 +53,31 @@ def norm_hinge(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
     return torch.relu(norm_ratio(v, v_ref) - (1.0 + margin))
 
 
+@torch.no_grad()
 def guard_gradient(g: Tensor, v: Tensor, v_ref: Tensor, margin: float = 0.0, c: float = 0.3) -> Tensor:
-    """The guard without a weight to tune: g, the loss's gradient at v, as the optimizer shall see it. All (b, ...) of
-    one shape -> the same shape and dtype as g.
+    """The guard without a weight to tune: from g, a loss's gradient at v, the one to go on with. All (b, ...) of one
+    shape -> the same shape and dtype as g.
 
-    With u = v / ||v||, where ||v|| > (1 + margin) ||v_ref||,    g' = g - min(<g, u>, 0) u + c ||g|| u
-    and elsewhere g' is g, exactly. A step goes against g, so the second term takes out what would lengthen v, and the
-    third is an inward pull of c times the loss's own.
+    With u = v / ||v||, where ||v|| > (1 + margin) ||v_ref||:    g' = g - min(<g, u>, 0) u + c ||g|| u
+    and elsewhere g' is g, exactly. As a step goes against the gradient, the second term takes out what lengthens v, and
+    the third shortens it by c of what the loss does to v in all.
 
-    Scale-free: each term is a multiple of g (g' of k g is k g' for any k > 0), and whether it acts depends on the norms
-    alone. So a loss of any scale is held by one c, where a weight lam must know how hard the loss pushes; Adam, which
-    divides a common factor out, then takes the same steps.
+    Why it is scale-free: each term is a multiple of g, so g' of k g is k g' (k > 0), and where it acts depends on norms
+    alone. A weight lam has to know how hard the loss pushes; c is a share of that. Adam then divides k out.
     """
-    longer = norm_ratio(v.detach(), v_ref) > 1.0 + margin
-    u = (v.detach().float().flatten(1).T / velocity_norm(v.detach()).clamp_min(EPS)).T
-    radial = (g.float().flatten(1) * u).sum(1)  # (b,), negative where a step would lengthen v
-    guarded = g.float().flatten(1) + ((c * velocity_norm(g) - radial.clamp_max(0)) * u.T).T
-    return torch.where(longer.view(-1, *[1] * (g.ndim - 1)), guarded.view(g.shape).to(g.dtype), g)
+    longer = norm_ratio(v, v_ref) > 1.0 + margin
+    flat, u = g.float().flatten(1), v.float().flatten(1) / velocity_norm(v).clamp_min(EPS)[:, None]  # (b, d)
+    radial = (flat * u).sum(1)  # (b,), negative where a step lengthens v
+    pull = c * velocity_norm(g) - radial.clamp_max(0)
+    guarded = (flat + pull[:, None] * u).view(g.shape).to(g.dtype)
+    return torch.where(longer.view(-1, *[1] * (g.ndim - 1)), guarded, g)
 
 
 def oppose(v: Tensor, v_ref: Tensor, margin: float = 0.0, c: float = 0.3):
-    """From now on a backward through v goes on with guard_gradient of the gradient that arrives at v. Costs no forward.
+    """Guard a backward that is yet to come: what arrives at v goes on as its guard_gradient. v, v_ref (b, ...) of one
+    shape, v part of a graph. Costs no forward and does not change one.
 
-    Call it before backward(), once, on the whole loss's v: what is detached or computed from another v is not seen.
+    Whatever the loss computes from this v is opposed as one, a KL to the reference too.
     """
     inner, v_ref = v.detach(), v_ref.detach()
     v.register_hook(lambda g: guard_gradient(g, inner, v_ref, margin, c))
