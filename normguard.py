@@ -14,6 +14,9 @@ In a foreign training loop, with any velocity-local base loss:
         v_ref = model(x_t, t, cond)
     loss = base_loss + 0.05 * norm_hinge(v, v_ref).mean()
 
+or, for a loss of unknown scale, oppose(v, v_ref) before base_loss.backward(): a guard in units of the loss's own
+gradient, with no weight to tune (guard_gradient).
+
 The idea: "NormGuard: Reward-Preserving Norm Constraints in Flow-Matching Reinforcement Learning" (arXiv 2606.27771).
 Only its abstract was at hand. The hinge's form here (linear, relative, one norm per sample) is our choice: relative to
 ||v_ref||, so that lam means the same at any resolution and latent scale.
@@ -48,6 +51,36 @@ def norm_hinge(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
     margin is a relative excess: 0.02 lets the norm grow by 2 % before the guard acts.
     """
     return torch.relu(norm_ratio(v, v_ref) - (1.0 + margin))
+
+
+@torch.no_grad()
+def guard_gradient(g: Tensor, v: Tensor, v_ref: Tensor, margin: float = 0.0, c: float = 0.3) -> Tensor:
+    """The guard without a weight to tune: from g, a loss's gradient at v, the one to go on with. All (b, ...) of one
+    shape -> the same shape and dtype as g.
+
+    With u = v / ||v||, where ||v|| > (1 + margin) ||v_ref||:    g' = g - min(<g, u>, 0) u + c ||g|| u
+    and elsewhere g' is g, exactly. As a step goes against the gradient, the second term takes out what lengthens v, and
+    the third shortens it by c of what the loss does to v in all.
+
+    Why it is scale-free: each term is a multiple of g, so g' of k g is k g' (k > 0), and where it acts depends on norms
+    alone. A weight lam has to know how hard the loss pushes; c is a share of that. Adam then divides k out.
+    """
+    longer = norm_ratio(v, v_ref) > 1.0 + margin
+    flat, u = g.float().flatten(1), v.float().flatten(1) / velocity_norm(v).clamp_min(EPS)[:, None]  # (b, d)
+    radial = (flat * u).sum(1)  # (b,), negative where a step lengthens v
+    pull = c * velocity_norm(g) - radial.clamp_max(0)
+    guarded = (flat + pull[:, None] * u).view(g.shape).to(g.dtype)
+    return torch.where(longer.view(-1, *[1] * (g.ndim - 1)), guarded, g)
+
+
+def oppose(v: Tensor, v_ref: Tensor, margin: float = 0.0, c: float = 0.3):
+    """Guard a backward that is yet to come: what arrives at v goes on as its guard_gradient. v, v_ref (b, ...) of one
+    shape, v part of a graph. Costs no forward and does not change one.
+
+    Whatever the loss computes from this v is opposed as one, a KL to the reference too.
+    """
+    inner, v_ref = v.detach(), v_ref.detach()
+    v.register_hook(lambda g: guard_gradient(g, inner, v_ref, margin, c))
 
 
 def renormalize(v: Tensor, v_ref: Tensor, cap: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 They run the real small models of tiny/, through the paths a user runs. Norms, losses, advantages, schedule, rewards and
 distances are checked against derivations written here in float64 numpy; pictures against plain diffusers.
 """
+import functools
 import json
 import math
 import os
@@ -36,7 +37,7 @@ import train_dpo
 import train_nft
 from flow.lora import add_lora
 from flow.pipeline import decode_batch, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
-from normguard import norm_hinge, norm_ratio, reference, renormalize, velocity_norm
+from normguard import guard_gradient, norm_hinge, norm_ratio, oppose, reference, renormalize, velocity_norm
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tiny"))
@@ -156,6 +157,70 @@ def test_zero_velocities_stay_finite():
         norm_hinge(v, v_ref).sum().backward()
         assert norm_hinge(v, v_ref).isfinite().all() and v.grad.isfinite().all()
         assert renormalize(v, v_ref).isfinite().all()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.05])
+def test_guard_gradient_takes_out_what_lengthens_and_pulls_inward(margin):
+    v, v_ref = random_pair(b=8, scale=1.3)
+    g = torch.randn(v.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    guarded = guard_gradient(g, v, v_ref, margin, c=0.3)
+    outward, inward = 0, 0
+    for i in range(8):
+        x, r, a, b = (y[i].numpy().ravel() for y in (v, v_ref, g, guarded))
+        if np.linalg.norm(x) <= (1 + margin) * np.linalg.norm(r):
+            assert (a == b).all()  # untouched, to the last bit
+            continue
+        u, pull = x / np.linalg.norm(x), 0.3 * np.linalg.norm(a)
+        np.testing.assert_allclose(b - (b @ u) * u, a - (a @ u) * u, atol=1e-6)  # across v: the loss's own
+        np.testing.assert_allclose(b @ u, max(a @ u, 0) + pull, rtol=1e-5)  # along v: a step shortens it
+        outward, inward = outward + (a @ u < 0), inward + (a @ u > 0)
+    assert outward and inward and outward + inward < 8
+    assert guarded.dtype == g.dtype and guarded.shape == g.shape
+
+
+def test_guard_gradient_knows_no_scale():
+    v, v_ref = random_pair()
+    g = torch.randn(v.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        one = guard_gradient(g.to(dtype), v, v_ref)
+        for k in (2.0**-20, 2.0**20):  # powers of two, which round nothing
+            assert torch.equal(guard_gradient(k * g.to(dtype), v, v_ref), k * one)
+    torch.testing.assert_close(guard_gradient(1000 * g, v, v_ref), 1000 * guard_gradient(g, v, v_ref), rtol=1e-6,
+                               atol=1e-3)
+    torch.testing.assert_close(guard_gradient(g, 3 * v, 3 * v_ref), guard_gradient(g, v, v_ref), rtol=1e-5, atol=1e-6)
+
+
+def test_guard_gradient_stays_finite_and_in_its_dtype():
+    zero, one = torch.zeros(2, 3), torch.ones(2, 3)
+    for g in (zero, one, -one):
+        for v, v_ref in [(zero, one), (one, zero), (zero, zero), (2 * one, one)]:
+            assert guard_gradient(g, v, v_ref).isfinite().all()
+    assert (guard_gradient(zero, 2 * one, one) == 0).all()  # no pull where there is no loss
+    large = torch.full((2, 16, 64, 64), 300.0)  # its norm, 76800, overflows fp16
+    for dtype in (torch.float16, torch.bfloat16):
+        g = guard_gradient(-large.to(dtype), 1.1 * large.to(dtype), large.to(dtype))
+        assert g.dtype == dtype and g.float().allclose(0.3 * large, rtol=2e-2)
+    with pytest.raises(ValueError, match="same shape"):
+        guard_gradient(one, one, one[:1])
+
+
+def test_oppose_changes_the_gradient_and_nothing_else():
+    """Two ways from the loss back to v: it is their sum that is guarded, and it goes on to the weights."""
+    generator = torch.Generator().manual_seed(0)
+    x, target, v_ref = (torch.randn(6, n, generator=generator, dtype=torch.float64) for n in (4, 9, 9))
+    weight = torch.randn(4, 9, generator=generator, dtype=torch.float64, requires_grad=True)
+    x *= torch.linspace(0.2, 1, 6)[:, None]
+    v = x @ weight
+    longer = v.norm(dim=1) > 1.01 * v_ref.norm(dim=1)
+    loss = (v - target).square().mean(1) + 0.1 * (v - v_ref).abs().mean(1)
+    at_v = 2 * (v - target).detach() / 9 + 0.1 * (v - v_ref).detach().sign() / 9
+    before = v.detach().clone()
+    oppose(v, v_ref, margin=0.01)
+    loss.sum().backward()
+    expected = x.T @ guard_gradient(at_v, v.detach(), v_ref, margin=0.01)
+    assert longer.any() and not longer.all() and not torch.allclose(expected, x.T @ at_v)
+    torch.testing.assert_close(weight.grad, expected)
+    assert torch.equal(v, before)
 
 
 def test_shapes_must_agree():
@@ -813,14 +878,15 @@ def test_lam_0_is_the_script_without_the_guard(tmp_path, script):
     source = Path(script.__file__).read_text()
     inactive = "torch.zeros_like(base_loss)"  # what the log is told where nothing guards
     for old, new in [
-        ("loss = base_loss + args.lam * guard + args.kl * kl", "loss = base_loss + args.kl * kl"),
+        ("loss = base_loss + lam * guard + args.kl * kl", "loss = base_loss + args.kl * kl"),
         ("                    guard = norm_hinge(v, v_ref, args.margin)\n", ""),
         ('rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)', inactive),
-        ("from normguard import norm_hinge, norm_ratio, reference", "from normguard import norm_ratio, reference"),
+        ("import norm_hinge, norm_ratio, oppose, reference", "import norm_ratio, reference"),
+        ('                if args.lam == "auto":\n                    oppose(v, v_ref, args.margin)\n', ""),
     ]:
         source = source.replace(old, new)
     code = source.split('"""', 2)[2]
-    assert "norm_hinge" not in code and "args.lam * guard" not in code
+    assert "norm_hinge" not in code and "lam * guard" not in code and "oppose(" not in code
     plain = types.ModuleType("plain")
     sys.modules["plain"] = plain
     exec(compile(source, "plain.py", "exec"), plain.__dict__)
@@ -828,6 +894,26 @@ def test_lam_0_is_the_script_without_the_guard(tmp_path, script):
     plain.main(plain.Args(out=str(tmp_path / "plain"), **small(script, lam=0.0, **short)))
     assert lora_bytes(small_run(tmp_path / "zero", script, lam=0.0, **short)) == lora_bytes(tmp_path / "plain")
     assert lora_bytes(small_run(tmp_path / "guarded", script, lam=5.0, **short)) != lora_bytes(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_lam_auto_knows_no_scale_and_resumes_bit_for_bit(tmp_path, monkeypatch, script):
+    """base_loss times 1024, which rounds nothing, and interrupted: but for Adam's epsilon, the clipping and the KL, the
+    same run."""
+    name = script.__name__.replace("train_", "") + "_loss"
+    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-30))
+    flags = small(script, lam="auto", eval_every=0, kl=0.0, max_grad_norm=1e9, lr=1e-2)
+    one = small_run(tmp_path / "one", script, **flags | dict(epochs=2))
+    honest = getattr(script, name)
+    monkeypatch.setattr(script, name, lambda *args: 1024 * honest(*args))
+    for epochs in (1, 2):
+        other = small_run(tmp_path / "other", script, **flags | dict(epochs=epochs))
+    assert lora_bytes(one) == lora_bytes(other)
+    steps, scaled = metrics(one), metrics(other)
+    assert any(line["active"] > 0 for line in steps) and len(steps) == len(scaled) == 4
+    for a, b in zip(steps, scaled):
+        assert a["loss"] == a["base_loss"] == pytest.approx(b["loss"] / 1024, rel=1e-6)
+        assert (a["guard"], a["norm_ratio"], a["active"]) == (b["guard"], b["norm_ratio"], b["active"])
 
 
 @pytest.mark.parametrize("script", [train_nft, train_awm])
@@ -927,6 +1013,7 @@ def test_bad_flags(tmp_path, capsys):
         (dict(groups=99), ["--groups 99"]),
         (dict(lam=-1.0), ["--lam"]),
         (dict(lam=math.nan), ["--lam nan"]),
+        (dict(lam="some"), ["--lam some", "auto"]),
         (dict(size=60), ["--size 60"]),
         (dict(size=0), ["--size 0"]),
         (dict(size=256), ["--size 256"]),
@@ -952,6 +1039,7 @@ def test_bad_flags(tmp_path, capsys):
     (["--lamda", "0.05"], "--lamda"),
     (["--group", "many"], "--group"),
     (["--lr"], "--lr"),
+    (["--lam", "some"], "auto"),
 ])
 def test_command_line_errors_are_one_line(monkeypatch, capsys, argv, word):
     monkeypatch.setattr(sys, "argv", ["train_awm.py", *argv])

@@ -22,6 +22,7 @@ To resume, run the same command again.
 from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,13 +32,13 @@ from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, velocity
 from flow.processes import share
 from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally
-from normguard import norm_hinge, norm_ratio, reference
+from normguard import norm_hinge, norm_ratio, oppose, reference
 
 
 @dataclass
 class Args:
-    lam: float = 0.05
-    """weight of NormGuard's hinge; 0 is plain AWM"""
+    lam: float | Literal["auto"] = 0.05
+    """weight of NormGuard's hinge; 0 is plain AWM; auto: oppose the loss by a share of itself"""
     margin: float = 0.0
     """relative excess of the velocity norm that the hinge lets pass"""
     model: str = "tiny/sd3"
@@ -130,6 +131,7 @@ def awm_loss(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Tensor, adv
 def main(args: Args):
     """Train: roll out, score, update; evaluate and save now and then."""
     check_numbers(args)
+    lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
     n, usable = args.groups * args.group, int(0.9 * args.steps)  # pictures an epoch; steps of the schedule that train
     if n % args.updates:
         fail(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
@@ -171,14 +173,16 @@ def main(args: Args):
                 old = v.detach() if u == 0 else v_old[b].to(pipe.device)  # on policy in the first update
                 base_loss = awm_loss(v, old, x0_b, noise_b, t_b, adv_b, args.power, args.clip)
                 guard = kl = torch.zeros_like(base_loss)
-                if args.lam > 0 or args.kl > 0:
+                if args.lam != 0 or args.kl > 0:
                     with reference(pipe.transformer):
                         v_ref = velocity(pipe, xt_b, t[b], prompts_b)
                     guard = norm_hinge(v, v_ref, args.margin)
                     kl = (v - v_ref).square().flatten(1).mean(1)
                     ratio = norm_ratio(v.detach(), v_ref)
                     tally(sums, norm_ratio=ratio, active=ratio > 1 + args.margin)
-                loss = base_loss + args.lam * guard + args.kl * kl
+                loss = base_loss + lam * guard + args.kl * kl
+                if args.lam == "auto":
+                    oppose(v, v_ref, args.margin)
                 (loss.sum() / len(update)).backward()
                 tally(sums, loss=loss, base_loss=base_loss, guard=guard, kl=kl)
             finish_step(run, sums, len(update), reward, done=(u + 1) / args.updates)

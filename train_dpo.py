@@ -25,6 +25,7 @@ To resume, run the same command again.
 from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +37,13 @@ from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, schedule, velocity
 from flow.processes import share
 from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally
-from normguard import norm_hinge, norm_ratio, reference
+from normguard import norm_hinge, norm_ratio, oppose, reference
 
 
 @dataclass
 class Args:
-    lam: float = 0.05
-    """weight of NormGuard's hinge; 0 is plain DPO"""
+    lam: float | Literal["auto"] = 0.05
+    """weight of NormGuard's hinge; 0 is plain DPO; auto: oppose the loss by a share of itself"""
     margin: float = 0.0
     """relative excess of the velocity norm that the hinge lets pass"""
     model: str = "tiny/sd3"
@@ -138,6 +139,7 @@ def best_and_worst(reward: Tensor, group: int, pairs: int) -> tuple[Tensor, Tens
 def main(args: Args):
     """Train: roll out, score, update; evaluate and save now and then."""
     check_numbers(args)
+    lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
     each = min(4, args.group // 2) if args.pairs is None else args.pairs
     n, pairs = args.groups * args.group, args.groups * each  # pictures and pairs an epoch
     if not 1 <= each <= args.group // 2:
@@ -180,7 +182,9 @@ def main(args: Args):
                 guard = rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)
                 kl = rearrange((v - v_ref).square().flatten(1).mean(1), "(two b) -> two b", two=2).mean(0)
                 ratio = rearrange(norm_ratio(v.detach(), v_ref), "(two b) -> two b", two=2)
-                loss = base_loss + args.lam * guard + args.kl * kl
+                loss = base_loss + lam * guard + args.kl * kl
+                if args.lam == "auto":
+                    oppose(v, v_ref, args.margin)
                 (loss.sum() / len(update)).backward()
                 tally(sums, loss=loss, base_loss=base_loss, guard=guard, kl=kl)
                 tally(sums, norm_ratio=ratio.mean(0), active=(ratio > 1 + args.margin).float().mean(0))

@@ -58,7 +58,8 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
     process before anything is touched."""
     rewards = without_questions(args.reward).split(",")
     reward = "+".join(Path(part).name.replace(".py:", "-").replace(":", "") for part in rewards)
-    out = Path(args.out or f"runs/{name}-{Path(args.model).name}-{reward}-lam{args.lam:g}-s{args.seed}")
+    lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
+    out = Path(args.out or f"runs/{name}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}")
     check_place(out, "--out", FILES, FOLDERS)
     check_place(out, "--out", tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*")))
     args_file, state_file, log = out / "args.json", out / "checkpoint" / "state.pt", out / "metrics.jsonl"

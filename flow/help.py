@@ -35,14 +35,15 @@ def literal(node: ast.expr):
 
 def flag_and_value(name: str, kind: str) -> str:
     """How a field of Args is given on the command line."""
-    flag, many = "--" + name.replace("_", "-"), re.match(r"tuple\[(\w+)", kind)
+    flag, many = "--" + name.replace("_", "-"), re.fullmatch(r"tuple\[(.+)\]", kind)
     if "Positional" in kind:
         return f"{name.upper()} ..."
     if kind.startswith("bool"):
         return f"{flag}, --no-{flag[2:]}"
     if many:
-        return f"{flag} {many[1].upper()} ..."
-    return f"{flag} {kind.removesuffix(' | None').upper()}"
+        return f"{flag} {many[1].replace(',', '').upper()}"
+    words = [word.strip() for word in kind.removesuffix(" | None").split("|")]
+    return f"{flag} {' | '.join(word[9:-2] if word.startswith('Literal') else word.upper() for word in words)}"
 
 
 def script_that_runs() -> str | None:

@@ -92,6 +92,16 @@ def test_fewer_epochs_than_are_done_are_refused(trained, capsys):
     refuses(capsys, trained, lambda: train(trained, epochs=1), "--epochs 1", "has done 2")
 
 
+@pytest.mark.parametrize("lam, name", [
+    (0.05, "lam0.05"),
+    (0, "lam0"),
+    ("auto", "lamauto")])
+def test_the_default_folder_tells_lam(tmp_path, monkeypatch, lam, name):
+    monkeypatch.chdir(tmp_path)
+    out, state = checkpoint.find_run("awm", train_awm.Args(lam=lam))
+    assert (str(out), state) == (f"runs/awm-sd3-pickscore-{name}-s0", None)
+
+
 def test_a_folder_of_someone_elses_is_not_touched(tmp_path, capsys):
     for name in ("metrics.jsonl", "curves.png", "args.json"):
         folder = tmp_path / name
