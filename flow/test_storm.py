@@ -37,7 +37,7 @@ train_awm | --lr nan | --lr nan finite
 train_awm | --lr inf | --lr inf finite
 train_awm | --lamda 0.05 | --lamda --help
 train_awm | --lam=--margin | --lam
-train_awm | --lam auto | --lam auto FLOAT
+train_awm | --lam always | --lam auto FLOAT
 train_awm | --lam -0.1 | --lam -0.1
 train_awm | --lam nan | --lam nan
 train_awm | --lam -inf | --lam -inf
