@@ -20,11 +20,13 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from flow import pipeline
 from flow.cli import cannot_load, check_model
+from flow.hps import VIT_H_CONFIG
+from flow.lora import add_lora
 
 WORDS = 40  # of the prompt: tokens, where a pipeline does not pad to one length
 PROMPT = " ".join(["word"] * WORDS)
@@ -126,9 +128,25 @@ def made(build, dtype: torch.dtype, device: torch.device, mode=None):
             model = build()
     finally:
         torch.set_default_dtype(before)
-    if mode:
-        model.to = lambda *args, **kwargs: model  # fake tensors are nowhere, and cannot be moved
-    return model.requires_grad_(False).eval() if mode else model.to(dtype).requires_grad_(False).eval()
+    if not mode:
+        return model.to(dtype).requires_grad_(False).eval()
+    model.to = lambda *args, **kwargs: model  # fake tensors are nowhere, and cannot be moved
+    for part in model.modules():  # what would come out of a file comes in dtype
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and name not in part._non_persistent_buffers_set:
+                part._buffers[name] = buffer.to(dtype)
+    return model.requires_grad_(False).eval()
+
+
+def blank_reward(name: str, device: torch.device, mode=None):
+    """The CLIPModel of a reward (`pickscore`, `hpsv2.1`, or a CLIPModel folder), in fp32; None for another reward."""
+    if name in ("pickscore", "hpsv2.1"):
+        config = transformers.CLIPConfig(**VIT_H_CONFIG)
+    elif (Path(name) / "config.json").is_file():
+        config = transformers.CLIPConfig.from_pretrained(name)
+    else:
+        return None
+    return made(lambda: transformers.CLIPModel(config), torch.float32, device, mode)
 
 
 def fake_encoder(name: str, config: dict, dtype: torch.dtype, device: torch.device, mode):
@@ -139,9 +157,8 @@ def fake_encoder(name: str, config: dict, dtype: torch.dtype, device: torch.devi
 
     def forward(*args, **kwargs):
         """Each of the zeros is the same one, so they take no memory."""
-        with mode:
-            args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
-            out = run(*args, **kwargs)
+        args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+        out = run(*args, **kwargs)
         return tree_map_only(torch.Tensor, lambda x: torch.zeros((), dtype=x.dtype, device=device).expand(x.shape), out)
     encoder.forward = forward
     return encoder
@@ -173,6 +190,26 @@ def blank_pipeline(model: str, device: torch.device, size: int | None = None, fr
         pipe.transformer.forward = torch.autocast("cpu", torch.bfloat16)(pipe.transformer.forward)
     index = {"_class_name": name, "transformer": [name]}
     with mock.patch.object(diffusers.DiffusionPipeline, "load_config", return_value=index), \
-         mock.patch.object(diffusers.DiffusionPipeline, "from_pretrained", return_value=pipe), \
-         mock.patch.object(pipeline, "holds_in_batches", lambda *args: True) if fake else contextlib.nullcontext():
+         mock.patch.object(diffusers.DiffusionPipeline, "from_pretrained", return_value=pipe), taken_on_trust(fake):
         return pipeline.load_pipeline(model, device, size, frames)
+
+
+def taken_on_trust(fake: bool):
+    """While this lasts, fake velocities, which have no numbers, are taken to be the same in a batch as alone."""
+    return mock.patch.object(pipeline, "holds_in_batches", lambda *args: True) if fake else contextlib.nullcontext()
+
+
+def encode(pipe, guidance: float | None = None):
+    """flow.pipeline.encode_prompts for as many prompts as are encoded in one go, PROMPT among them."""
+    prompts = [f"{PROMPT}{' word' * (i > 0)}{i or ''}" for i in range(pipeline.CHUNK)]
+    with taken_on_trust(isinstance(next(pipe.transformer.parameters()), FakeTensor)):
+        pipeline.encode_prompts(pipe, prompts, guidance)
+
+
+def blank_lora(pipe, rank: int, name: str = "default") -> list[torch.nn.Parameter]:
+    """flow.lora.add_lora, also for a fake transformer."""
+    mode = getattr(next(pipe.transformer.parameters()), "fake_mode", None)
+    if not mode:
+        return add_lora(pipe.transformer, rank, 0, name)
+    with mode, mock.patch.object(torch.nn.Module, "to", lambda model, *args, **kwargs: model):  # as made() has it
+        return add_lora(pipe.transformer, rank, 0, name)
