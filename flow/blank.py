@@ -152,7 +152,10 @@ def blank_reward(name: str, device: torch.device, mode=None):
 def fake_encoder(name: str, config: dict, dtype: torch.dtype, device: torch.device, mode):
     """A text encoder of fake tensors that takes real tokens and gives real zeros of the true shapes."""
     cls = getattr(transformers, name)
-    encoder = made(lambda: cls(cls.config_class.from_dict(config)), dtype, device, mode)
+    config = cls.config_class.from_dict(config)
+    for part in [config, *(getattr(config, name) for name in config.sub_configs)]:
+        part.dtype = dtype  # not the file's
+    encoder = made(lambda: cls(config), dtype, device, mode)
     run = encoder.forward
 
     def forward(*args, **kwargs):
@@ -165,13 +168,13 @@ def fake_encoder(name: str, config: dict, dtype: torch.dtype, device: torch.devi
 
 
 def blank_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None,
-                   fake: bool = False):
-    """flow.pipeline.load_pipeline's pipeline, with random weights. `fake`: with fake tensors for transformer and VAE,
-    on the CPU, but the transformer in bf16 under autocast as on a GPU. Prompts are to be PROMPT. Ends the process,
-    naming --model, where load_pipeline does."""
+                   fake: bool = False, dtype: torch.dtype | None = None):
+    """flow.pipeline.load_pipeline's pipeline, with random weights; `fake`: with fake tensors for transformer and VAE.
+    The transformer is in bf16 under autocast on a GPU and if fake, else in fp32, unless dtype says otherwise. Prompts
+    are to be those of `encode`. Ends the process, naming --model, where load_pipeline does."""
     name, parts, own = read_configs(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    low = torch.bfloat16 if fake or device.type == "cuda" else torch.float32
+    low = dtype or (torch.bfloat16 if fake or device.type == "cuda" else torch.float32)
     cls = getattr(diffusers, name)
     components = {key: None for key in inspect.signature(cls.__init__).parameters if key not in ("self", *own)}
     scheduler = parts.pop("scheduler")
@@ -186,7 +189,7 @@ def blank_pipeline(model: str, device: torch.device, size: int | None = None, fr
         length = parts.get(tokenizer) or getattr(encoder.config, "max_position_embeddings", 512)
         components |= {key: encoder, tokenizer: word_tokenizer(length)}
     pipe = cls(**components, **own)
-    if fake:
+    if low == torch.bfloat16 and device.type == "cpu":  # on a GPU load_pipeline does so
         pipe.transformer.forward = torch.autocast("cpu", torch.bfloat16)(pipe.transformer.forward)
     index = {"_class_name": name, "transformer": [name]}
     with mock.patch.object(diffusers.DiffusionPipeline, "load_config", return_value=index), \

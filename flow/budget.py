@@ -14,10 +14,9 @@ from typing import Literal
 
 from flow.blank import PUBLISHED, WORDS
 from flow.cli import fail, parse
-from flow.meter import SCORED, count
+from flow.meter import GB, SCORED, count
 from flow.pipeline import CHUNK
 
-GB = 2**30
 CARDS = [16, 24, 48, 80]  # GB
 RESERVE = 1.0  # GB of a card for CUDA itself and what the allocator leaves between tensors; an assumption
 BATCHES = [1, 2, 4, 8, 16, 32, 64]
@@ -180,11 +179,16 @@ def row_of_table(args: Args, found: dict) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def main(args: Args):
-    """Count and print."""
+def check_positive(args):
+    """Refuse numbers that cannot work, naming the flag."""
     for flag, value in vars(args).items():
         if type(value) in (int, float) and not (value > 0 or flag == "guidance" and value == 0):
             fail(f"--{flag.replace('_', '-')} {value}: must be positive")
+
+
+def main(args: Args):
+    """Count and print."""
+    check_positive(args)
     if not args.table:
         return print(report(args, count(args)))
     heads = ["model", "B", "size", "base GB", "activations GB a picture, checkpointing on / off",

@@ -21,6 +21,7 @@ from flow.blank import PROMPT, blank_lora, blank_pipeline, blank_reward, encode
 from flow.pipeline import decode_batch, draw_noise, velocity
 from normguard import norm_hinge, reference
 
+GB = 2**30
 SCORED = 64  # pictures that the reward sees at once: load_reward's default
 FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # what autocast computes in fp32 on a GPU but not on a CPU: of its list, what transformers of pictures call
@@ -73,9 +74,10 @@ def as_on_cuda():
     PyTorch built for GPUs, and the fake pipeline is to be the same everywhere.)"""
     def in_fp32(function):
         """The function, of arguments in fp32."""
-        def run(x, *args, **kwargs):
-            low = isinstance(x, Tensor) and x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")
-            return function(x.float() if low else x, *args, **kwargs)
+        def run(*args, **kwargs):
+            if torch.is_autocast_enabled("cpu"):
+                args = tuple(x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x for x in args)
+            return function(*args, **kwargs)
         return run
     with ExitStack() as stack:
         for owner, name in FP32:
@@ -133,12 +135,14 @@ def reference_pass(pipe, n: int) -> Tensor:
         return velocity(pipe, *inputs(pipe, n))
 
 
-def update(pipe, n: int):
-    """Forward, reference and backward of n training rows with the guard, as in the training scripts."""
+def update(pipe, n: int, opt=None):
+    """Forward, reference, backward and step of n training rows with the guard, as in the training scripts."""
     v = velocity(pipe, *inputs(pipe, n))
     v_ref = reference_pass(pipe, n)
     loss = (v - v_ref).square().flatten(1).mean(1) + norm_hinge(v, v_ref)
     loss.sum().backward()
+    if opt:
+        opt.step()
     for p in pipe.transformer.parameters():
         p.grad = None
 
@@ -172,10 +176,10 @@ def checkpointing(pipe, on: bool):
 
 # ---------------------------------------------------------------- all of them, on fake tensors
 
-def count(args) -> dict:
+def count(args, dtype: torch.dtype = torch.bfloat16) -> dict:
     """A run's parts on fake tensors, from the flags of flow/budget.py: bytes of weights; the live bytes of each phase,
     as {pictures: bytes} where they depend on these; and FLOPs for a picture."""
-    pipe = blank_pipeline(args.model, torch.device("cpu"), args.size, args.frames, fake=True)
+    pipe = blank_pipeline(args.model, torch.device("cpu"), args.size, args.frames, True, dtype)
     mode, transformer = next(pipe.transformer.parameters()).fake_mode, pipe.transformer
     clip = blank_reward(args.reward, torch.device("cpu"), mode)
     base = {kind: linear_bytes(transformer, kind) for kind in ("none", "int8", "nf4")}
