@@ -203,8 +203,9 @@ def taken_on_trust(fake: bool):
 
 
 def encode(pipe, guidance: float | None = None):
-    """flow.pipeline.encode_prompts for as many prompts as are encoded in one go, PROMPT among them."""
-    prompts = [f"{PROMPT}{' word' * (i > 0)}{i or ''}" for i in range(pipeline.CHUNK)]
+    """flow.pipeline.encode_prompts for PROMPT and as many more as are encoded in one go."""
+    n = pipeline.CHUNK if pipe.seam.in_one_go else 1
+    prompts = [PROMPT, *(f"{PROMPT} {i}" for i in range(1, n))]
     with taken_on_trust(isinstance(next(pipe.transformer.parameters()), FakeTensor)):
         pipeline.encode_prompts(pipe, prompts, guidance)
 

@@ -15,7 +15,6 @@ from typing import Literal
 from flow.blank import PUBLISHED, WORDS
 from flow.cli import fail, parse
 from flow.meter import GB, SCORED, count
-from flow.pipeline import CHUNK
 
 CARDS = [16, 24, 48, 80]  # GB
 RESERVE = 1.0  # GB of a card for CUDA itself and what the allocator leaves between tensors; an assumption
@@ -142,7 +141,7 @@ def report(args: Args, found: dict) -> str:
              "LoRA and Adam (fp32)": lora_bytes(args, found),
              "reward's model (fp32), while it scores": found["reward"],
              "text encoders (bf16), while they encode": found["text"]}
-    live = {"encode": (found["encode"], f"{CHUNK} prompts at once, {WORDS} words each"),
+    live = {"encode": (found["encode"], f"{found['together']} at once, {WORDS} words each"),
             "rollout": (at(found["rollout"], args.rollout_batch or args.batch),
                         f"--rollout-batch {args.rollout_batch or args.batch}"),
             "decode": (found["decode"], "a megapixel at a time"), "reward": (found["score"], f"{SCORED} pictures"),

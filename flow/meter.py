@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from flow.blank import PROMPT, blank_lora, blank_pipeline, blank_reward, encode
-from flow.pipeline import decode_batch, draw_noise, velocity
+from flow.pipeline import CHUNK, decode_batch, draw_noise, velocity
 from normguard import norm_hinge, reference
 
 GB = 2**30
@@ -53,14 +53,17 @@ class Meter(TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         if op._overloadpacket in flop_registry:
             self.flops += flop_registry[op._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
-            if storage is not None and storage._cdata not in given and storage._cdata not in self.live:
-                self.live[storage._cdata] = storage.nbytes()
+        if op.namespace == "prim":  # a question about a tensor, of which fake ones hear many
+            return out
+        outs = [x.untyped_storage() for x in (out if isinstance(out, (list, tuple)) else (out,)) if torch.is_tensor(x)]
+        new = {x._cdata: x for x in outs if x._cdata not in self.live}
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)} if new else ()
+        for key, storage in new.items():
+            if key not in given:  # not a view of what was there before
+                self.live[key] = storage.nbytes()
                 self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.freed, storage._cdata)
+                weakref.finalize(storage, self.freed, key)
+        self.peak = max(self.peak, self.now)
         return out
 
     def freed(self, key: int):
@@ -185,6 +188,7 @@ def count(args, dtype: torch.dtype = torch.bfloat16) -> dict:
     base = {kind: linear_bytes(transformer, kind) for kind in ("none", "int8", "nf4")}
     found = {"parameters": sum(p.numel() for p in transformer.parameters()), "base": base, "vae": held(pipe.vae),
              "reward": held(clip) if clip else 0, "text": sum(map(held, pipe.seam.encoders.values())),
+             "together": CHUNK if pipe.seam.in_one_go else 1,
              "encode": metered(lambda: encode(pipe, args.guidance))[0]}
     found["lora"] = size_of(*blank_lora(pipe, args.rank))
     low, high = 1, max(2, args.batch)
