@@ -32,11 +32,11 @@ WORDS = 40  # of the prompt: tokens, where a pipeline does not pad to one length
 PROMPT = " ".join(["word"] * WORDS)
 CHAT = "{% for m in messages %}user {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
 
-# What differs from the classes' defaults in diffusers and transformers. Looked up in public code that holds the
-# published config.json files: SD3.5-M and its VAE in Tenstorrent's fp8 loader of Comfy-Org/stable-diffusion-3.5-fp8;
-# FLUX.1 in diffusers' scripts/convert_flux_to_diffusers.py (the class's defaults, and guidance for dev); Qwen-Image in
-# kohya-ss/musubi-tuner; klein and Z-Image in loaders that quote black-forest-labs' and Tongyi-MAI's. Of text encoders
-# and schedulers only what the shapes of a batch and the size of the weights depend on.
+# What differs from the classes' defaults in diffusers and transformers. Looked up in public code that quotes the
+# published config.json files: SD3.5-M and its VAE in Tenstorrent's loader of Comfy-Org/stable-diffusion-3.5-fp8; FLUX.1
+# in diffusers' scripts/convert_flux_to_diffusers.py (the class's defaults; dev adds guidance); Qwen-Image's transformer
+# and text model in MindStudio's checks of Qwen-Image-Edit; klein's, Z-Image's and Qwen3-4B's in their loaders.
+# Not looked up: CLIP, T5 and Qwen2.5-VL's vision tower (from memory); schedulers, on which no shape depends.
 KL_VAE = ("AutoencoderKL", dict(
     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16,
     block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, use_quant_conv=False,
