@@ -13,12 +13,12 @@ import statistics
 import time
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 
 from flow import budget
 from flow.blank import blank_lora, blank_pipeline, blank_reward, encode
 from flow.cli import parse
+from flow.lora import merged
 from flow.meter import (
     GB,
     SCORED,
@@ -32,6 +32,7 @@ from flow.meter import (
     rollout_step,
     update,
 )
+from flow.pipeline import decode_size
 from flow.run import compile_blocks
 
 
@@ -95,13 +96,14 @@ def measure(args: Args, device: torch.device) -> list[dict]:
     if args.compile:
         compile_blocks(pipe.transformer)
     n, many = args.batch, args.rollout_batch or args.batch
-    chunk = max(1, 3 * 2**20 // int(np.prod(pipe.seam.picture)))
+    chunk = decode_size(pipe)
     with checkpointing(pipe, args.checkpointing):
         train = timed(lambda: update(pipe, n, opt), device, args.repeat)
+    with merged(pipe.transformer):
+        rollout = timed(lambda: rollout_step(pipe, many, args.guidance), device, args.repeat)
     took = {"update": (n, 1, flops[f"update {args.checkpointing}"] + flops["row"], train),
             "reference": (n, 1, flops["row"], timed(lambda: reference_pass(pipe, n), device, args.repeat)),
-            "rollout": (many, args.steps, flops["step"],
-                        timed(lambda: rollout_step(pipe, many, args.guidance), device, args.repeat)),
+            "rollout": (many, args.steps, flops["step"], rollout),
             "decode": (chunk, 1, flops["decode"], timed(lambda: decode_step(pipe, chunk), device, args.repeat))}
     clip = blank_reward(args.reward, device)
     if clip:
@@ -110,7 +112,7 @@ def measure(args: Args, device: torch.device) -> list[dict]:
     base = 0 if device.type == "cuda" else held(pipe.transformer) + held(pipe.vae) + adam
     rows = []
     for phase, (pictures, steps, each, (seconds, peak)) in took.items():
-        own = held(clip) if phase == "reward" and base else 0
+        own = {"reward": clip and held(clip), "rollout": found["merged"]}.get(phase, 0) if base else 0
         rows.append({"phase": phase, "pictures": pictures, "seconds": seconds * steps,
                      "pictures_per_s": pictures / seconds / steps, "tflop_per_s": pictures * each / seconds / 1e12,
                      "peak_gb": (peak + base + own) / GB, "estimated_gb": estimated.get(phase)})

@@ -8,7 +8,6 @@ PUBLISHED, those below. Text encoders are of fake tensors always and give zeros 
 makes a token of each word. So all that the transformer is given has the shape that it has in a real run, but for the
 number of tokens in families that do not pad prompts to one length (see WORDS).
 """
-import contextlib
 import copy
 import inspect
 import json
@@ -20,13 +19,14 @@ import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from flow import pipeline
 from flow.cli import cannot_load, check_model
 from flow.hps import VIT_H_CONFIG
 from flow.lora import add_lora
+from flow.precision import use_autocast
 
 WORDS = 40  # of the prompt: tokens, where a pipeline does not pad to one length
 PROMPT = " ".join(["word"] * WORDS)
@@ -169,7 +169,7 @@ def fake_encoder(name: str, config: dict, dtype: torch.dtype, device: torch.devi
 
 def blank_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None,
                    fake: bool = False, dtype: torch.dtype | None = None):
-    """flow.pipeline.load_pipeline's pipeline, with random weights; `fake`: with fake tensors for transformer and VAE.
+    """A pipeline as flow.pipeline.load_pipeline's, with random weights; `fake`: of fake tensors.
     The transformer is in bf16 under autocast on a GPU and if fake, else in fp32, unless dtype says otherwise. Prompts
     are to be those of `encode`. Ends the process, naming --model, where load_pipeline does."""
     name, parts, own = read_configs(model)
@@ -189,25 +189,14 @@ def blank_pipeline(model: str, device: torch.device, size: int | None = None, fr
         length = parts.get(tokenizer) or getattr(encoder.config, "max_position_embeddings", 512)
         components |= {key: encoder, tokenizer: word_tokenizer(length)}
     pipe = cls(**components, **own)
-    if low == torch.bfloat16 and device.type == "cpu":  # on a GPU load_pipeline does so
-        pipe.transformer.forward = torch.autocast("cpu", torch.bfloat16)(pipe.transformer.forward)
-    index = {"_class_name": name, "transformer": [name]}
-    with mock.patch.object(diffusers.DiffusionPipeline, "load_config", return_value=index), \
-         mock.patch.object(diffusers.DiffusionPipeline, "from_pretrained", return_value=pipe), taken_on_trust(fake):
-        return pipeline.load_pipeline(model, device, size, frames)
-
-
-def taken_on_trust(fake: bool):
-    """While this lasts, fake velocities, which have no numbers, are taken to be the same in a batch as alone."""
-    return mock.patch.object(pipeline, "holds_in_batches", lambda *args: True) if fake else contextlib.nullcontext()
+    use_autocast(components["transformer"], device, low)
+    return pipeline.prepare_pipeline(pipe, model, device, size, frames, fake)
 
 
 def encode(pipe, guidance: float | None = None):
     """flow.pipeline.encode_prompts for PROMPT and as many more as are encoded in one go."""
     n = pipeline.CHUNK if pipe.seam.in_one_go else 1
-    prompts = [PROMPT, *(f"{PROMPT} {i}" for i in range(1, n))]
-    with taken_on_trust(isinstance(next(pipe.transformer.parameters()), FakeTensor)):
-        pipeline.encode_prompts(pipe, prompts, guidance)
+    pipeline.encode_prompts(pipe, [PROMPT, *(f"{PROMPT} {i}" for i in range(1, n))], guidance)
 
 
 def blank_lora(pipe, rank: int, name: str = "default") -> list[torch.nn.Parameter]:

@@ -87,9 +87,10 @@ def peaks(args: Args, found: dict) -> dict:
     """GB that each phase takes at most: {phase: GB}."""
     base, unpacked = found["base"][args.quantize]
     fixed = base + found["vae"] + lora_bytes(args, found)
+    merged = found["merged"] if args.quantize == "none" else 0  # a rollout's copy of the weights
     bytes_of = {
         "encode": found["text"] + found["encode"],
-        "rollout": fixed + unpacked + at(found["rollout"], args.rollout_batch or args.batch),
+        "rollout": fixed + unpacked + merged + at(found["rollout"], args.rollout_batch or args.batch),
         "decode": fixed + found["decode"],
         "reward": fixed + found["reward"] + found["score"],
         "update": fixed + unpacked + at(found[f"update {args.checkpointing}"], rows(args, args.batch))}

@@ -9,7 +9,6 @@ import weakref
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from flow.blank import PROMPT, blank_lora, blank_pipeline, blank_reward, encode
-from flow.pipeline import CHUNK, decode_batch, draw_noise, velocity
+from flow.lora import lora_layers
+from flow.pipeline import CHUNK, decode_batch, decode_size, draw_noise, velocity
 from normguard import norm_hinge, reference
 
 GB = 2**30
@@ -191,6 +191,7 @@ def count(args, dtype: torch.dtype = torch.bfloat16) -> dict:
              "together": CHUNK if pipe.seam.in_one_go else 1,
              "encode": metered(lambda: encode(pipe, args.guidance))[0]}
     found["lora"] = size_of(*blank_lora(pipe, args.rank))
+    found["merged"] = size_of(*(layer.base_layer.weight for layer in lora_layers(transformer)))
     low, high = 1, max(2, args.batch)
     with as_on_cuda():
         run = {n: metered(lambda: rollout_step(pipe, n, args.guidance)) for n in (low, high)}
@@ -201,7 +202,7 @@ def count(args, dtype: torch.dtype = torch.bfloat16) -> dict:
                 run = {n: metered(lambda: update(pipe, n)) for n in (low, high)}
             found[f"update {on}"] = {n: peak for n, (peak, _) in run.items()}
             found["flops"][f"update {on}"] = run[1][1] - ref[1]
-    chunk = max(1, 3 * 2**20 // int(np.prod(pipe.seam.picture)))  # as flow.pipeline.decode has it
+    chunk = decode_size(pipe)
     found["decode"], flops = metered(lambda: decode_step(pipe, chunk))
     found["flops"]["decode"] = flops / chunk
     found["score"], flops = metered(lambda: reward_step(clip, SCORED)) if clip else (0, 0)
