@@ -152,7 +152,7 @@ def test_published_models_have_their_published_number_of_parameters(model, param
 
 LARGE = {  # invented: a base of 10 GB, half a GB a picture with checkpointing and 4 GB without
     "parameters": 5e9, "vae": 0, "reward": 0, "score": 0, "decode": 0, "text": 4 * budget.GB, "encode": budget.GB,
-    "together": 16, "lora": budget.GB / 10, "rollout": {1: 0, 2: budget.GB / 10},
+    "together": 16, "lora": budget.GB / 10, "merged": 0, "rollout": {1: 0, 2: budget.GB / 10},
     "base": {"none": (10 * budget.GB, 0), "int8": (5 * budget.GB, 0), "nf4": (3 * budget.GB, 0)},
     "update False": {1: 4 * budget.GB, 2: 8 * budget.GB}, "update True": {1: budget.GB / 2, 2: budget.GB},
     "flops": {"step": 1e12, "row": 1e12, "update False": 2e12, "update True": 3e12, "decode": 0, "score": 0}}
