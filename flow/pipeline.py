@@ -87,9 +87,9 @@ def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = 
     if frames and not takes.keys() & {"num_frames", "frames"}:
         fail(f"--frames {frames}: --model {model} is a {type(pipe).__name__}, which makes no videos")
     pipe.seam = SimpleNamespace(
-        device=device, takes=takes, settings=own_settings(pipe, takes, size, frames), encoders=encoders,
-        scheduler=replace_scheduler(pipe, model), inverted=bool(pipe.scheduler.config.get("invert_sigmas")),
-        fake=fake, in_one_go=None, one_by_one={}, rows={}, shapes={}, timesteps={}, clock=None, told={}, prepared={})
+        device=device, takes=takes, settings=own_settings(pipe, takes, size, frames), encoders=encoders, fake=fake,
+        scheduler=replace_scheduler(pipe, model), inverted=bool(pipe.scheduler.config.get("invert_sigmas")), clock=None,
+        in_one_go=None, one_by_one={}, rows={}, last={}, shapes={}, timesteps={}, told={}, prepared={})
     if hasattr(pipe, "encode_prompt"):
         remember_prompts(pipe)
     try:
