@@ -3,6 +3,7 @@ import ast
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 
 def show_help(script: str):
     """--help out of a script's text, its docstring and its Args, as wide as the terminal; then exit code 0."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
     text, width = ast.parse(Path(script).read_text(encoding="utf-8")), min(120, shutil.get_terminal_size().columns)
     body = next(part.body for part in text.body if isinstance(part, ast.ClassDef) and part.name == "Args")
     module = Path(script).parent == Path(__file__).parent  # one of this folder
