@@ -219,7 +219,7 @@ def main(args: Args):
         with torch.no_grad():
             for p, q in zip(run.params, old_params):
                 q.copy_(decay * q + (1 - decay) * p)
-        finish_epoch(run, old=[p.detach().clone() for p in old_params])
+        finish_epoch(run, old=[p.detach() for p in old_params])
 
 
 if __name__ == "__main__":

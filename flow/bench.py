@@ -92,7 +92,7 @@ def measure(args: Args, device: torch.device) -> list[dict]:
     estimated, flops = budget.peaks(flags, found), found["flops"]
     pipe = blank_pipeline(args.model, device, args.size, args.frames)
     encode(pipe, args.guidance)
-    opt = torch.optim.AdamW(blank_lora(pipe, args.rank))
+    opt = torch.optim.AdamW(blank_lora(pipe, args.rank), fused=device.type == "cuda")
     if args.compile:
         compile_blocks(pipe.transformer)
     n, many = args.batch, args.rollout_batch or args.batch

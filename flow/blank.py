@@ -160,7 +160,7 @@ def fake_encoder(name: str, config: dict, dtype: torch.dtype, device: torch.devi
 
     def forward(*args, **kwargs):
         """Each of the zeros is the same one, so they take no memory."""
-        args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, lambda x: mode.from_tensor(x.cpu()), (args, kwargs))
         out = run(*args, **kwargs)
         return tree_map_only(torch.Tensor, lambda x: torch.zeros((), dtype=x.dtype, device=device).expand(x.shape), out)
     encoder.forward = forward

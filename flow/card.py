@@ -1,4 +1,5 @@
 """The model card that stands beside a LoRA."""
+import shlex
 from dataclasses import fields
 
 from flow.files import write_files
@@ -10,8 +11,9 @@ def write_card(run):
     for field in fields(args):
         value, flag = getattr(args, field.name), field.name.replace("_", "-")
         if value != field.default:
-            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            flags.append({True: f"--{flag}", False: f"--no-{flag}"}.get(value, f"--{flag} {value}"))
+            words = value if isinstance(value, tuple) else [value]
+            switch = f"--{flag}" if value else f"--no-{flag}"
+            flags.append(switch if isinstance(value, bool) else shlex.join([f"--{flag}", *map(str, words)]))
     prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(run.eval_prompts[:4]))
     text = f"""---
 base_model: {args.model}

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -69,9 +70,9 @@ MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, 
 def fail(message: str):
     """End the process with one line on stderr and exit code 2: the user's input is wrong, nothing was overwritten."""
     message = re.sub(r"\S{200,}", lambda name: f"{name[0][:60]}...{name[0][-60:]}", " ".join(str(message).split()))
-    met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-    if met or os.environ.get("LOCAL_RANK", "0") == "0":  # processes that fail alike, before they meet, say so once
-        tqdm.write(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # of processes that fail alike only the first speaks: torchrun then ends the others
+    tqdm.write(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 

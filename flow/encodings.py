@@ -1,13 +1,18 @@
-"""Encoded prompts on disk, memory-mapped: a run of many prompts holds few of them in memory, and resumes without its
-text encoders. A file holds a few prompts: their tensors, each once, and in its metadata how they are put together."""
+"""Encoded prompts on disk, memory-mapped: a run of many prompts holds few of them in memory, and encodes none again
+when it resumes. A file holds a few prompts: their tensors, each once, and in its metadata how they are put
+together."""
 import hashlib
 import json
+import os
+import socket
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
+import diffusers
 import torch
-from safetensors import safe_open
+import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -33,17 +38,19 @@ def encode_each(pipe, prompts: list[str], size: int, guidance: float | None, sto
         pipe.seam.encoders = None
 
 
-def file_of(store: Path, prompts: list[str], guidance: float | None) -> Path:
-    """Where the encodings of these prompts are, if they have been kept."""
-    return store / (hashlib.sha256(repr((prompts, guidance)).encode()).hexdigest()[:16] + ".safetensors")
+def file_of(seam, store: Path, prompts: list[str], guidance: float | None) -> Path:
+    """Where the encodings of these prompts are, if they have been kept: by these settings and libraries."""
+    settings = prompts, guidance, sorted(seam.settings.items()), diffusers.__version__, transformers.__version__
+    return store / (hashlib.sha256(repr(settings).encode()).hexdigest()[:16] + ".safetensors")
 
 
 def recall(seam, store: Path, prompts: list[str], guidance: float | None) -> bool:
-    """Take these prompts' encodings from the folder, if they are there."""
-    file = file_of(store, prompts, guidance)
-    if not file.exists():
-        return False
-    for key, row in read_rows(file).items():
+    """Take these prompts' encodings from the folder, if they are there and can be read."""
+    try:
+        rows = read_rows(file_of(seam, store, prompts, guidance))
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return False  # they are encoded again
+    for key, row in rows.items():
         remember(seam, key, row)
     return True
 
@@ -51,7 +58,7 @@ def recall(seam, store: Path, prompts: list[str], guidance: float | None) -> boo
 def keep(seam, store: Path, prompts: list[str], guidance: float | None, known: int):
     """Write to the folder what has been encoded since so many encodings were known, and hold that from now on."""
     store.mkdir(parents=True, exist_ok=True)
-    write_rows(file_of(store, prompts, guidance), dict(islice(seam.rows.items(), known, None)))
+    write_rows(file_of(seam, store, prompts, guidance), dict(islice(seam.rows.items(), known, None)))
     recall(seam, store, prompts, guidance)
 
 
@@ -71,8 +78,9 @@ def write_rows(file: Path, rows: dict[tuple, tuple]):
         return {"tensor": name}
 
     index = json.dumps([[list(key), outline(row)] for key, row in rows.items()])
-    save_file(tensors, file.with_suffix(".tmp"), {"rows": index})
-    file.with_suffix(".tmp").replace(file)
+    own = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")  # another process may write the same
+    save_file(tensors, own, {"rows": index})
+    own.replace(file)
 
 
 def read_rows(file: Path) -> dict[tuple, tuple]:

@@ -1,36 +1,38 @@
 """What pictures are worth: the rewards of a rollout, and evaluations on held-out prompts."""
+import numpy as np
 import torch
 from torch import Tensor
 
 from flow.log import log_picture, write_line
 from flow.lora import swapped
-from flow.pictures import middle_frames, save_grid
+from flow.memory import mark_peak, to_cpu
+from flow.pictures import middle_frames, save_grid, to_bytes
 from flow.pipeline import decode, decode_size, draw_noise, integrate, schedule
-from flow.processes import RANK, gather, share
+from flow.processes import RANK, gather, gather_first, share
+
+
+def decoded(run, x0: Tensor, prompts: list[str]):
+    """Latents (n, ...) as pictures, their prompts and rewards, 16 megapixels at a time: (pictures, rewards)."""
+    most = max(1, 16 * 3 * 2**20 // int(np.prod(run.pipe.seam.picture)))
+    size = max(decode_size(run.pipe), most - most % decode_size(run.pipe))
+    for i in torch.arange(len(x0)).split(size):
+        pictures = decode(run.pipe, x0[i])
+        yield pictures, run.reward(pictures, [prompts[j] for j in i])
+    to_cpu(run.reward)
 
 
 def score(run, x0: Tensor, prompts: list[str]) -> Tensor:
-    """The rewards (n,) of an epoch's pictures, of all processes: each decodes and scores its latents x0 (share, ...),
-    16 megapixels at a time."""
+    """The rewards (n,) of all processes' pictures: each decodes and scores those of its own latents x0 (share, ...)."""
     mark_peak(run, "rollout")
-    chunks = torch.arange(len(x0)).split(16 * decode_size(run.pipe))
-    reward = gather(torch.cat([run.reward(decode(run.pipe, x0[i]), [prompts[j] for j in i]) for i in chunks]))
-    to_cpu(run.reward)
+    reward = gather(torch.cat([reward for _, reward in decoded(run, x0, prompts)]))
     mark_peak(run, "reward")
     return reward
 
 
-def to_cpu(reward):
-    """A reward's models make room on the GPU until they are asked again."""
-    for model in reward.models:
-        model.to("cpu")
-
-
-def mark_peak(run, phase: str):
-    """Note how many GiB of GPU memory a phase has taken at most, and count anew."""
-    if torch.cuda.is_available():
-        run.peaks[f"peak_gb_{phase}"] = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
+def saturation(pictures: Tensor) -> Tensor:
+    """HSV's, the mean over a picture's pixels (of a video, its middle frame's): (n, ...) in [0, 1] -> (n,)."""
+    top, low = middle_frames(pictures).amax(1), middle_frames(pictures).amin(1)
+    return ((top - low) / top.clamp_min(1e-3)).flatten(1).mean(1)
 
 
 def evaluate(run, epoch: int):
@@ -41,14 +43,12 @@ def evaluate(run, epoch: int):
     with swapped(run.params, run.ema):
         x0, ratios = integrate(pipe, noise, prompts, schedule(pipe, args.eval_steps or args.steps), desc="evaluate",
                                guidance=args.guidance, compare=True, batch=args.rollout_batch or args.batch)
-    pictures = decode(pipe, x0)
-    reward = run.reward(pictures, prompts)
-    to_cpu(run.reward)
+    parts = [(to_bytes(pictures), reward, saturation(pictures)) for pictures, reward in decoded(run, x0, prompts)]
+    pictures, reward, colour = map(torch.cat, zip(*parts))
     mark_peak(run, "evaluate")
-    pictures, reward, ratios = gather(pictures), gather(reward), gather(ratios)
+    pictures, reward, colour, ratios = gather_first(pictures), gather(reward), gather(colour), gather(ratios)
     if RANK > 0:
         return
-    top, low = middle_frames(pictures).amax(1), middle_frames(pictures).amin(1)
     steps = ratios.mean(0)
     file = run.out / "samples" / f"{epoch:05d}.png"
     save_grid(file, pictures, 8, run.eval_prompts)
@@ -57,4 +57,4 @@ def evaluate(run, epoch: int):
         "step": run.step, "epoch": epoch, "eval_reward": reward.mean().item(),
         "eval_reward_se": (reward.std() / len(reward) ** 0.5).item(), "eval_norm_ratio": steps.mean().item(),
         "eval_norm_ratio_max": steps.max().item(), "eval_norm_ratio_steps": steps.tolist(),
-        "eval_saturation": ((top - low) / top.clamp_min(1e-3)).mean().item()})
+        "eval_saturation": colour.mean().item()})

@@ -40,6 +40,8 @@ def append(file: Path, text: str):
         with contextlib.suppress(OSError):
             os.truncate(file, size)
         fail(f"{file}: cannot be written ({e.strerror}); make room and run the same command again")
+
+
 def fingerprint(path: str) -> str | None:
     """A hash of a file or a folder's files: names, sizes and up to a megabyte from all over each. None of a hub id."""
     files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]

@@ -53,4 +53,6 @@ def flag_and_value(name: str, kind: str) -> str:
 def script_that_runs() -> str | None:
     """The file of the script that is run, if it is one that parses its Args by flow.cli."""
     file = getattr(sys.modules["__main__"], "__file__", None)
-    return file if file and "parse(Args, __doc__)" in Path(file).read_text("utf-8") else None
+    if not file or not Path(file).is_file():  # the standard input, for one
+        return None
+    return file if "parse(Args, __doc__)" in Path(file).read_text("utf-8", errors="replace") else None

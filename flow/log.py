@@ -29,14 +29,20 @@ def last_line(run):
     print(f"done: {', '.join(said)}; {run.out}/ holds lora/, samples/, curves.png and metrics.jsonl")
 
 
+def check_wandb(args):
+    """End the process if --wandb is given and cannot be had."""
+    try:
+        if args.wandb:
+            import wandb  # noqa: F401 - no requirement, and slow to import
+    except ImportError:
+        fail("--wandb: needs a package that is not installed: pip install wandb")
+
+
 def start_wandb(args, out: Path):
     """A wandb run that goes on when the training does, or None without --wandb."""
     if not args.wandb or RANK > 0:
         return None
-    try:
-        import wandb  # no requirement, and slow to import
-    except ImportError:
-        fail("--wandb: needs a package that is not installed: pip install wandb")
+    import wandb  # it is there
     return wandb.init(project=args.wandb, name=out.name, id=out.name, resume="allow", config=asdict(args))
 
 

@@ -83,7 +83,8 @@ def merged(model: torch.nn.Module):
     """While this lasts, the active adapters are applied as W + scale B A, from a copy of the weights: a forward then
     costs what the base model's does. For calls without gradients. The weights themselves are not touched, and
     `reference` still finds the frozen base. Layers whose W is quantized or sharded go on as ever."""
-    layers = [layer for layer in lora_layers(model) if plain_linear(layer.base_layer) and not layer.lora_variant]
+    layers = [layer for layer in lora_layers(model) if plain_linear(layer.base_layer)
+              and not layer.lora_variant and not any(layer.lora_bias.values())]
     for layer in layers:
         weight = layer.base_layer.weight.detach()
         deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]

@@ -194,7 +194,8 @@ def count(args, dtype: torch.dtype = torch.bfloat16) -> dict:
     found["merged"] = size_of(*(layer.base_layer.weight for layer in lora_layers(transformer)))
     low, high = 1, max(2, args.batch)
     with as_on_cuda():
-        run = {n: metered(lambda: rollout_step(pipe, n, args.guidance)) for n in (low, high)}
+        with reference(transformer):  # merged, a policy computes what the base does
+            run = {n: metered(lambda: rollout_step(pipe, n, args.guidance)) for n in (low, high)}
         ref = metered(lambda: reference_pass(pipe, 1))
         found |= {"rollout": {n: peak for n, (peak, _) in run.items()}, "flops": {"step": run[1][1], "row": ref[1]}}
         for on in (False, True):

@@ -25,8 +25,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # a folder's files that are pictu
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """(3, h, w) in [0, 1] -> PIL, rounded to 8 bits as diffusers does."""
-    return Image.fromarray((picture.cpu() * 255).round().byte().permute(1, 2, 0).numpy())
+    """(3, h, w) in [0, 1], or of bytes -> PIL."""
+    return Image.fromarray(to_bytes(picture).permute(1, 2, 0).numpy())
+
+
+def to_bytes(pictures: Tensor) -> Tensor:
+    """Numbers in [0, 1] -> bytes on the CPU, rounded as diffusers does; bytes stay as they are."""
+    return pictures if pictures.dtype == torch.uint8 else (pictures.cpu() * 255).round().byte()
 
 
 def middle_frames(pictures: Tensor) -> Tensor:

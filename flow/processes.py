@@ -9,6 +9,7 @@ import atexit
 import functools
 import os
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -58,9 +59,11 @@ def shard(transformer: torch.nn.Module, device: torch.device):
     equally many calls."""
     meet()
     mesh = init_device_mesh(device.type, (PROCESSES,))
-    for blocks in transformer.children():
-        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
+    if not lists:
+        fail(f"--shard: a {type(transformer).__name__} has no lists of blocks to divide")
+    for block in (block for blocks in lists for block in blocks):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def share(n: int) -> slice:
@@ -82,6 +85,15 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(gathered(x.cpu()))
 
 
+def gather_first(x: Tensor) -> Tensor | None:
+    """The same on the first process, for what is large; None on the others."""
+    if PROCESSES == 1:
+        return x.cpu()
+    parts = [None] * PROCESSES if RANK == 0 else None
+    together(dist.gather_object, x.cpu(), parts)
+    return torch.cat(parts) if RANK == 0 else None
+
+
 def sum_gradients(params: list[torch.nn.Parameter]):
     """Each gradient becomes its sum over the processes. Where no process has one, there is none."""
     if PROCESSES == 1:
@@ -100,4 +112,5 @@ def together(collective, *args):
     try:
         collective(*args)
     except RuntimeError as e:
+        time.sleep(5)  # torchrun ends this process before it says what only follows
         fail(f"process {RANK} has lost another process, whose own message says why ({str(e).splitlines()[0][:80]})")

@@ -60,7 +60,7 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
             fail(f"--reward {part}: its weight must be a finite number")
         parts.append((name, weight, load_part(name, device, differentiable)))
         if differentiable:
-            check_gradient(*parts[-1])
+            check_gradient(name, parts[-1][2], device)
 
     models = [score.model for _, _, score in parts if hasattr(score, "model")]
 
@@ -83,9 +83,11 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     return reward
 
 
-def check_gradient(name: str, weight: float, score: Reward):
+def check_gradient(name: str, score: Reward, device: torch.device):
     """End the process if a reward does not say how it changes with the picture, as a function of NumPy's."""
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    if hasattr(score, "model"):
+        score.model.to(device)
     with torch.enable_grad():
         value = checked(name, score, images, ["a picture"]).sum()
     if not (value.requires_grad and torch.autograd.grad(value, images, allow_unused=True)[0] is not None):

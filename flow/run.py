@@ -14,10 +14,12 @@ from tqdm import tqdm
 from flow.checkpoint import find_run, open_folder, resume, save_checkpoint, unlock
 from flow.cli import check_flags, fail
 from flow.draws import EPOCH, draw_prompts, rng
-from flow.evaluate import evaluate, mark_peak, to_cpu
-from flow.log import last_line, start_wandb, write_line
+from flow.evaluate import evaluate
+from flow.log import check_wandb, last_line, start_wandb, write_line
 from flow.lora import add_lora
+from flow.memory import mark_peak, to_cpu
 from flow.pipeline import encode_prompts, load_pipeline, schedule
+from flow.precision import quantization
 from flow.processes import PROCESSES, RANK, gathered, meet, own_device, part_ways, share, sum_gradients
 from flow.rewards import load_reward
 from flow.text import tell_misfits
@@ -29,6 +31,8 @@ def check_numbers(args):
     at_least = {"epochs groups rank updates batch rollout_batch timesteps save_every eval_n eval_steps size frames": 1,
                 "group steps": 2, "seed eval_every lam margin kl guidance": 0}
     check_flags(args, {flag: low for flags, low in at_least.items() for flag in flags.split()})
+    if isinstance(args.lam, str) and args.lam != "auto":
+        fail(f"--lam {args.lam}: must be at least 0, or auto")
     if args.ema is not None and not 0 < args.ema < 1:
         fail(f"--ema {args.ema}: must be above 0 and below 1")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
@@ -48,6 +52,8 @@ def start_run(name: str, args) -> SimpleNamespace:
     """Everything a training script starts from, in the order in which it can fail: flags, folder, reward, model,
     prompts. An interrupted run is where its checkpoint left it; a finished one says so and exits 0."""
     device = own_device()
+    quantization(args.quantize)
+    check_wandb(args)
     prompts, eval_prompts = draw_prompts(args)
     out, state = find_run(name, args)
     began = (out / "args.json").exists()
@@ -70,6 +76,7 @@ def start_run(name: str, args) -> SimpleNamespace:
     meet()
     run.wandb = start_wandb(args, out)
     own = own_prompts(run)
+    mark_peak(run, "load")
     encode_prompts(pipe, own, args.guidance, out / "checkpoint" / "prompts")
     if args.shard and len({pipe.seam.shapes.get(prompt) for prompt in own}) > 1:  # the processes' calls would differ
         fail(f"--shard: {type(pipe).__name__} encodes prompts to several lengths; it takes a model that pads to one")

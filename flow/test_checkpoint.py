@@ -287,7 +287,7 @@ def test_captions_stand_below_their_pictures():
 def test_wandb_gets_the_numbers_and_the_grids(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     args = train_awm.Args(wandb="project")
-    refuses(capsys, tmp_path, lambda: run.start_wandb(args, tmp_path), "--wandb", "pip install wandb")
+    refuses(capsys, tmp_path, lambda: run.check_wandb(args), "--wandb", "pip install wandb")
     logged = []
     fake = type(sys)("wandb")
     fake.init = lambda **given: type(sys)("run")

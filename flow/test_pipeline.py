@@ -285,6 +285,11 @@ def test_kept_encodings_are_the_encoders_own(folder, tmp_path, model):
         with torch.no_grad():
             velocities.append([velocity(pipe, noise, t, PROMPTS, guidance) for guidance in (None, 3.0)])
     assert torch.equal(*map(torch.stack, velocities))
+    encode_prompts(pipe := load_pipeline(name, torch.device("cpu", 0), 64), PROMPTS, 3.0, tmp_path)  # another device
+    with torch.no_grad():
+        torch.testing.assert_close(velocity(pipe, noise, t, PROMPTS, 3.0), velocities[0][1])
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])  # broken: they are encoded again
     encode_prompts(pipe := load_pipeline(name, CPU, 64), [*PROMPTS, "a new prompt"], 3.0, tmp_path)  # is encoded
     maps = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(tmp_path) in line]
     kept = [x for key, row in pipe.seam.rows.items() if key[1] in PROMPTS for x in tensors(list(row))]

@@ -3,16 +3,29 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
 
 import sample
+from flow.evaluate import score
 from flow.lora import add_lora, lora_layers, merged, save_lora, swapped
 from flow.pictures import load_pictures
-from flow.pipeline import add_noise, draw_noise, encode_prompts, integrate, load_pipeline, project, schedule, velocity
+from flow.pipeline import (
+    add_noise,
+    decode,
+    draw_noise,
+    encode_prompts,
+    integrate,
+    load_pipeline,
+    project,
+    schedule,
+    velocity,
+)
 from flow.precision import quantization
+from flow.rewards import load_reward
 from normguard import norm_hinge, norm_ratio, reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +122,19 @@ def test_merged_takes_the_active_adapter():
         v = velocity(pipe, x, t, PROMPTS)
     with reference(pipe.transformer):
         torch.testing.assert_close(v, velocity(pipe, x, t, PROMPTS))
+
+
+def test_a_reward_rests_on_the_cpu(monkeypatch):
+    """Its model is sent to the device before pictures are scored, and home after them."""
+    pipe, _ = ready(ROOT / "tiny/sd3")
+    reward, sent = load_reward(str(ROOT / "tiny/pickscore"), CPU), []
+    (model,) = reward.models
+    monkeypatch.setattr(model, "to", sent.append)
+    run = SimpleNamespace(pipe=pipe, reward=reward, peaks={})
+    x0 = draw_noise(pipe, 2, torch.Generator().manual_seed(0))
+    scores = score(run, x0, PROMPTS)
+    assert sent == [CPU, "cpu"] and isinstance(sent[0], torch.device) and isinstance(sent[1], str)
+    torch.testing.assert_close(scores, reward(decode(pipe, x0), PROMPTS))
 
 
 def test_swapped_puts_back_the_very_tensors():

@@ -29,6 +29,12 @@ for name, flags in {runs}:
     sys.argv = [name, *flags]
     script.main(parse(script.Args, ""))
 """
+SHARDED = """
+from flow.pipeline import load_pipeline
+from flow.processes import own_device
+weight = load_pipeline("tiny/sd3", own_device(), sharded=True).transformer.transformer_blocks[0].attn.to_q.weight
+assert 2 * weight.to_local().numel() == weight.numel()
+"""
 REWARD = """
 import os
 calls = []
@@ -40,9 +46,9 @@ def red(images, prompts):
 """
 
 
-def torchrun(folder: Path, runs: list, **env) -> subprocess.CompletedProcess:
-    """The runs (script, flags) one after another, in two processes."""
-    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), runs=runs))
+def torchrun(folder: Path, runs: list, then: str = "", **env) -> subprocess.CompletedProcess:
+    """The runs (script, flags) one after another, in two processes; then some code."""
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), runs=runs) + then)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{folder}/driver.py"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **env}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
@@ -64,9 +70,9 @@ def two(tmp_path_factory):
     """The folder of one run of each script, in two processes, and of one without and with --shard."""
     folder = tmp_path_factory.mktemp("two")
     runs = [(name, [*SMALL, "--out", f"{folder}/{name}"]) for name in SCRIPTS]
-    even = [*SMALL, "--updates", "1", "--eval-n", "4", "--epochs", "2", "--out"]
+    even = [*SMALL, "--updates", "1", "--eval-n", "32", "--epochs", "2", "--out"]  # both encode the same 16 prompts
     runs += [("nft", [*even, f"{folder}/whole"]), ("nft", [*even, f"{folder}/sharded", "--shard"])]
-    done = torchrun(folder, runs)
+    done = torchrun(folder, runs, SHARDED)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("done: ") == 5  # by the first process alone
     return folder

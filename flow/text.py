@@ -66,7 +66,7 @@ def remember_prompts(pipe):
         asked.update({name: value for name, value in (("device", seam.device), ("batch_size", 1)) if name in asked})
         each = {"prompt": prompts} | {name: value for name, value in asked.items() if "prompt" in name
                                       and isinstance(value, list) and len(value) == n}
-        rest = repr([value for name, value in asked.items() if name not in each])
+        rest = repr([value for name, value in asked.items() if name not in {*each, "device"}])
         keys = tuple((rest, *one) for one in zip(*each.values()))
         together = {**asked, **each} | ({"batch_size": n} if "batch_size" in asked else {})
         missing = [key for key in dict.fromkeys(keys) if key not in rows]
