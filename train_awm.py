@@ -3,7 +3,7 @@ r"""AWM (Advantage Weighted Matching) + NormGuard for flow-matching models, on o
     python train_awm.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_awm.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
         --eval-prompts FILE --size 512 --steps 14 --timesteps 6 --group 24 --groups 24 --batch 4 --rollout-batch 16 \
-        --lr 3e-4 --eval-steps 40 --epochs 100                  # estimated: 8 hours of a GPU at 200 TFLOP/s
+        --lr 3e-4 --eval-steps 40 --epochs 100                  # 8 hours of a GPU at 200 TFLOP/s, estimated
     torchrun --nproc-per-node 8 train_awm.py ...                # the same on eight GPUs
 
 AWM (arXiv 2509.25050, github.com/scxue/advantage_weighted_matching) is policy gradient with the flow-matching loss as

@@ -3,7 +3,7 @@ r"""Flow-DPO, online, + NormGuard for flow-matching models, on one GPU or severa
     python train_dpo.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_dpo.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
         --eval-prompts FILE --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --pairs 1 --batch 4 --lr 3e-4 \
-        --guidance 4.5 --dpo-beta 100 --max-grad-norm 0.02 --rollout-batch 16 --eval-steps 40 --epochs 100
+        --guidance 4.5 --dpo-beta 100 --max-grad-norm 0.02 --rollout-batch 16 --eval-steps 40 --epochs 100  # 6 h
     torchrun --nproc-per-node 8 train_dpo.py ...                # the same on eight GPUs
 
 Diffusion-DPO (arXiv 2311.12908) on velocities, as Flow-DPO (arXiv 2501.13918) and Flow-GRPO's train_sd3_dpo.py
