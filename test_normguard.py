@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 
 import eval_judge
 import flow.checkpoint
@@ -634,7 +635,9 @@ def test_adjoint_is_autograd_through_the_whole_trajectory(model, guidance):
     noise, sigmas = draw_noise(pipe, 2, seeded(2, first=1)).double(), schedule(pipe, 4).double()
     rewards = [lambda images, _: images[:, 0].double().mean((1, 2)),
                lambda images, _: images.double().square().mean((1, 2, 3))]
+    pipe.transformer.enable_gradient_checkpointing()  # as on a GPU
     ours = sample.adjoint(pipe, noise, prompts, sigmas, rewards, guidance=guidance, batch=2)
+    pipe.transformer.disable_gradient_checkpointing()
     s, x = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True), noise
     for k in range(4):
         v = velocity(pipe, x, sigmas[k].expand(2), prompts, guidance)
@@ -907,8 +910,8 @@ def test_a_save_cut_short_anywhere_resumes_bit_for_bit(run, tmp_path, monkeypatc
             return honest(*args, **kwargs)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(module, name, cut)
-            small_run(tmp_path / name)
-        assert lora_bytes(small_run(tmp_path / name)) == lora_bytes(run)
+            small_run(tmp_path / name, eval_every=0)
+        assert lora_bytes(small_run(tmp_path / name, eval_every=0)) == lora_bytes(run)
 
 
 @pytest.mark.parametrize("script", [train_nft, train_dpo])
@@ -969,7 +972,7 @@ def test_lam_0_is_the_script_without_the_guard(tmp_path, script):
     plain = types.ModuleType("plain")
     sys.modules["plain"] = plain
     exec(compile(source, "plain.py", "exec"), plain.__dict__)
-    short = dict(epochs=2, eval_every=0)
+    short = dict(epochs=2, eval_every=0, save_every=2)
     plain.main(plain.Args(out=str(tmp_path / "plain"), **small(script, lam=0.0, **short)))
     assert lora_bytes(small_run(tmp_path / "zero", script, lam=0.0, **short)) == lora_bytes(tmp_path / "plain")
     assert lora_bytes(small_run(tmp_path / "guarded", script, lam=5.0, **short)) != lora_bytes(tmp_path / "plain")
@@ -993,6 +996,34 @@ def test_lam_auto_knows_no_scale_and_resumes_bit_for_bit(tmp_path, monkeypatch, 
     for a, b in zip(steps, scaled):
         assert a["loss"] == a["base_loss"] == pytest.approx(b["loss"] / 1024, rel=1e-6)
         assert (a["guard"], a["norm_ratio"], a["active"]) == (b["guard"], b["norm_ratio"], b["active"])
+
+
+def test_the_average_is_what_is_kept_in_lora(tmp_path):
+    """--ema D: lora/ is D times what it was and 1 - D times the trained LoRA, step after step, from the start on."""
+    out, kept = tmp_path / "run", {}
+    for epochs in (1, 2, 3):
+        small_run(out, epochs=epochs, updates=1, eval_every=0, save_every=1, ema=0.7)
+        state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+        trained = {f"transformer.{name}": value.double() for name, value in state["lora"].items()}
+        if epochs == 1:  # a run without --ema is trained alike; B begins at 0, A at what its seed gives
+            pipe = load_pipeline("tiny/sd3", torch.device("cpu"))
+            add_lora(pipe.transformer, SMALL["rank"], seed=0)
+            kept = {f"transformer.{name}": value.double()
+                    for name, value in get_peft_model_state_dict(pipe.transformer).items()}
+        kept = {name: 0.7 * value + 0.3 * trained[name] for name, value in kept.items()}
+        for name, value in load_file(out / "lora" / "pytorch_lora_weights.safetensors").items():
+            torch.testing.assert_close(value.double(), kept[name], rtol=1e-5, atol=1e-8)
+            assert ("lora_A" in name or not value.any()) or not torch.equal(value, trained[name].float())
+
+
+def test_evaluations_have_steps_and_batches_of_their_own(tmp_path):
+    """--eval-steps is theirs; --batch and --rollout-batch change nothing but rounding."""
+    few, many = (metrics(small_run(tmp_path / f"{n}", epochs=1, eval_every=1, eval_steps=3, rollout_batch=n, batch=b))
+                 for n, b in ((2, 4), (64, 32)))
+    for a, b in zip(few, many):
+        assert len(a.get("eval_norm_ratio_steps", [0] * 3)) == 3
+        assert {k: v for k, v in a.items() if isinstance(v, float) and k != "img_per_s"} == pytest.approx(
+            {k: v for k, v in b.items() if isinstance(v, float) and k != "img_per_s"}, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("script", [train_nft, train_awm])
@@ -1022,11 +1053,11 @@ def test_training_raises_a_reward_it_can_raise(tmp_path, script, lr):
 
 
 def test_micro_batches_and_gradient_checkpointing_change_nothing(run, tmp_path):
-    from safetensors.torch import load_file
     name = "lora/pytorch_lora_weights.safetensors"
     whole = load_file(run / name)
     for changes in (dict(batch=3), dict(checkpointing=True)):
-        other = load_file(small_run(tmp_path / str(len(changes) + changes.get("batch", 0)), **changes) / name)
+        out = small_run(tmp_path / str(len(changes) + changes.get("batch", 0)), eval_every=0, save_every=4, **changes)
+        other = load_file(out / name)
         # Adam's first steps magnify rounding; lr is 2e-3
         assert max((whole[k] - other[k]).abs().max() for k in whole) < 2e-4
 
@@ -1593,7 +1624,10 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert "main" in kept and len(kept) < len(reproduce.PARTS)
     subprocess.run(command, check=True, capture_output=True)
     done = json.loads(file.read_text())
-    assert set(done) == set(reproduce.PARTS) and all(done[part] == kept[part] for part in kept)  # to the second
+    parts = set(reproduce.PARTS) - set(reproduce.SMOKE.without)
+    assert set(done) == parts and all(done[part] == kept[part] for part in kept)  # to the second
+    hinges = {name: hinge for name, (_, hinge) in reproduce.VARIANTS.items()}
+    assert {hinges[part.removeprefix("guard: ")] for part in parts if "guard" in part} == set(hinges.values())
     assert (home / "lam0" / "checkpoint" / "state.pt").stat().st_mtime_ns == trained
 
     for name, folder in (("unguarded", "awm"), ("guarded", "awm+normguard")):

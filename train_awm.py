@@ -1,8 +1,10 @@
-r"""AWM (Advantage Weighted Matching) + NormGuard for flow-matching models, on one GPU.
+r"""AWM (Advantage Weighted Matching) + NormGuard for flow-matching models, on one GPU or several.
 
     python train_awm.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_awm.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
-        --eval-prompts FILE --size 512 --steps 14 --timesteps 6 --group 24 --groups 24 --batch 4 --lr 3e-4
+        --eval-prompts FILE --size 512 --steps 14 --timesteps 6 --group 24 --groups 24 --batch 4 --rollout-batch 16 \
+        --lr 3e-4 --eval-steps 40 --epochs 100
+    torchrun --nproc-per-node 8 train_awm.py ...                # the same on eight GPUs
 
 AWM (arXiv 2509.25050, github.com/scxue/advantage_weighted_matching) is policy gradient with the flow-matching loss as
 the log-likelihood. For a picture x0 of the policy, x_t = (1 - t) x0 + t eps:
@@ -15,7 +17,7 @@ As in the official PickScore recipe: pictures without guidance, group mean and g
 to 1; moments t drawn stratified from the rollout's own schedule but its last tenth; one update an epoch, on policy
 (with more --updates, the later ones keep the velocities from before the first). Not as there: Euler instead of a
 second-order sampler, t drawn per picture instead of per micro-batch, diffusers' T5 length of 256 instead of 128, no EMA
-of the weights, and no second KL to such an EMA.
+of the weights but with --ema, and no second KL to such an EMA.
 
 To resume, run the same command again.
 """

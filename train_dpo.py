@@ -1,9 +1,10 @@
-r"""Flow-DPO, online, + NormGuard for flow-matching models, on one GPU.
+r"""Flow-DPO, online, + NormGuard for flow-matching models, on one GPU or several.
 
     python train_dpo.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_dpo.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
         --eval-prompts FILE --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --pairs 1 --batch 4 --lr 3e-4 \
-        --guidance 4.5 --dpo-beta 100 --max-grad-norm 0.02
+        --guidance 4.5 --dpo-beta 100 --max-grad-norm 0.02 --rollout-batch 16 --eval-steps 40 --epochs 100
+    torchrun --nproc-per-node 8 train_dpo.py ...                # the same on eight GPUs
 
 Diffusion-DPO (arXiv 2311.12908) on velocities, as Flow-DPO (arXiv 2501.13918) and Flow-GRPO's train_sd3_dpo.py
 (github.com/yifan123/flow_grpo): of a prompt's pictures the best by reward, w, is preferred to the worst, l. Both get
@@ -18,7 +19,7 @@ conditional ones. Not as there: the pictures come from the policy as it stands (
 along only if told to), several pairs a prompt with --pairs (i-th best against i-th worst), a pair of equal reward
 counts as zero loss, the factor 2 / beta, by which lam and kl weigh as in the other methods (Adam does not see it, but
 max_grad_norm does: the official 1 is 0.02 here), Euler steps, diffusers' T5 length of 256 instead of 128, no EMA of the
-weights.
+weights but with --ema.
 
 To resume, run the same command again.
 """

@@ -1,9 +1,10 @@
-r"""DiffusionNFT (negative-aware fine-tuning) + NormGuard for flow-matching models, on one GPU.
+r"""DiffusionNFT (negative-aware fine-tuning) + NormGuard for flow-matching models, on one GPU or several.
 
     python train_nft.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_nft.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
         --eval-prompts FILE --size 512 --steps 10 --timesteps 9 --group 24 --groups 48 --batch 4 --lr 3e-4 --kl 2e-5 \
-        --max-grad-norm 0.2 --rollout-batch 32 --ema 0.9 --eval-steps 40
+        --max-grad-norm 0.2 --rollout-batch 16 --ema 0.9 --eval-steps 40 --epochs 100
+    torchrun --nproc-per-node 8 train_nft.py ...                # the same on eight GPUs
 
 DiffusionNFT (arXiv 2509.16117, github.com/NVlabs/DiffusionNFT) is supervised learning on the policy's own pictures,
 good and bad. A picture x0 of the old policy is good with probability r; with x_t = (1 - t) x0 + t eps and

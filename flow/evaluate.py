@@ -44,6 +44,7 @@ def evaluate(run, epoch: int):
     pictures = decode(pipe, x0)
     reward = run.reward(pictures, prompts)
     to_cpu(run.reward)
+    mark_peak(run, "evaluate")
     pictures, reward, ratios = gather(pictures), gather(reward), gather(ratios)
     if RANK > 0:
         return

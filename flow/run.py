@@ -1,4 +1,4 @@
-"""A training run: start and resume; a step's and an epoch's end; evaluation.
+"""A training run: start and resume; a step's and an epoch's end.
 
 `start_run` gives a namespace `run` that the training scripts carry along: args, out, pipe, reward, prompts,
 eval_prompts, sigmas, params, opt, ema (of the parameters, or None), state (what it was resumed from), and the counters

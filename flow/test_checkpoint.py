@@ -4,8 +4,10 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -140,14 +142,20 @@ def test_a_finished_run_without_its_checkpoint_does_not_start_over(trained, caps
 
 def test_two_runs_into_one_folder(trained, capsys):
     """Another process holds it; its death frees it."""
-    code = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; "
-            f"from flow import checkpoint; checkpoint.lock(Path({str(trained)!r})); print('held', flush=True); "
-            "time.sleep(60)")
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline().strip() == "held"
+    read, write = os.pipe()
+    holder = os.fork()
+    if not holder:
+        try:
+            checkpoint.lock(trained)
+            os.write(write, b"held")
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert os.read(read, 4) == b"held"
     refuses(capsys, trained, lambda: train(trained, epochs=3), "--out", "another process is at work")
-    holder.kill()
-    holder.wait()
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
     train(trained, epochs=3)
 
 

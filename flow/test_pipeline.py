@@ -20,6 +20,7 @@ import train_awm
 import train_dpo
 import train_nft
 from flow import pipeline, run
+from flow.checkpoint import tensors
 from flow.lora import add_lora, lora_targets
 from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.rewards import load_reward
@@ -284,7 +285,11 @@ def test_kept_encodings_are_the_encoders_own(folder, tmp_path, model):
         with torch.no_grad():
             velocities.append([velocity(pipe, noise, t, PROMPTS, guidance) for guidance in (None, 3.0)])
     assert torch.equal(*map(torch.stack, velocities))
-    encode_prompts(load_pipeline(name, CPU, 64), [*PROMPTS, "a new prompt"], 3.0, tmp_path)  # is encoded
+    encode_prompts(pipe := load_pipeline(name, CPU, 64), [*PROMPTS, "a new prompt"], 3.0, tmp_path)  # is encoded
+    maps = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(tmp_path) in line]
+    kept = [x for key, row in pipe.seam.rows.items() if key[1] in PROMPTS for x in tensors(list(row))]
+    kept += [x for key, row in pipe.seam.last.items() if key in PROMPTS for x in tensors(list(row))]
+    assert kept and all(any(int(a, 16) <= x.data_ptr() < int(b, 16) for a, b in maps) for x in kept)  # on disk
 
 
 def test_compiled_blocks_are_compiled_five_times_and_never_again():

@@ -39,7 +39,7 @@ def remember_prompts(pipe):
     """Make pipe.encode_prompt encode each prompt once, and put batches together from what it remembers. Prompts are
     encoded one by one, or in one go if the pipeline's encoding of a batch is found to be that of each prompt alone: no
     padding to the longest."""
-    encode, seam, rows, first = pipe.encode_prompt, pipe.seam, pipe.seam.rows, {}
+    encode, seam, rows = pipe.encode_prompt, pipe.seam, pipe.seam.rows
     signature = inspect.signature(encode)
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ def remember_prompts(pipe):
             found = ((key, run({**asked, **{name: [value] for name, value in zip(each, key[1:])}})) for key in missing)
         for key, row in found:
             if key not in rows:
-                known = [*first.setdefault(rest, row), *first.setdefault(key[1], row)]  # what is equal is kept once
+                known = [*seam.last.get(rest, ()), *seam.last.get(key[1], ())]  # what is equal is kept once
                 remember(seam, key, tuple(next((x for x in known if same(x, value)), value) for value in row))
         if seam.in_one_go is None and n > 1:
             seam.in_one_go = all(alike(rows[key], row) for key, row in zip(keys, split(run(together), n)))
@@ -89,7 +89,7 @@ def remember_prompts(pipe):
 
 def remember(seam, key: tuple, row: tuple):
     """Keep a prompt's encoding, and the shapes by which it goes into batches."""
-    seam.rows[key] = row
+    seam.rows[key] = seam.last[key[0]] = seam.last[key[1]] = row  # the last of its settings, and of its prompt
     shapes = str([value.shape for value in row if torch.is_tensor(value)])
     seam.shapes[key[1]] = seam.shapes.get(key[1], frozenset()) | {shapes}
 

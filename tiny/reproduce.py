@@ -103,10 +103,13 @@ class Size(NamedTuple):
     n_guard: int = 3  # and for a guard
     renders: int = 1024
     prompts: str = "tiny/prompts.txt"  # of choices
+    without: tuple[str, ...] = ()  # parts
 
 
 SMOKE = Size("--epochs 2 --group 2 --groups 2 --eval-n 2 --save-every 1", 4, (2,), 1, 1, 1, 1, 32,
-             "tiny/eval_prompts.txt")
+             "tiny/eval_prompts.txt",  # of the guards, one of each form
+             tuple(f"guard: {name}" for name in ("lam 0.0005", "lam 0.005", "lam 5", "squared, lam 0.05",
+                                                 "squared, lam 5")))
 
 
 # ---------------------------------------------------------------- claim 9: other guards
@@ -417,12 +420,13 @@ def start_worker(threads: int):
     torch.set_num_threads(threads)
 
 
-def todo(args: Args, runs: list[Run], ablation: bool) -> dict[Run, list[str]]:
+def todo(args: Args, size: Size, runs: list[Run], ablation: bool) -> dict[Run, list[str]]:
     """The parts of the runs that are asked for and not there; of the ablation, or all others."""
     out = {}
     for run in runs:
         known = read_json(Path(args.results) / f"{run.name}.json")
         parts = [part for part, (_, claims) in PARTS.items() if (claims == (9,)) == ablation and part not in known]
+        parts = [part for part in parts if part not in size.without]
         out[run] = [part for part in parts if args.only is None or args.only in PARTS[part][1]]
     return {run: parts for run, parts in out.items() if parts}
 
@@ -464,7 +468,7 @@ def main(args: Args):
     # a base and a reward to look at, others to confirm it
     corners = {(args.bases[i], args.rewards[i]) for i in (0, -1)}
     ablated = [run for run in runs if (run.base, run.reward) in corners]
-    grid, ablation = todo(args, runs, False), todo(args, ablated, True)
+    grid, ablation = todo(args, size, runs, False), todo(args, size, ablated, True)
     wanted = [(run, part) for phase in (grid, ablation) for run, parts in phase.items() for part in parts]
     total = len(wanted)
 
