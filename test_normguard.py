@@ -1026,6 +1026,23 @@ def test_evaluations_have_steps_and_batches_of_their_own(tmp_path):
             {k: v for k, v in b.items() if isinstance(v, float) and k != "img_per_s"}, rel=1e-3, abs=1e-6)
 
 
+def test_dpo_with_lam_auto_also_trains_where_sampling_goes(tmp_path, monkeypatch):
+    moments, honest = [], train_dpo.add_noise
+
+    def seen(x0, noise, t):
+        moments.append(t[:len(t) // 2])
+        return honest(x0, noise, t)
+    monkeypatch.setattr(train_dpo, "add_noise", seen)
+    for lam in (0.05, "auto"):
+        small_run(tmp_path / str(lam), train_dpo, lam=lam, groups=4, updates=1, timesteps=2, epochs=1, batch=64,
+                  eval_every=0)
+    plain, auto = moments
+    changed = plain != auto
+    assert len(plain) == 16 and set(changed.nonzero().flatten().tolist()) == {0, 8}
+    pipe = load_pipeline("tiny/sd3", torch.device("cpu"))
+    assert all(t in schedule(pipe, SMALL["steps"])[:-1] for t in auto[changed])
+
+
 @pytest.mark.parametrize("script", [train_nft, train_awm])
 def test_no_reference_forward_is_paid_when_none_is_needed(tmp_path, monkeypatch, script):
     def refuse(model):

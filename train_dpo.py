@@ -19,7 +19,8 @@ conditional ones. Not as there: the pictures come from the policy as it stands (
 along only if told to), several pairs a prompt with --pairs (i-th best against i-th worst), a pair of equal reward
 counts as zero loss, the factor 2 / beta, by which lam and kl weigh as in the other methods (Adam does not see it, but
 max_grad_norm does: the official 1 is 0.02 here), Euler steps, diffusers' T5 length of 256 instead of 128, no EMA of the
-weights but with --ema.
+weights but with --ema. With --lam auto, every eighth row is at one of the rollout's own noise levels: the logit-normal
+all but leaves out the last, and a guard holds only where it sees.
 
 To resume, run the same command again.
 """
@@ -164,6 +165,8 @@ def main(args: Args):
         # ---- training rows (pair, t): each pair, in random order, at `timesteps` moments
         pair = torch.randperm(pairs, generator=g).repeat_interleave(args.timesteps)
         t = levels[(1000 * torch.sigmoid(torch.randn(len(pair), generator=g))).long()]  # (rows,)
+        if args.lam == "auto":  # what is never trained at is not held either, such as sampling's last noise level
+            t[::8] = sigmas[torch.randint(args.steps, t[::8].shape, generator=g)]
         updates = torch.arange(len(t)).split(len(t) // args.updates)
 
         # ---- updates

@@ -3,6 +3,7 @@ import ast
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 
 def show_help(script: str):
     """--help out of a script's text, its docstring and its Args, as wide as the terminal; then exit code 0."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
     text, width = ast.parse(Path(script).read_text(encoding="utf-8")), min(120, shutil.get_terminal_size().columns)
     body = next(part.body for part in text.body if isinstance(part, ast.ClassDef) and part.name == "Args")
-    print(f"usage: python {os.path.relpath(script)} [--FLAG VALUE ...]\n")
+    module = Path(script).parent == Path(__file__).parent  # one of this folder
+    name = f"-m flow.{Path(script).stem}" if module else os.path.relpath(script)
+    print(f"usage: python {name} [--FLAG VALUE ...]\n")
     for part in ast.get_docstring(text).split("\n\n"):
         print(part if part.startswith(" ") else textwrap.fill(" ".join(part.split()), width), end="\n\n")
     for field, said in zip(body, body[1:]):
