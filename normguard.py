@@ -104,14 +104,16 @@ def reference(model: torch.nn.Module):
     module and puts both back, also after an exception and when nested: which adapter is active, which parameters train,
     and each module's train/eval mode come out as they went in. Does the model have dropout? Then compute v in eval mode
     too: its noise would count as excess norm.
-    Raises ValueError if the model holds no adapter: with full fine-tuning, keep a frozen copy as the reference.
+    Raises ValueError if the model holds no adapter (under full fine-tuning, keep a frozen copy) or a merged one.
     """
     modules = list(model.modules())
     # every adapter layer of peft reads this flag in its forward; disable_adapters() would also reset requires_grad
-    layers = [m for m in modules if hasattr(type(m), "_disable_adapters")]
+    layers = [m for m in modules if "_disable_adapters" in vars(m) or hasattr(type(m), "_disable_adapters")]
     if not layers:
         raise ValueError("reference(model) found no adapter to switch off; add a LoRA, or keep a frozen copy as the "
                          "reference")
+    if any(getattr(m, "merged", False) for m in layers):
+        raise ValueError("reference(model): an adapter is merged (fused) into the base weights; unmerge it first")
     disabled = [m._disable_adapters for m in layers]
     training = [m for m in modules if m.training]
     try:

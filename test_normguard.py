@@ -3,6 +3,7 @@
 They run the real small models of tiny/, through the paths a user runs. Norms, losses, advantages, schedule, rewards and
 distances are checked against derivations written here in float64 numpy; pictures against plain diffusers.
 """
+import copy
 import functools
 import json
 import math
@@ -18,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -287,7 +290,6 @@ def test_reference_is_the_base_and_puts_everything_back(lora_model):
 
 
 def test_reference_keeps_the_second_adapter_active(lora_model):
-    from peft import LoraConfig
     model, inputs, base, _ = lora_model
     model.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"], init_lora_weights=False), adapter_name="old")
     model.set_adapter("old")
@@ -298,7 +300,6 @@ def test_reference_keeps_the_second_adapter_active(lora_model):
 
 
 def test_reference_works_for_peft_models():
-    from peft import LoraConfig, get_peft_model
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
     x = torch.randn(3, 4)
@@ -313,6 +314,83 @@ def test_reference_refuses_a_model_without_adapter():
     with pytest.raises(ValueError, match="no adapter"):
         with reference(torch.nn.Linear(2, 2)):
             pass
+
+
+@pytest.fixture(params=["bare", "ddp", "compiled", "accelerate", "accelerate-bf16"])
+def wrap(request, tmp_path):
+    """What other people's trainers wrap a model in, as a function of the model."""
+    wrappers = {
+        "bare": lambda model: model,
+        "ddp": torch.nn.parallel.DistributedDataParallel,
+        "compiled": functools.partial(torch.compile, backend="eager"),
+        "accelerate": lambda model: Accelerator(cpu=True).prepare(model),
+        "accelerate-bf16": lambda model: Accelerator(cpu=True, mixed_precision="bf16").prepare(model),
+    }
+    if "ddp" in request.param:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield wrappers[request.param]
+    if "ddp" in request.param:
+        torch.distributed.destroy_process_group()
+    torch.compiler.reset()
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_sees_through_wrappers(wrap, dtype):
+    """Between a trained forward and its backward, through DDP, torch.compile or accelerate, on a base in fp32 or bf16:
+    inside is the base, the gradient is as if nothing had been in between, and an exception inside changes nothing."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4)).to(dtype)
+    x = torch.randn(3, 4, dtype=dtype)
+    base = wrap(copy.deepcopy(net).eval())(x).detach()
+    lora = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False))
+    model, params = wrap(lora), [p for p in lora.parameters() if p.requires_grad]
+
+    def step(inside):
+        v = model(x)
+        v_ref = base
+        if inside:
+            with pytest.raises(RuntimeError, match="inside"):
+                with reference(model):
+                    v_ref = model(x)
+                    raise RuntimeError("inside")
+        assert torch.equal(v_ref, base) and not v_ref.requires_grad
+        (v.float().mean() + norm_hinge(v, v_ref, margin=-1).mean()).backward()
+        gradients = [p.grad.clone() for p in params]
+        lora.zero_grad()
+        return v, *gradients
+
+    for _ in range(2):  # DDP and dynamo treat a second step differently
+        for ours, theirs in zip(step(inside=True), step(inside=False), strict=True):
+            assert torch.equal(ours, theirs)
+    assert model.training and all(m.training for m in lora.modules()) and all(p.requires_grad for p in params)
+    with reference(Accelerator(cpu=True).unwrap_model(model)):  # inside its wrapper, the model is the base as well
+        assert torch.equal(model(x), base)
+
+
+def test_reference_turns_off_whole_trained_copies_too():
+    """peft's modules_to_save: a layer trained in full beside its frozen original."""
+    net, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)), torch.randn(3, 4)
+    base = net(x)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    torch.nn.init.normal_(model.base_model.model[1].modules_to_save["default"].weight)
+    with reference(model):
+        assert torch.equal(model(x), base)
+    assert not torch.equal(model(x), base)
+
+
+def test_reference_refuses_a_merged_adapter(lora_model):
+    model, inputs, base, _ = lora_model
+    tuned = model(**inputs)[0]
+    model.fuse_lora()
+    with pytest.raises(ValueError, match="merged"):
+        with reference(model):
+            pass
+    torch.testing.assert_close(model(**inputs)[0], tuned)  # left as it was
+    model.unfuse_lora()
+    with reference(model):
+        torch.testing.assert_close(model(**inputs)[0], base)
+
 
 
 # ---------------------------------------------------------------- the loss
