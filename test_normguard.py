@@ -1001,8 +1001,8 @@ def test_lam_auto_knows_no_scale_and_resumes_bit_for_bit(tmp_path, monkeypatch, 
 def test_the_average_is_what_is_kept_in_lora(tmp_path):
     """--ema D: lora/ is D times what it was and 1 - D times the trained LoRA, step after step, from the start on."""
     out, kept = tmp_path / "run", {}
-    for epochs in (1, 2, 3):
-        small_run(out, epochs=epochs, updates=1, eval_every=0, save_every=1, ema=0.7)
+    for epochs in (1, 2):
+        small_run(out, epochs=epochs, groups=1, updates=1, eval_every=0, save_every=1, ema=0.7)
         state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
         trained = {f"transformer.{name}": value.double() for name, value in state["lora"].items()}
         if epochs == 1:  # a run without --ema is trained alike; B begins at 0, A at what its seed gives

@@ -3,8 +3,6 @@ when it resumes. A file holds a few prompts: their tensors, each once, and in it
 together."""
 import hashlib
 import json
-import os
-import socket
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -13,9 +11,10 @@ import diffusers
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
+from flow.files import write_files
 from flow.seam import call
 from flow.text import remember, text_encoders
 
@@ -78,9 +77,7 @@ def write_rows(file: Path, rows: dict[tuple, tuple]):
         return {"tensor": name}
 
     index = json.dumps([[list(key), outline(row)] for key, row in rows.items()])
-    own = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")  # another process may write the same
-    save_file(tensors, own, {"rows": index})
-    own.replace(file)
+    write_files({file: save(tensors, {"rows": index})})
 
 
 def read_rows(file: Path) -> dict[tuple, tuple]:

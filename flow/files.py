@@ -17,7 +17,8 @@ def json_text(value, indent: int | None = None) -> str:
 def write_files(contents: dict[Path, bytes | str]):
     """Write files under temporary names, then rename them: a kill leaves each as it was or as it is to be. A full disk
     ends the process with all of them as they were."""
-    temporary = {file: file.with_name(f".{file.name}.tmp") for file in contents}
+    own = os.environ.get("RANK", "0")  # of several processes that write the same
+    temporary = {file: file.with_name(f".{file.name}.{own}.tmp") for file in contents}
     try:
         for file, content in contents.items():
             temporary[file].write_bytes(content if isinstance(content, bytes) else content.encode())
