@@ -73,8 +73,8 @@ def test_the_gpus_path(model, tmp_path):
     if "/" not in model:
         folder = tmp_path / model
         build(model, folder)
-    full = step(*ready(folder))
-    pipe, params = ready(folder, base=torch.bfloat16)
+    full = step(*ready(folder, size=64))
+    pipe, params = ready(folder, size=64, base=torch.bfloat16)
     frozen = [p for p in pipe.transformer.parameters() if not p.requires_grad]
     assert sum(p.numel() for p in frozen if p.dtype == torch.bfloat16) > 0.9 * sum(p.numel() for p in frozen)
     assert {p.dtype for p in params} == {p.dtype for p in pipe.vae.parameters()} == {torch.float32}

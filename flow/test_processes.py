@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,20 @@ def red(images, prompts):
 """
 
 
-def torchrun(folder: Path, runs: list, then: str = "", **env) -> subprocess.CompletedProcess:
+FAILING = """
+import os
+os.environ["FAIL_AT"] = "6"
+sys.argv = ["nft", *{flags}]
+train_nft.main(parse(train_nft.Args, ""))
+"""
+
+
+def torchrun(folder: Path, runs: list, then: str = "") -> subprocess.CompletedProcess:
     """The runs (script, flags) one after another, in two processes; then some code."""
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), runs=runs) + then)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{folder}/driver.py"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **env}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
 def log(out: Path) -> list[dict]:
@@ -66,15 +75,26 @@ def lora(out: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The folder of one run of each script, in two processes, and of one without and with --shard."""
+def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
+    """In two processes, all in a folder: a run of each script, one without and with --shard, one with a reward of its
+    own, and the same again, in which the second process's reward fails in the third epoch. Also the seconds from its
+    last line to the end."""
     folder = tmp_path_factory.mktemp("two")
+    (folder / "red.py").write_text(REWARD)
+    red = [*SMALL, "--reward", f"{folder}/red.py:red", "--out"]
     runs = [(name, [*SMALL, "--out", f"{folder}/{name}"]) for name in SCRIPTS]
     even = [*SMALL, "--updates", "1", "--eval-n", "32", "--epochs", "2", "--out"]  # both encode the same 16 prompts
     runs += [("nft", [*even, f"{folder}/whole"]), ("nft", [*even, f"{folder}/sharded", "--shard"])]
-    done = torchrun(folder, runs, SHARDED)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("done: ") == 5  # by the first process alone
+    runs += [("nft", [*red, f"{folder}/red"])]
+    ended = torchrun(folder, runs, SHARDED + FAILING.format(flags=[*red, f"{folder}/failed"]))
+    return folder, ended, time.time() - (folder / "failed/metrics.jsonl").stat().st_mtime
+
+
+@pytest.fixture()
+def two(launch) -> Path:
+    """Their folder."""
+    folder, ended, _ = launch
+    assert ended.stdout.count("done: ") == 6, ended.stderr[-4000:]  # by the first process alone
     return folder
 
 
@@ -105,19 +125,19 @@ def test_a_divided_base_computes_what_a_whole_one_does(two):
     assert_alike(two / "whole", two / "sharded")
 
 
-def test_one_fails_all_end_and_the_same_command_resumes(tmp_path):
-    """The second process's reward fails in the third epoch: its message, an end within a minute, the checkpoint intact;
-    then bit for bit what an uninterrupted run of two processes gives."""
-    (tmp_path / "red.py").write_text(REWARD)
-    flags = [*SMALL, "--reward", f"{tmp_path}/red.py:red", "--out"]
-    failed = torchrun(tmp_path, [("nft", [*flags, f"{tmp_path}/failed"])], FAIL_AT="6")
-    assert failed.returncode != 0 and failed.stderr.count("no red today") == 1 and "done: " not in failed.stdout
-    assert {line["epoch"] for line in log(tmp_path / "failed") if "loss" in line} == {0, 1}
-    both = torchrun(tmp_path, [("nft", [*flags, f"{tmp_path}/{name}"]) for name in ("failed", "whole")])
-    assert both.returncode == 0 and "resumed at epoch 2" in both.stdout, both.stderr[-4000:]
-    assert log(tmp_path / "failed") == log(tmp_path / "whole")
-    resumed, whole = lora(tmp_path / "failed"), lora(tmp_path / "whole")
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+def test_one_fails_all_end_and_the_same_command_resumes(two, launch):
+    """The one that has failed says why, once, all end within a minute, and the checkpoint is intact; then bit for bit
+    what an uninterrupted run of two processes gives."""
+    _, ended, seconds = launch
+    assert ended.returncode != 0 and ended.stderr.count("no red today") == ended.stderr.count("error: ") == 1
+    assert seconds < 60
+    assert {line["epoch"] for line in log(two / "failed") if "loss" in line} == {0, 1}
+    flags = [*SMALL, "--reward", f"{two}/red.py:red", "--out", f"{two}/failed"]
+    resumed = torchrun(two, [("nft", flags)])
+    assert resumed.returncode == 0 and "resumed at epoch 2" in resumed.stdout, resumed.stderr[-4000:]
+    assert log(two / "failed") == log(two / "red")
+    ours, whole = lora(two / "failed"), lora(two / "red")
+    assert all(torch.equal(ours[key], whole[key]) for key in whole)
 
 
 def test_another_number_of_processes_is_told(two, monkeypatch, capsys):

@@ -589,7 +589,6 @@ def test_it_is_one_line_and_nothing_is_written(home, monkeypatch, capfd, script,
 
 @pytest.mark.parametrize("command", [
     "train_dpo.py --pairs 3 --group 4 | --pairs 3 --group 4",
-    "eval_judge.py a missing | missing folder",
 ])
 def test_a_real_process_says_the_same(home, command):
     """Typed in a shell: what the libraries print is not in the way, either."""
