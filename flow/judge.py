@@ -82,10 +82,12 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
     except Exception as e:  # its HTTP library's
         fail(f"{flag} {url}: is no URL ({reason(e)})")
     options = dict(model=model, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20)
-    errors, worked = [], []
+    errors, worked, refused = [], [], []
 
     def request(question: str, files: list[str]) -> Answer:
-        """One question; an empty answer where it failed."""
+        """One question; an empty answer where it failed, or where another has been refused."""
+        if refused:
+            return []
         images = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
         parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
         try:
@@ -95,6 +97,7 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
             return [(t.token, float(t.logprob)) for t in choice.logprobs.content[0].top_logprobs]
         except Exception as e:  # no reply, one that was cut, or one that cannot be read
             if getattr(e, "status_code", 0) in (401, 403, 404) or type(e.__cause__).__name__ == "ConnectError":
+                refused.append(e)
                 raise
             error = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         if error not in errors:
