@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,7 @@ from normguard import guard_gradient, norm_hinge, norm_ratio, oppose, reference,
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tiny"))
+import guards  # noqa: E402
 import report  # noqa: E402
 import reproduce  # noqa: E402
 import world  # noqa: E402
@@ -1572,9 +1574,9 @@ def test_other_guards(margin):
     ratio = norms[0] / norms[1]
     assert ratio.max() > 1 + margin and ratio.min() < 1
     for hinge, expected in (
-        (reproduce.squared, np.maximum(ratio - 1 - margin, 0) ** 2),
-        (reproduce.absolute, np.maximum(norms[0] - norms[1] - margin, 0)),
-        (reproduce.per_token, np.maximum(tokens[0] / tokens[1] - 1 - margin, 0).mean(0)),
+        (guards.squared, np.maximum(ratio - 1 - margin, 0) ** 2),
+        (guards.absolute, np.maximum(norms[0] - norms[1] - margin, 0)),
+        (guards.per_token, np.maximum(tokens[0] / tokens[1] - 1 - margin, 0).mean(0)),
     ):
         np.testing.assert_allclose(hinge(v, v_ref, margin).numpy(), expected, rtol=1e-5, atol=1e-6)
         longer = v.clone().requires_grad_()
@@ -1585,6 +1587,45 @@ def test_other_guards(margin):
         shorter = (0.5 * v_ref).requires_grad_()
         hinge(shorter, v_ref, margin).sum().backward()
         assert shorter.grad.abs().max() == 0
+
+
+def test_rivals_in_a_training(tmp_path, monkeypatch):
+    """Claim 10's guards that follow their training, all in one of three epochs: which pictures the rows are, what their
+    rewards are, what they are kept close to. The script comes out as it went in."""
+    seen, x0_of_loss, before = [], [], dict(vars(train_awm))
+    loss = train_awm.awm_loss
+    monkeypatch.setattr(train_awm, "awm_loss", lambda *given: x0_of_loss.append(given[2]) or loss(*given))
+    makers = {"ema": guards.ema_kl, "gardo": guards.gardo, "crd": guards.crd, "half": guards.share_of_rows(0.5)}
+
+    def make(at):
+        own = {name: maker(at) for name, maker in makers.items()}
+        hps = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))
+
+        def guard(v, v_ref, margin=0.0):
+            pictures = flow.pipeline.decode(at.run.pipe, at.x0)
+            values = {name: guard(v, v_ref, margin).detach() for name, guard in own.items()}
+            seen.append({**values, "x0": at.x0, "rows": at.rows, "reward": at.reward, "hps": hps(pictures, at.prompts),
+                         "hinge": norm_hinge(v, v_ref).detach(), "kl": (v - v_ref).square().mean((1, 2, 3)).detach()})
+            return norm_hinge(v, v_ref)
+        return guard
+
+    args = train_awm.Args(epochs=3, group=4, groups=3, timesteps=4, lr=5e-3, eval_every=0, out=str(tmp_path / "run"))
+    with guards.instead_of_hinge(train_awm, make, made=True):
+        train_awm.main(args)
+    assert all(value is before[name] for name, value in vars(train_awm).items() if name != "awm_loss")
+    assert len(seen) == len(x0_of_loss) == 3  # 48 rows at once
+    for epoch, (now, x0) in enumerate(zip(seen, x0_of_loss)):
+        rows = now["rows"]
+        assert torch.equal(now["x0"][rows], x0) and rows.bincount().tolist() == [4] * 12
+        torch.testing.assert_close(now["crd"], (0.1 + 0.9 * now["reward"].clamp(0, 1)[rows]) * now["kl"])
+        above = now["reward"].argsort().argsort() - now["hps"].argsort().argsort()
+        gated = (above >= above.sort().values[10]).nonzero()[:, 0]  # a tenth of 12: two
+        assert set(rows[now["gardo"] > 0].tolist()) == set(gated.tolist() if epoch else ())
+        assert (now["half"] > 0).sum() < (now["hinge"] > 0).sum() or epoch == 0
+        torch.testing.assert_close(now["half"][now["half"] > 0], 2 * now["hinge"][now["half"] > 0])
+    assert seen[0]["ema"].max() == 0  # the policy is its own average
+    # nine tenths of the way from the average (0.9 base + 0.1 policy) to the policy, as the velocity is nearly linear
+    assert (seen[1]["ema"] / seen[1]["kl"]).mean().item() == pytest.approx(0.81, abs=0.05)
 
 
 def test_paired_differences_and_verdicts():
@@ -1625,6 +1666,65 @@ def test_paired_differences_and_verdicts():
     assert report.rate("p", "b vs a")(part) == pytest.approx(-0.2)
 
 
+def test_rivals_at_equal_reward():
+    """Between two strengths interpolated, the strongest that still has the reward; never beyond what was measured."""
+    def point(reward, quality):
+        return {"reward": reward, "judge/overall": quality}
+
+    weak, middle, strong = point(0.9, 0.5), point(0.7, 0.6), point(0.5, 0.9)
+    assert report.at_reward([weak, middle, strong], 0.6) == pytest.approx(point(0.6, 0.75))
+    assert report.at_reward([weak, strong, middle], 0.6) == middle  # it comes back: nothing lies beyond it
+    assert report.at_reward([weak, middle, strong], 0.5) == strong
+    assert report.at_reward([weak, middle, strong], 0.95) is None
+    means = {"base": point(0.4, 0.8), "unguarded": point(0.9, 0.5), "guarded": point(0.9, 0.8)}
+    verdicts, norms = {"unguarded vs guarded": [2, 0, 8, 0]}, {"unguarded": {"mean": [1.2]}}
+    run = {"main": {"means": means, "verdicts": verdicts, "ratio": norms}}
+    assert report.points_of(run, "velocity KL") == []  # no strength of it was measured
+    for strength, reward, quality in zip(guards.RIVALS["velocity KL"].strengths, (0.8, 0.85), (0.6, 0.7)):
+        run[f"rival: velocity KL {strength:g}"] = {
+            "means": {"rival": point(reward, quality)}, "verdicts": {"guarded vs rival": [6, 2, 2, 0]},
+            "ratio": {"rival": {"mean": [1.1, 1.0]}}}
+    found = report.equal_reward(run, "velocity KL")["rival"]  # the guarded gain is 0.5; 95 % of it is at 0.875
+    share = (0.9 - 0.875) / (0.9 - 0.8)
+    assert found["judge/overall"] == pytest.approx(0.5 + share * 0.1)
+    assert found["preferred"] == pytest.approx(0.3 + share * (0.2 - 0.3))
+    assert found["highest"] == pytest.approx(1.2 - share * 0.1)
+    for preferred, half, said in ((0.2, 0.1, "the guard"), (-0.2, 0.1, "**the rival**"), (0.1, 0.2, "not resolved")):
+        assert report.better({"difference": preferred, "half": half}) == said
+
+
+def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
+    """Numbers know the weights, the code and the flags they come from; a comment changes none of it. What other weights
+    or code made is not used again, and what is not reproduce.py's is not deleted."""
+    run, size = reproduce.Run("sd3", "awm", "hps", 0), reproduce.Size()
+    numbers = {part: {"of": reproduce.depends(run, size, part)} for part in ("main", "guard: per token")}
+    assert reproduce.stale_parts({run: numbers}, size) == {}
+    stale = reproduce.stale_parts({run: numbers}, size._replace(steps=4))
+    assert stale == {"flags": [f"{run.name}: main", f"{run.name}: guard: per token"]}
+    numbers["main"] = {}  # from before there were hashes
+    assert set(reproduce.stale_parts({run: numbers}, size)) == {"weights", "code", "flags"}
+
+    for file in ("normguard.py", "train_awm.py"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text, same = Path("normguard.py").read_text(), reproduce.code.__wrapped__("awm")
+    for change, alike in ((("EPS = 1e-6", "EPS = 1e-5"), False), (("# floor", "# the floor"), True),
+                          (('"""The guard: relu', '"""The hinge: relu'), True)):
+        assert change[0] in text
+        Path("normguard.py").write_text(text.replace(*change))
+        assert (reproduce.code.__wrapped__("awm") == same) is alike
+
+    (tmp_path / "home").mkdir()
+    home = reproduce.own_home(tmp_path / "home", {"code": "a"})
+    (home / "commands.txt").touch()
+    assert reproduce.own_home(home, {"code": "a"}).joinpath("commands.txt").exists()
+    assert not reproduce.own_home(home, {"code": "b"}).joinpath("commands.txt").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").touch()
+    refuses(capsys, lambda: reproduce.own_home(tmp_path / "mine", {"code": "a"}), "--runs", "mine")
+    assert (tmp_path / "mine" / "thesis").exists()
+
+
 def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     """The smoke run of everything, killed without warning once it has a number: what it has is kept, and the report is
     of its own pictures."""
@@ -1643,10 +1743,8 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert "main" in kept and len(kept) < len(reproduce.PARTS)
     reproduce.main(flow.cli.parse(reproduce.Args, reproduce.__doc__))
     done = json.loads(file.read_text())
-    parts = set(reproduce.PARTS) - set(reproduce.SMOKE.without)
-    assert set(done) == parts and all(done[part] == kept[part] for part in kept)  # to the second
-    hinges = {name: hinge for name, (_, hinge) in reproduce.VARIANTS.items()}
-    assert {hinges[part.removeprefix("guard: ")] for part in parts if "guard" in part} == set(hinges.values())
+    assert set(done) == {*reproduce.GRID, *reproduce.SMOKE.only}
+    assert all(done[part] == kept[part] for part in kept)  # to the second
     assert (home / "lam0" / "checkpoint" / "state.pt").stat().st_mtime_ns == trained
 
     for name, folder in (("unguarded", "awm"), ("guarded", "awm+normguard")):
@@ -1655,11 +1753,12 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         pictures = torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
         score = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))(pictures, [row["prompt"] for row in rows])
         assert done["main"]["means"][name]["reward"] == pytest.approx(score.mean().item(), rel=1e-4)
-    assert lora_bytes(home / "per-token") != lora_bytes(home / "lam0.05")  # the other hinge was in place
+    assert lora_bytes(home / "guards" / "per-token") != lora_bytes(home / "lam0.05")  # the other hinge was in place
+    assert lora_bytes(home / "rivals" / "EMA-KL-1") != lora_bytes(home / "lam0")
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.count("\n## ") == 8 and "Not measured" not in text
+    assert text.count("\n## ") == 9 and "Not measured" not in text and "Stale" not in text
     assert set(json.loads((tmp_path / "results.json").read_text())) >= set("123478")
-    graphs = {"inflation.png", "differences.png", "adjoint.png", "ablation.png", "early.png"}
+    graphs = {"inflation.png", "differences.png", "adjoint.png", "ablation.png", "early.png", "rivals.png", "front.png"}
     assert {p.name for p in tmp_path.glob("*.png")} == graphs
     before = (home / "commands.txt").read_text()
     reproduce.main(flow.cli.parse(reproduce.Args, reproduce.__doc__))  # there is nothing to do: it starts no worker

@@ -1,4 +1,4 @@
-"""RESULTS.md, results.json and the figures, from the numbers that reproduce.py has gathered.
+"""RESULTS.md and results.json, from the numbers that reproduce.py has gathered.
 
 A run is a NamedTuple (base, method, reward, seed) whose `cell` is the run but for its seed; results[run] are its parts'
 numbers.
@@ -12,15 +12,9 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from guards import GUARDS, LAM, RIVALS
 
-matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
-import matplotlib.pyplot as plt
-
-LAM = 0.05  # the default that is put to the test
-COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb"}
 METRICS = {  # metric: label, digits
     "reward": ("reward, share of the gain", 3),
     "other reward": ("other reward, share of the gain", 3),
@@ -329,18 +323,31 @@ def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
     less = paired(results, ratio("guarded", overall), ratio("unguarded", overall))
     whole, high = paired(results, ratio("guarded", overall)), paired(results, ratio("guarded", highest))
     above = [ratio("guarded", highest)(r) for r in results.values()]
-    table = checks(numbers, [
+    claims = [
         ("lower than unguarded", less, verdict(less, -1)),
         ("not above the reference, over the trajectory", whole, verdict(whole, 0)),
         ("nor at any step (the highest)", high, verdict(high, 0)),
-    ])
+    ]
+    if with_auto := has(results, "auto"):
+        auto = paired(with_auto, ratio("auto", highest, "auto"))
+        reward = paired(with_auto, raw("auto", "auto", "reward"), raw("auto", "guarded", "reward"))
+        good = paired(with_auto, raw("auto", "auto", "judge/overall"), raw("auto", "guarded", "judge/overall"))
+        claims += [
+            ("with --lam auto: not by more than 1 % at any step (the highest)", auto, verdict(auto, 0, 0.01)),
+            (f"with --lam auto: reward, less that with lam {LAM}", reward, verdict(reward, 1)),
+            (f"with --lam auto: judged good, less that with lam {LAM}", good, verdict(good, 1)),
+        ]
+    table = checks(numbers, claims)
     rows = []
     for cell, runs in cells_of(results).items():
         norms = [r["main"]["ratio"]["guarded"] for r in runs]
-        rows.append([cell, each(norms, overall), each(norms, highest), each(norms, lowest)])
+        autos = [r["auto"]["ratio"]["auto"] for r in runs if "auto" in r]
+        rows.append([cell, each(norms, overall), each(norms, highest), each(norms, lowest), each(autos, overall),
+                     each(autos, highest)])
+    header = ["cell", "norm ratio, each seed", "highest step", "lowest step", "with auto", "highest step"]
     return (f"Norm ratio less 1.\n\n{table}\n\nThe highest step is above the reference by more than 2 % in "
             f"{sum(x > 0.02 for x in above)} of {len(above)} runs, by more than 5 % in {sum(x > 0.05 for x in above)}."
-            f"\n\n{markdown(['cell', 'norm ratio, each seed', 'highest step', 'lowest step'], rows)}")
+            f"\n\n{markdown(header, rows)}")
 
 
 def claim_5_and_6(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
@@ -394,6 +401,11 @@ def claim_7(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
     for steps in few:
         d = paired(results, rate(parts[steps], "guarded vs unguarded"), rate("main", "guarded vs unguarded"))
         rows.append((f"preference for the guarded picture at {steps} steps, less that at all", d, verdict(d, 1)))
+        if with_auto := has(results, "auto"):
+            liked, at_all = rate(f"auto/few/{steps}", "auto vs unguarded"), rate("auto", "auto vs unguarded")
+            d = paired(with_auto, liked, at_all)
+            claim = f"preference for the picture of --lam auto at {steps} steps, less that at all"
+            rows.append((claim, d, verdict(d, 1)))
     table = checks(numbers, rows)
     rows = []
     for metric, (label, digits) in METRICS.items():
@@ -457,7 +469,8 @@ def guards(results: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
     if not all(found.values()):
         return {}
     by_lam = sorted((name for name in found if name.startswith("lam")), key=lambda name: float(name.split()[1]))
-    return {name: found[name] for name in (*by_lam, *sorted(found.keys() - by_lam))}
+    others = [name for name in GUARDS if name in found and name not in by_lam]
+    return {name: found[name] for name in (*by_lam, *others)}
 
 
 def corners(results: dict[tuple, dict]) -> dict[str, dict[str, dict[tuple, dict]]]:
@@ -494,147 +507,85 @@ def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
             f"that no training saw; the default was fixed before.\n\n{tables}\n\n![guards](ASSETS/ablation.png)")
 
 
-# ---------------------------------------------------------------- figures
-
-def save(figure, path: Path):
-    """PNG."""
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_inflation(results: dict[tuple, dict], path: Path):
-    """Norm ratio and saturation over training, and the ratio over t at its end; a column a method, a line a run."""
-    methods = list(dict.fromkeys(run.method for run in results))
-    figure, axes = plt.subplots(3, len(methods), figsize=(4 * len(methods), 8), layout="constrained", squeeze=False,
-                                sharey="row")
-    for column, method in zip(axes.T, methods):
-        runs = {run: r["main"] for run, r in results.items() if run.method == method}
-        for (run, part), who in product(runs.items(), ("unguarded", "guarded")):
-            linestyle = "-" if run.base == "sd3" else ":"
-            style = {"color": COLOUR[who], "linestyle": linestyle, "linewidth": 0.9, "alpha": 0.7}
-            curve, norms = part["curves"][who], part["ratio"][who]
-            epochs = [e["epoch"] for e in curve]
-            for axis, key in zip(column, ("norm_ratio", "saturation")):
-                axis.plot(epochs, [e[key] for e in curve], **style)
-            column[2].plot(norms["t"], norms["mean"], **style)
-        column[0].set(title=method.upper(), xlabel="epoch")
-        column[1].set(xlabel="epoch")
-        column[2].set(xlabel="t (1 is noise), at the end of training", xlim=(1.02, -0.02))
-        for axis in column:
-            axis.grid(alpha=0.3)
-        for axis in column[::2]:
-            axis.axhline(1, color="black", linewidth=0.8)
-    labels = ("norm ratio to the reference", "saturation", "norm ratio to the reference")
-    for axis, label in zip(axes[:, 0], labels):
-        axis.set_ylabel(label)
-    handles = [plt.Line2D([], [], color=COLOUR[who], label=who) for who in ("unguarded", "guarded")]
-    for base, linestyle in (("sd3", "-"), ("flux", ":")):
-        handles.append(plt.Line2D([], [], color="gray", linestyle=linestyle, label=base))
-    axes[0, 0].legend(handles=handles, fontsize=8)
-    save(figure, path)
+def points_of(r: dict, rival: str) -> list[dict]:
+    """What a run shows as a rival grows stronger, the unguarded model first: each metric, how often the guarded picture
+    is preferred, less one half, and the norm's highest step."""
+    if rival == "--lam auto":
+        shown = [("auto", "auto")] if "auto" in r else []
+    else:
+        parts = [f"rival: {rival} {strength:g}" for strength in RIVALS[rival].strengths]
+        shown = [("main", "unguarded")] + [(part, "rival") for part in parts if part in r]
+    points = []
+    for part, who in shown if len(shown) > 1 or rival == "--lam auto" else ():
+        preferred = rate(part, f"guarded vs {who}")(r)
+        points.append({**r[part]["means"][who], "preferred": preferred, "highest": highest(r[part]["ratio"][who])})
+    return points
 
 
-def draw_differences(results: dict[tuple, dict], path: Path):
-    """Guarded minus unguarded: a dot a run, a bar a cell's mean; the band is the mean's 95 % interval."""
-    metrics = ("reward", "judge/overall", "judge/oversaturation", "P(real)", "FD", "saturation")
-    cells = cells_of(results)
-    size = (2.3 * len(metrics) + 1, 0.27 * len(cells) + 1)
-    figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", sharey=True)
-    for axis, metric in zip(axes, metrics):
-        guarded, unguarded = of("main", "guarded", metric), of("main", "unguarded", metric)
-        d = paired(results, guarded, unguarded)
-        low, high = d["difference"] - d["half"], d["difference"] + d["half"]
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.axvspan(low, high, color=COLOUR["guarded"], alpha=0.2, linewidth=0)
-        for i, runs in enumerate(cells.values()):
-            values = [guarded(r) - unguarded(r) for r in runs]
-            axis.plot(values, [i] * len(values), "o", color=COLOUR["guarded"], markersize=3, alpha=0.7)
-            axis.plot(np.mean(values), i, "|", color="black", markersize=9)
-        axis.set_title(METRICS[metric][0], fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3, axis="x")
-    axes[0].set(yticks=range(len(cells)), yticklabels=list(cells))
-    axes[0].invert_yaxis()
-    save(figure, path)
+def at_reward(points: list[dict], target: float) -> dict | None:
+    """The strongest a rival may be without its reward falling below the target: between two strengths interpolated,
+    never beyond them. None where no strength, nor the unguarded model, has that reward."""
+    reached = [i for i, point in enumerate(points) if point["reward"] >= target]
+    if not reached:
+        return None
+    weak = points[reached[-1]]
+    if reached[-1] == len(points) - 1:
+        return weak
+    strong = points[reached[-1] + 1]
+    share = (weak["reward"] - target) / (weak["reward"] - strong["reward"])
+    return {key: weak[key] + share * (strong[key] - weak[key]) for key in weak}
 
 
-def draw_early(results: dict[tuple, dict], path: Path):
-    """Reward against the judge's P(good): the unguarded run's checkpoints, and the guarded model at the end; a line
-    and a star a run."""
-    cells = cells_of(results)
-    wide = min(6, len(cells))
-    high = -(-len(cells) // wide)
-    size = (2.5 * wide + 0.6, 2.5 * high)
-    figure, axes = plt.subplots(high, wide, figsize=size, layout="constrained", squeeze=False, sharey=True)
-    lines = {"color": COLOUR["unguarded"], "markersize": 2.5, "linewidth": 0.9, "label": "unguarded, its checkpoints"}
-    star = {"color": COLOUR["guarded"], "markersize": 9, "label": "guarded, at the end"}
-    for axis, (cell, runs) in zip(axes.flat, cells.items()):
-        for found in (r["early"]["found"] for r in runs):
-            checkpoints = [found[name] for name in found if name != "guarded"]
-            axis.plot([f["reward"] for f in checkpoints], [f["overall"] for f in checkpoints], "o-", **lines)
-            axis.plot(found["guarded"]["reward"], found["guarded"]["overall"], "*", **star)
-        axis.set_title(cell, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("reward", fontsize=8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("judged good", fontsize=8)
-    axes[0, 0].legend(*(x[:2] for x in axes[0, 0].get_legend_handles_labels()), fontsize=7, loc="lower left")
-    save(figure, path)
+def equal_reward(r: dict, rival: str) -> dict | None:
+    """A run's rival where it still has 95 % of the guarded model's gain in reward, beside the guarded model."""
+    base, guarded = r["main"]["means"]["base"], r["main"]["means"]["guarded"]
+    found = at_reward(points_of(r, rival), base["reward"] + 0.95 * (guarded["reward"] - base["reward"]))
+    return found and {"rival": found, "guarded": guarded}
 
 
-def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path):
-    """t statistic of the batch's mean sensitivity at each step: each reward's above, the control's below; mean and
-    range over models."""
-    found = {"base models": {}, "unguarded models": {}}  # of each base and reward
-    for base, b in bases.items():
-        for part in (part for part in b if part.startswith("adjoint")):
-            found["base models"].setdefault((base, part.split()[1]), []).append(b[part])
-    for run, r in results.items():
-        found["unguarded models"].setdefault((run.base, run.reward), []).append(r["adjoint"])
-    figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharey="row", sharex=True)
-    for column, (title, adjoints) in zip(axes.T, found.items()):
-        for axis, of_what in zip(column, ("reward", "energy")):
-            axis.axhspan(-2.13, 2.13, color="gray", alpha=0.2, linewidth=0)
-            for i, ((base, reward), models) in enumerate(adjoints.items()):
-                t, at = np.array([a[of_what]["t_statistic"] for a in models]), models[0]["t"]
-                colour, linestyle = plt.cm.Dark2.colors[i], "-" if base == "sd3" else "--"
-                axis.plot(at, t.mean(0), color=colour, linestyle=linestyle, linewidth=1.2, label=f"{base}, {reward}")
-                axis.fill_between(at, t.min(0), t.max(0), color=colour, alpha=0.15, linewidth=0)
-            axis.grid(alpha=0.3)
-        column[0].set_title(title)
-        column[1].set(xlabel="t (1 is noise)", xlim=(1.02, -0.02))
-    for axis, label in zip(axes[:, 0], ("the reward: t statistic", "energy (control): t statistic")):
-        axis.set_ylabel(label)
-    axes[0, 0].legend(fontsize=8)
-    save(figure, path)
+def claim_10(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
+    """The guard's rivals at equal reward."""
+    tables, won = [], []
+    metrics = {"judge/overall": ("judged good", 3), "FD": ("Fréchet distance", 2), "saturation": ("saturation", 3)}
+    for corner in dict.fromkeys(f"{run.base}, {run.reward}" for run in results):
+        rows = []
+        for rival in (*RIVALS, "--lam auto"):
+            runs = {run: r for run, r in results.items() if f"{run.base}, {run.reward}" == corner}
+            runs = {run: r for run, r in runs.items() if points_of(r, rival)}
+            met = {run: found for run, r in runs.items() if (found := equal_reward(r, rival))}
+            row = numbers[f"{corner}: {rival}"] = {"runs": len(runs), "reached": len(met)}
+            if not met:
+                if runs:
+                    rows.append([rival, f"0 of {len(runs)}", *["-"] * (len(metrics) + 2), "never has that reward"])
+                continue
+            row["preferred"] = paired(met, lambda m: m["rival"]["preferred"])
+            row["highest"] = paired(met, lambda m: m["rival"]["highest"])["a"]
+            cells = []
+            for metric, (_, digits) in metrics.items():
+                row[metric] = paired(met, lambda m, k=metric: m["rival"][k], lambda m, k=metric: m["guarded"][k])
+                cells.append(pm(row[metric], digits))
+            row["verdict"] = better(row["preferred"])
+            if row["verdict"] == "**the rival**":
+                won.append(f"{rival} ({corner}, {len(met)} of {len(runs)} runs)")
+            rows.append([rival, f"{len(met)} of {len(runs)}", pm(row["preferred"]), *cells, f"{row['highest']:.3f}",
+                         row["verdict"]])
+        header = ["rival", "runs that have the reward", "guarded preferred to it, less one half",
+                  *(f"{label}, rival - guarded" for label, _ in metrics.values()), "highest step", "the judge prefers"]
+        tables.append(f"**{corner}**\n\n{markdown(header, rows)}")
+    numbers["won"] = won
+    tables = "\n\n".join(tables)
+    return (f"Each rival as strong as it may be while it keeps 95 % of the guarded model's gain in reward (between two "
+            f"strengths interpolated, never extrapolated), less the guarded model (lam {LAM}). A run in which it has "
+            f"that reward at no strength is not in the means.\n\n{tables}\n\n![rivals](ASSETS/rivals.png)")
 
 
-def draw_ablation(results: dict[tuple, dict], path: Path):
-    """Norm ratio, reward and verdict over lam; other forms of the guard to the right. A dot a run, a line the mean."""
-    found, methods = corners(results), list(dict.fromkeys(run.method for run in results))
-    panels = {"norm ratio": "ratio", "reward": "reward", "judged good": "judge/overall", "Fréchet distance": "FD"}
-    size = (4 * len(panels), 3.8 * len(found))
-    figure, axes = plt.subplots(len(found), len(panels), figsize=size, layout="constrained", squeeze=False)
-    for row, (corner, by_guard) in zip(axes, found.items()):
-        lams = sum(name.startswith("lam") for name in by_guard)
-        for axis, (title, metric) in zip(row, panels.items()):
-            for i, method in enumerate(methods):
-                colour = plt.cm.Dark2.colors[i]
-                values = [[r[metric] for run, r in runs.items() if run.method == method] for runs in by_guard.values()]
-                places = [x + 0.15 * (i - 1) for x in range(len(values))]
-                for x, y in zip(places, values):
-                    axis.plot([x] * len(y), y, "o", color=colour, markersize=3, alpha=0.6)
-                means = [np.mean(y) if y else math.nan for y in values[:lams]]
-                axis.plot(places[:lams], means, color=colour, linewidth=1, label=method)
-            axis.axvline(lams - 0.5, color="gray", linewidth=0.8)
-            axis.set(title=f"{title} ({corner})", xticks=range(len(by_guard)))
-            axis.set_xticklabels(by_guard, rotation=60, ha="right", fontsize=8)
-            axis.grid(alpha=0.3)
-        row[0].axhline(1, color="black", linewidth=0.8)
-    axes[0, 0].legend(fontsize=8)
-    save(figure, path)
+def better(preferred: dict) -> str:
+    """Whom the judge prefers, by the interval of how often it prefers the guarded picture, less one half."""
+    if math.isnan(preferred["half"]):
+        return "one run a method: no interval"
+    if abs(preferred["difference"]) <= preferred["half"]:
+        return "not resolved"
+    return "the guard" if preferred["difference"] > 0 else "**the rival**"
 
 
 # ---------------------------------------------------------------- the report
@@ -709,10 +660,53 @@ def has(results: dict[tuple, dict], part: str) -> dict[tuple, dict]:
     return {run: r for run, r in results.items() if part in r}
 
 
-def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home: Path, assets: Path):
-    """home/RESULTS.md and home/results.json of all numbers that there are, and the figures in `assets`."""
+HEADLINES = {  # claim: {its line in the summary: the check that it is taken from}
+    "1": {"RL inflates the velocity's norm": "the norm exceeds the reference's",
+          "and pictures suffer (judged good)": "judged good"},
+    "2": {"rescaling at inference repairs nothing (judged good)": "nor is the picture judged good more often"},
+    "4": {"the guard holds the norm, over the trajectory": "not above the reference, over the trajectory",
+          "at every step": "nor at any step (the highest)",
+          "at every step within 1 %, with --lam auto":
+              "with --lam auto: not by more than 1 % at any step (the highest)"},
+    "5 and 6": {"it preserves the reward (share of the gain lost)": "5: of the reward's gain, no more than 5 % is lost",
+                "the judge prefers its pictures (less one half)":
+                    "6: the judge prefers the guarded picture (less one half)",
+                "the detector takes them for more real": "6: detector's P(real)"},
+    "7": {"its gain grows at few steps (preference at 4, less that at all)":
+              "preference for the guarded picture at 4 steps, less that at all"},
+    "8": {"it is not early stopping (preferred at equal reward, less one half)":
+              "early, equal reward: the guarded picture is preferred (less one half)"},
+}
+
+
+def summary(numbers: dict) -> str:
+    """A table of every claim, its number and the verdict."""
+    rows = []
+    for claim, lines in HEADLINES.items():
+        found = numbers.get(claim, {}).get("checks", {})
+        rows += [[claim, line, pm(found[check]), found[check]["verdict"]] for line, check in lines.items()
+                 if check in found]
+    for name, row in numbers.get("3", {}).items():
+        if name.startswith("unguarded") and name.endswith("reward"):
+            line = f"‖v‖ carries no first-order signal of {name.split(', ')[1]} (steps beyond chance, trained models)"
+            rows.append(["3", line, f"{row['beyond']} of {row['steps']}", coherent(row["beyond"], row["steps"])])
+    if rivals := {name: row for name, row in numbers.get("10", {}).items() if name != "won"}:
+        met = [row for row in rivals.values() if "verdict" in row]
+        lost = sum(row["verdict"] == "the guard" for row in met)
+        rows.append(["10", "no rival has better pictures at equal reward (rivals that the judge finds worse, or that "
+                     "never have that reward)", f"{lost + len(rivals) - len(met)} of {len(rivals)}",
+                     "**contradicted**" if numbers["10"]["won"] else "holds"])
+    rows.sort(key=lambda row: int(row[0].split()[0]))
+    return markdown(["claim", "what it says", "measured", "verdict"], rows)
+
+
+def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale: dict[str, list[str]], home: Path,
+                 assets: Path):
+    """home/RESULTS.md and home/results.json of all numbers that there are; `stale` names those that depend on something
+    that is not as it was."""
     done, numbers, text = has(results, "main"), {}, []
     committed = assets == Path("assets")
+    with_rivals = {run: r for run, r in done.items() if any(part.startswith("rival") for part in r)}
     sections = (  # claim, title, whose numbers, text
         ("1", "RL inflates the velocity norm by 5 to 15 %, and pictures suffer where the reward does not see it",
          done, claim_1),
@@ -724,15 +718,20 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
         ("5 and 6", "It preserves the reward; judge and detector prefer it", done, claim_5_and_6),
         ("7", "Its gain grows at few steps", has(done, "few"), claim_7),
         ("8", "It is not early stopping", has(done, "early"), claim_8),
-        ("9", "Our own choices: the hinge's form, margin and lam", results if corners(results) else {}, claim_9))
+        ("9", "Our own choices: the hinge's form, margin and lam", results if corners(results) else {}, claim_9),
+        ("10", "It is neither a KL nor a shorter step: the guard's rivals at equal reward", with_rivals, claim_10))
     for claim, title, measured, write in sections:
-        paragraphs = [f"## {claim}. {title}", f"    python tiny/reproduce.py --only {claim[0]}"]
+        paragraphs = [f"## {claim}. {title}", f"    python tiny/reproduce.py --only {claim.split()[0]}"]
         if measured and committed and claim in READING:
             paragraphs.append(READING[claim])
         body = write(measured, bases, numbers.setdefault(claim, {})) if measured else "Not measured yet."
         text += [*paragraphs, body]
+    first = []
+    if won := numbers.get("10", {}).get("won"):
+        first.append(f"**Rivals whose pictures the judge prefers to the guard's at equal reward:** {'; '.join(won)}.")
+    for what, parts in stale.items():
+        first.append(f"**Stale: {len(parts)} parts were measured with other {what} than those that lie here.**")
     head = (
-        "# The paper's claims on the miniature\n\n"
         f"Written by `python tiny/reproduce.py`; the numbers are in `{home}/results.json`, what they come from in "
         f"`{home}/results/`. {len(done)} runs of\n"
         f"{len(cells_of(done))} cells (base, method, reward) were trained without and with the guard, `--lam 0` and "
@@ -743,16 +742,7 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
         '(x - base) / (unguarded - base). "Holds"\n'
         'and "contradicted" are what the interval says; the judge, the detector and the pictures are the miniature\'s '
         "own.")
+    pages = ["# The paper's claims on the miniature", *first, summary(numbers), head, *text]
     home.mkdir(parents=True, exist_ok=True)
-    assets.mkdir(parents=True, exist_ok=True)
-    write_text(home / "RESULTS.md", "\n\n".join([head, *text]).replace("ASSETS", os.path.relpath(assets, home)) + "\n")
+    write_text(home / "RESULTS.md", "\n\n".join(pages).replace("ASSETS", os.path.relpath(assets, home)) + "\n")
     write_text(home / "results.json", json.dumps(rounded(numbers), indent=1) + "\n")
-    figures = (("main", draw_inflation, "inflation"), ("main", draw_differences, "differences"),
-               ("early", draw_early, "early"))
-    for part, draw, name in figures:
-        if measured := has(done, part):
-            draw(measured, assets / f"{name}.png")
-    if measured := has(done, "adjoint"):
-        draw_adjoint(measured, bases, assets / "adjoint.png")
-    if corners(results):
-        draw_ablation(results, assets / "ablation.png")

@@ -8,15 +8,20 @@
 A run is a base, a method, a reward and a seed, trained with --lam 0 ("unguarded") and --lam 0.05 ("guarded"), the
 scripts' defaults otherwise. Trainings, pictures and their scores come from the project's own scripts, carried out in
 this process; their commands stand in RUNS/<run>/commands.txt. A run's numbers go to RESULTS/<run>.json part by part as
-they come, and are not computed again, whatever has changed since: to measure anew, delete them. Killed at any moment,
-the same command goes on. Writes RESULTS.md and results.json beside RESULTS, the figures to assets/.
+they come, each with a hash of what it depends on (weights, code, flags), and are not computed again. A number whose
+hash is another today is stale: it is named at the end and in RESULTS.md; to measure it anew, delete it. Killed at any
+moment, the same command goes on. Writes RESULTS.md and results.json beside RESULTS, the figures to assets/.
 
-Pictures that are judged show held-out prompts. What is chosen (claim 8: a checkpoint; claim 9: a guard) is chosen on
-training prompts.
+Pictures that are judged show held-out prompts. What is chosen (claim 8: a checkpoint; claim 9: a guard; claim 10: the
+rivals' strengths) is chosen on training prompts.
 """
+import ast
 import contextlib
 import fcntl
+import functools
+import hashlib
 import importlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -24,6 +29,7 @@ import shutil
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -39,18 +45,18 @@ from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
 import numpy as np
 import torch
 import tyro
-from einops import rearrange
-from report import LAM, read_json, rounded, write_report, write_text
-from torch import Tensor
+from figures import draw_all, draw_front
+from guards import GUARDS, LAM, RIVALS, Other, instead_of_hinge
+from report import read_json, rounded, write_report, write_text
 from tqdm import tqdm
 
 from eval_judge import SINGLE
 from flow import run as flow_run
 from flow.cli import check_flags, check_place, make_dir
+from flow.files import fingerprint
 from flow.judge import local_judge, read_answer
 from flow.lora import save_lora
 from flow.pictures import load_pictures, read_folder
-from normguard import norm_ratio, velocity_norm
 
 
 @dataclass
@@ -64,7 +70,7 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds of the training"""
     only: int | None = None
-    """one claim, 1 to 9 (default: all)"""
+    """one claim, 1 to 10 (default: all)"""
     jobs: int | None = None
     """runs at a time (default: one per CPU core, one on a GPU)"""
     smoke: bool = False
@@ -103,50 +109,53 @@ class Size(NamedTuple):
     n_guard: int = 3  # and for a guard
     renders: int = 1024
     prompts: str = "tiny/prompts.txt"  # of choices
-    without: tuple[str, ...] = ()  # parts
+    only: tuple[str, ...] | None = None  # of the guards and rivals
 
 
 SMOKE = Size("--epochs 2 --group 2 --groups 2 --eval-n 2 --save-every 1", 4, (2,), 1, 1, 1, 1, 32,
-             "tiny/eval_prompts.txt",  # of the guards, one of each form
-             tuple(f"guard: {name}" for name in ("lam 0.0005", "lam 0.005", "lam 5", "squared, lam 0.05",
-                                                 "squared, lam 5")))
+             "tiny/eval_prompts.txt", only=("guard: per token", "rival: EMA-KL 1", "rival: LoRA scaled 0.5"))
 
 
-# ---------------------------------------------------------------- claim 9: other guards
+# ---------------------------------------------------------------- what numbers depend on
 
-def squared(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
-    """relu(ratio - 1)^2: no pull at the threshold, and more the further above."""
-    return torch.relu(norm_ratio(v, v_ref) - 1 - margin).square()
-
-
-def absolute(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
-    """relu(||v|| - ||v_ref||), in units of the latent."""
-    return torch.relu(velocity_norm(v) - velocity_norm(v_ref.detach()) - margin)
+@functools.cache
+def weights(base: str) -> str:
+    """A hash of the models that a base's runs see, and of the prompts."""
+    parts = (base, "pickscore", "hps", "judge", "forensic", "embed", "prompts.txt", "eval_prompts.txt")
+    return hashlib.sha256("".join(fingerprint(f"tiny/{part}") for part in parts).encode()).hexdigest()[:8]
 
 
-def per_token(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
-    """The hinge of each token's norm, averaged over the tokens: patches of 2x2 of (b, c, h, w), or (b, tokens, c)
-    -> (b,)."""
-    if v.ndim == 4:
-        v, v_ref = (rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2) for x in (v, v_ref))
-    ratio = norm_ratio(v.flatten(0, 1), v_ref.flatten(0, 1))
-    return torch.relu(ratio - 1 - margin).view(len(v), -1).mean(1)
+@functools.cache
+def code(method: str) -> str:
+    """A hash of the guard's and the training script's code, comments, docstrings and helps left out."""
+    digest = hashlib.sha256()
+    for file in ("normguard.py", f"train_{method}.py"):
+        tree = ast.parse(Path(file).read_text())
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):
+                node.body = [line for line in body if not isinstance(getattr(line, "value", None), ast.Constant)
+                             or not isinstance(line, ast.Expr)]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:8]
 
 
-# name: (flags, hinge or None for normguard's own). A squared hinge's slope is the linear one's at an excess of 5 % if
-# lam is ten times larger; ||v_ref|| is about 30 to 40 here, hence the lam of the absolute one.
-VARIANTS = {
-    "lam 0.0005": ("--lam 0.0005", None),
-    "lam 0.005": ("--lam 0.005", None),
-    "lam 0.5": ("--lam 0.5", None),
-    "lam 5": ("--lam 5", None),
-    "squared, lam 0.05": ("--lam 0.05", squared),
-    "squared, lam 0.5": ("--lam 0.5", squared),
-    "squared, lam 5": ("--lam 5", squared),
-    "absolute, lam 0.0015": ("--lam 0.0015", absolute),
-    "per token": (f"--lam {LAM}", per_token),
-    "margin 0.02": (f"--lam {LAM} --margin 0.02", None),
-}
+def depends(run: Run, size: Size, part: str) -> dict[str, str]:
+    """What a part's numbers depend on: another of these is another number."""
+    other = OTHERS.get(part, Other(""))
+    guard = inspect.getsource(other.guard) if other.guard else ""
+    of_part = f"{size._replace(only=None)} {other.flags} {guard}"
+    return {"weights": weights(run.base), "code": code(run.method), "flags": f"{zlib.crc32(of_part.encode()):08x}"}
+
+
+def own_home(home: Path, of: dict[str, str]) -> Path:
+    """A folder for what is made with these weights and this code; what was made with others is deleted."""
+    file = home / "of.json"
+    if home.exists() and read_json(file) != of:
+        if not file.exists() and not (home / "commands.txt").exists() and any(home.iterdir()):
+            fail(f"--runs {home.parent}: {home} is not of reproduce.py; give another folder")
+        shutil.rmtree(home)
+    write_text(file, json.dumps(of))
+    return home
 
 
 # ---------------------------------------------------------------- what is done to a run
@@ -172,24 +181,27 @@ def command(log: Path, line: str, out: Path | None = None, note: str = ""):
         write_text(out / "command.txt", noted)
 
 
-def train(home: Path, run: Run, size: Size, name: str, flags: str, hinge: Callable | None = None) -> Path:
-    """The folder home/name of a finished training, in which lora-EPOCH holds each checkpoint's LoRA. `hinge` takes
-    norm_hinge's place."""
+def train(home: Path, run: Run, size: Size, name: str, other: Other, strength: float = 1.0) -> Path:
+    """The folder home/name of a finished training, in which lora-EPOCH holds each checkpoint's LoRA."""
     module, out = importlib.import_module(f"train_{run.method}"), home / name
-    save_checkpoint, norm_hinge = flow_run.save_checkpoint, module.norm_hinge
+    save_checkpoint = flow_run.save_checkpoint
 
     def keep(training, epoch, **state):
         """Save as ever, and keep a copy."""
         save_lora(training.pipe, training.out / f"lora-{epoch:05d}")
         save_checkpoint(training, epoch, **state)
 
+    flags = other.flags.format(s=strength, lr=module.Args.lr * strength)
     line = f"train_{run.method}.py --model tiny/{run.base} --reward tiny/{run.reward} --seed {run.seed} --out {out}"
-    note = f"# with norm_hinge = reproduce.{hinge.__name__}" if hinge else ""
-    flow_run.save_checkpoint, module.norm_hinge = keep, hinge or norm_hinge
+    note = f"# with norm_hinge = guards.{other.guard.__qualname__}" if other.guard else ""
+    if other.made and not (out / "command.txt").exists():
+        shutil.rmtree(out, ignore_errors=True)  # a checkpoint does not hold the guard's own state: begin again
+    flow_run.save_checkpoint = keep
     try:
-        command(home, f"{line} {flags} {size.train}", out, note)
+        with instead_of_hinge(module, other.guard, other.made):
+            command(home, f"{line} {flags} {size.train}", out, note)
     finally:
-        flow_run.save_checkpoint, module.norm_hinge = save_checkpoint, norm_hinge
+        flow_run.save_checkpoint = save_checkpoint
     return out
 
 
@@ -248,7 +260,8 @@ def ratio_of(folder: Path) -> dict:
 
 def both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
     """The unguarded and the guarded training."""
-    return train(home, run, size, "lam0", "--lam 0"), train(home, run, size, f"lam{LAM}", f"--lam {LAM}")
+    return (train(home, run, size, "lam0", Other("--lam 0")),
+            train(home, run, size, f"lam{LAM}", Other(f"--lam {LAM}")))
 
 
 def shown(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
@@ -271,7 +284,6 @@ def main_part(root: Path, run: Run, size: Size) -> dict:
     ratios = {"unguarded": ratio_of(unguarded), "guarded": ratio_of(guarded)}
     folders = {"base": root / run.base / "base", "unguarded": unguarded, "guarded": guarded}
     judged = judge(home, run, folders, root / "renders")
-    shutil.copy(home / "eval" / "report.png", home / "report.png")  # the other parts write their own
     return {"curves": curves, "ratio": ratios, **judged}
 
 
@@ -355,57 +367,100 @@ def early_part(root: Path, run: Run, size: Size) -> dict:
     return {"found": found, "chosen": chosen, "reached": bool(equal), **judged}
 
 
-def variant_part(root: Path, run: Run, size: Size, name: str) -> dict:
-    """Claim 9: another guard, on training prompts: it is a matter of choice."""
+def auto_part(root: Path, run: Run, size: Size) -> dict:
+    """Claims 4, 5, 6 and 7 for --lam auto, at all steps and at few."""
     home = root / run.name
-    flags, hinge = VARIANTS[name]
+    unguarded, guarded = both(home, run, size)
+    auto = train(home, run, size, "lam-auto", Other("--lam auto --eval-every 0"))
+    pictures = held_out(home, run, size, f"{run.method}+auto", auto / "lora")
+    folders = dict(zip(("unguarded", "guarded", "auto"), (*shown(home, run, size), pictures)))
+    out = {"ratio": {"auto": ratio_of(pictures)}, **judge(home, run, folders, root / "renders"), "few": {}}
+    for steps in size.few:
+        folders = {}
+        for name, folder in (("unguarded", unguarded), ("guarded", guarded), ("auto", auto)):
+            folders[name] = held_out(home, run, size, f"{name}-{steps}", folder / "lora", steps, flags="")
+        out["few"][str(steps)] = judge(home, run, folders, root / "renders")
+    return out
+
+
+def guard_part(root: Path, run: Run, size: Size, name: str) -> dict:
+    """Claim 9: another guard, on training prompts: it is a matter of choice."""
+    home, other = root / run.name, GUARDS[name]
     trained = dict(zip(("unguarded", "guarded"), both(home, run, size)))
-    trained["variant"] = train(home, run, size, slug(name), f"{flags} --eval-every 0", hinge)
+    other = other._replace(flags=f"{other.flags} --eval-every 0")
+    trained["variant"] = train(home, run, size, f"guards/{slug(name)}", other)
     flags = f"--prompts {size.prompts} --n {size.n_guard} --steps {size.steps} --seed 5000 --norms"
     pictures = {}
     for who, out in trained.items():
-        pictures[who] = sample(home, run.base, home / "guards" / out.name, f"--lora {out / 'lora'} {flags}")
+        pictures[who] = sample(home, run.base, home / "chosen" / out.name, f"--lora {out / 'lora'} {flags}")
     ratios = {who: ratio_of(path) for who, path in pictures.items()}
     return {"ratio": ratios, **judge(home, run, pictures, root / "renders-training")}
 
 
-PARTS = {  # name: (what measures it, the claims that it serves)
-    "main": (main_part, tuple(range(1, 9))),
+def rival_part(root: Path, run: Run, size: Size, name: str, strength: float) -> dict:
+    """Claim 10: a rival of the guard, at a strength."""
+    home, rival, label = root / run.name, RIVALS[name], slug(f"{name} {strength:g}")
+    unguarded, _ = both(home, run, size)
+    trained = unguarded
+    if rival.training:
+        training = rival.training._replace(flags=f"{rival.training.flags} --eval-every 0")
+        trained = train(home, run, size, f"rivals/{label}", training, strength)
+    flags = f"--norms {rival.sampling.format(s=strength)}"
+    pictures = held_out(home, run, size, f"{run.method}+{label}", trained / "lora", flags=flags)
+    folders = {"guarded": shown(home, run, size)[1], "rival": pictures}
+    return {"ratio": {"rival": ratio_of(pictures)}, **judge(home, run, folders, root / "renders")}
+
+
+GRID = {  # of every run: a part's name, what measures it, the claims that it serves
+    "main": (main_part, (1, 2, 3, 4, 5, 6, 7, 8, 10)),
+    "auto": (auto_part, (4, 7, 10)),
     "renorm": (renorm_part, (2,)),
     "adjoint": (adjoint_part, (3,)),
     "few": (few_part, (7,)),
     "early": (early_part, (8,)),
-    **{f"guard: {name}": (partial(variant_part, name=name), (9,)) for name in VARIANTS},
 }
+CORNERS, OTHERS = {}, {}  # of a base and a reward to look at, and others to confirm it; and how they train
+for _name, _other in GUARDS.items():
+    OTHERS[f"guard: {_name}"] = _other
+    CORNERS[f"guard: {_name}"] = (partial(guard_part, name=_name), (9,))
+for _name, _rival in RIVALS.items():
+    for _strength in _rival.strengths:
+        _part = f"rival: {_name} {_strength:g}"
+        OTHERS[_part] = _rival.training or Other(_rival.sampling)
+        CORNERS[_part] = (partial(rival_part, name=_name, strength=_strength), (10,))
+PARTS = {**GRID, **CORNERS}
 
 
 # ---------------------------------------------------------------- the work, spread over processes
 
-def add(file: Path, part: str, numbers: Callable[[], dict]):
-    """A part's numbers to a file, unless they are there."""
+def add(file: Path, part: str, of: dict[str, str], numbers: Callable[[], dict]):
+    """A part's numbers, and what they depend on, to a file, unless they are there."""
     known = read_json(file)
     if part not in known:
         start = time.time()
-        known[part] = rounded({**numbers(), "seconds": time.time() - start})
+        known[part] = rounded({**numbers(), "of": of, "seconds": time.time() - start})
         lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()]  # a part a line
         write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def work_on_base(base: str, args: Args, size: Size):
     """What the runs of a base share: its pictures, and its sensitivities."""
-    root, home, file = Path(args.runs), Path(args.runs) / base, Path(args.results) / f"{base}.json"
+    root, file, of = Path(args.runs), Path(args.results) / f"{base}.json", {"weights": weights(base)}
+    home = own_home(root / base, of)
     for name, steps in (("base", size.steps), *((f"base-{steps}", steps) for steps in size.few)):
         sample(home, base, home / name, f"--n {size.n} --steps {steps} --seed 1000")
-    add(file, "colours", lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
+    add(file, "colours", of, lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
     for reward in args.rewards if args.only in (None, 3) else ():
-        add(file, f"adjoint {reward}", partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}"))
+        add(file, f"adjoint {reward}", of, partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}"))
 
 
 def work_on_run(run: Run, parts: list[str], args: Args, size: Size):
     """A run's parts, one after the other."""
+    root, file = Path(args.runs), Path(args.results) / f"{run.name}.json"
+    own_home(root / run.name, {"weights": weights(run.base), "code": code(run.method)})
     for part in parts:
         measure, _ = PARTS[part]
-        add(Path(args.results) / f"{run.name}.json", part, partial(measure, Path(args.runs), run, size))
+        add(file, part, depends(run, size, part), partial(measure, root, run, size))
 
 
 def start_worker(threads: int):
@@ -420,15 +475,25 @@ def start_worker(threads: int):
     torch.set_num_threads(threads)
 
 
-def todo(args: Args, size: Size, runs: list[Run], ablation: bool) -> dict[Run, list[str]]:
-    """The parts of the runs that are asked for and not there; of the ablation, or all others."""
-    out = {}
-    for run in runs:
-        known = read_json(Path(args.results) / f"{run.name}.json")
-        parts = [part for part, (_, claims) in PARTS.items() if (claims == (9,)) == ablation and part not in known]
-        parts = [part for part in parts if part not in size.without]
-        out[run] = [part for part in parts if args.only is None or args.only in PARTS[part][1]]
-    return {run: parts for run, parts in out.items() if parts}
+def todo(args: Args, size: Size, runs: list[Run], parts: dict) -> dict[Run, list[str]]:
+    """Those of the parts that are asked for and not there, of each run."""
+    asked = [part for part, (_, claims) in parts.items() if args.only is None or args.only in claims]
+    if parts is CORNERS and size.only is not None:
+        asked = [part for part in asked if part in size.only]
+    left = {run: read_json(Path(args.results) / f"{run.name}.json") for run in runs}
+    left = {run: [part for part in asked if part not in known] for run, known in left.items()}
+    return {run: parts for run, parts in left.items() if parts}
+
+
+def stale_parts(found: dict[Run, dict], size: Size) -> dict[str, list[str]]:
+    """The measured parts that depend on something that is not as it was: {what: [run: part, ...]}."""
+    stale = {}
+    for run, numbers in found.items():
+        for part in (part for part in PARTS if part in numbers):
+            now, then = depends(run, size, part), numbers[part].get("of", {})
+            for what in (what for what in now if then.get(what) != now[what]):
+                stale.setdefault(what, []).append(f"{run.name}: {part}")
+    return stale
 
 
 def main(args: Args):
@@ -437,8 +502,8 @@ def main(args: Args):
     for flag, known in (("bases", Args.bases), ("methods", Args.methods), ("rewards", Args.rewards)):
         if unknown := set(getattr(args, flag)) - set(known):
             fail(f"--{flag} {unknown.pop()}: {', '.join(known)}")
-    if args.only is not None and not 1 <= args.only <= 9:
-        fail(f"--only {args.only}: a claim is a number from 1 to 9")
+    if args.only is not None and not 1 <= args.only <= 10:
+        fail(f"--only {args.only}: a claim is a number from 1 to 10")
     if args.seeds and not 0 <= min(args.seeds) <= max(args.seeds) < 2**63:
         fail(f"--seeds {' '.join(map(str, args.seeds))}: from 0 to below 2^63")
     if len(args.runs.split()) != 1:  # commands are split at spaces
@@ -465,11 +530,10 @@ def main(args: Args):
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before a worker imports torch
     combinations = dict.fromkeys(product(args.seeds, args.bases, args.methods, args.rewards))
     runs = [Run(*which, seed) for seed, *which in combinations]
-    # a base and a reward to look at, others to confirm it
     corners = {(args.bases[i], args.rewards[i]) for i in (0, -1)}
-    ablated = [run for run in runs if (run.base, run.reward) in corners]
-    grid, ablation = todo(args, size, runs, False), todo(args, size, ablated, True)
-    wanted = [(run, part) for phase in (grid, ablation) for run, parts in phase.items() for part in parts]
+    of_corners = [run for run in runs if (run.base, run.reward) in corners]
+    work = todo(args, size, runs, GRID), todo(args, size, of_corners, CORNERS)
+    wanted = [(run, part) for phase in work for run, parts in phase.items() for part in parts]
     total = len(wanted)
 
     def left() -> int:
@@ -482,7 +546,7 @@ def main(args: Args):
             command(root, f"tiny/world.py {flags}", root / out)
     # each phase needs the one before
     phases = [[partial(work_on_base, base, args, size) for base in dict.fromkeys(args.bases) if total]]
-    for phase in (grid, ablation):
+    for phase in work:
         phases.append([partial(work_on_run, run, parts, args, size) for run, parts in phase.items()])
     with tqdm(total=total, desc="reproduce", unit="part") as bar:
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
@@ -505,9 +569,17 @@ def main(args: Args):
         for file in sorted(results.glob(f"{'-'.join(cell)}-s*.json")):
             found[Run(*cell, int(file.stem.rpartition("-s")[2]))] = read_json(file)
     bases = {base: numbers for base in Args.bases if (numbers := read_json(results / f"{base}.json"))}
-    write_report(found, bases, size, results.parent, assets)
-    if (front := root / Run("sd3", "awm", "pickscore", 0).name / "report.png").exists():
-        shutil.copy(front, assets / "front.png")
+    stale = stale_parts(found, size)
+    write_report(found, bases, size, stale, results.parent, assets)
+    draw_all(found, bases, assets)
+    front = next((run for run in found if run.method == "awm"), None)
+    folders = front and {"base": root / front.base / "base", "unguarded": root / front.name / front.method,
+                         "guarded": root / front.name / f"{front.method}+normguard"}
+    if folders and all(map(Path.exists, folders.values())):
+        draw_front(found[front], folders, assets / "front.png")
+    for what, parts in stale.items():
+        print(f"note: {len(parts)} parts were measured with other {what} than today's ({parts[0]}, ...); to measure "
+              f"them anew, delete them in {results}")
     print(f"{len(found)} runs: {results.parent}/RESULTS.md, {results.parent}/results.json and figures in {assets}/")
 
 

@@ -1,0 +1,242 @@
+"""The figures of RESULTS.md and the README, from the numbers that reproduce.py has gathered and its pictures."""
+import math
+from itertools import product
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
+import matplotlib.pyplot as plt
+from guards import RIVALS
+from report import METRICS, cells_of, corners, has, of, paired, points_of, raw
+
+from flow.pictures import load_pictures, read_folder
+
+COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb", "auto": "#17397a"}
+
+
+def save(figure, path: Path):
+    """PNG."""
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_inflation(results: dict[tuple, dict], path: Path):
+    """Norm ratio and saturation over training, and the ratio over t at its end; a column a method, a line a run."""
+    methods = list(dict.fromkeys(run.method for run in results))
+    figure, axes = plt.subplots(3, len(methods), figsize=(4 * len(methods), 8), layout="constrained", squeeze=False,
+                                sharey="row")
+    for column, method in zip(axes.T, methods):
+        runs = {run: r["main"] for run, r in results.items() if run.method == method}
+        for (run, part), who in product(runs.items(), ("unguarded", "guarded")):
+            linestyle = "-" if run.base == "sd3" else ":"
+            style = {"color": COLOUR[who], "linestyle": linestyle, "linewidth": 0.9, "alpha": 0.7}
+            curve, norms = part["curves"][who], part["ratio"][who]
+            epochs = [e["epoch"] for e in curve]
+            for axis, key in zip(column, ("norm_ratio", "saturation")):
+                axis.plot(epochs, [e[key] for e in curve], **style)
+            column[2].plot(norms["t"], norms["mean"], **style)
+        column[0].set(title=method.upper(), xlabel="epoch")
+        column[1].set(xlabel="epoch")
+        column[2].set(xlabel="t (1 is noise), at the end of training", xlim=(1.02, -0.02))
+        for axis in column:
+            axis.grid(alpha=0.3)
+        for axis in column[::2]:
+            axis.axhline(1, color="black", linewidth=0.8)
+    labels = ("norm ratio to the reference", "saturation", "norm ratio to the reference")
+    for axis, label in zip(axes[:, 0], labels):
+        axis.set_ylabel(label)
+    handles = [plt.Line2D([], [], color=COLOUR[who], label=who) for who in ("unguarded", "guarded")]
+    for base, linestyle in (("sd3", "-"), ("flux", ":")):
+        handles.append(plt.Line2D([], [], color="gray", linestyle=linestyle, label=base))
+    axes[0, 0].legend(handles=handles, fontsize=8)
+    save(figure, path)
+
+
+def draw_differences(results: dict[tuple, dict], path: Path):
+    """Guarded minus unguarded: a dot a run, a bar a cell's mean; the band is the mean's 95 % interval."""
+    metrics = ("reward", "judge/overall", "judge/oversaturation", "P(real)", "FD", "saturation")
+    cells = cells_of(results)
+    size = (2.3 * len(metrics) + 1, 0.27 * len(cells) + 1)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", sharey=True)
+    for axis, metric in zip(axes, metrics):
+        guarded, unguarded = of("main", "guarded", metric), of("main", "unguarded", metric)
+        d = paired(results, guarded, unguarded)
+        low, high = d["difference"] - d["half"], d["difference"] + d["half"]
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.axvspan(low, high, color=COLOUR["guarded"], alpha=0.2, linewidth=0)
+        for i, runs in enumerate(cells.values()):
+            values = [guarded(r) - unguarded(r) for r in runs]
+            axis.plot(values, [i] * len(values), "o", color=COLOUR["guarded"], markersize=3, alpha=0.7)
+            axis.plot(np.mean(values), i, "|", color="black", markersize=9)
+        axis.set_title(METRICS[metric][0], fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].set(yticks=range(len(cells)), yticklabels=list(cells))
+    axes[0].invert_yaxis()
+    save(figure, path)
+
+
+def draw_early(results: dict[tuple, dict], path: Path):
+    """Reward against the judge's P(good): the unguarded run's checkpoints, and the guarded model at the end; a line
+    and a star a run."""
+    cells = cells_of(results)
+    wide = min(6, len(cells))
+    high = -(-len(cells) // wide)
+    size = (2.5 * wide + 0.6, 2.5 * high)
+    figure, axes = plt.subplots(high, wide, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    lines = {"color": COLOUR["unguarded"], "markersize": 2.5, "linewidth": 0.9, "label": "unguarded, its checkpoints"}
+    star = {"color": COLOUR["guarded"], "markersize": 9, "label": "guarded, at the end"}
+    for axis, (cell, runs) in zip(axes.flat, cells.items()):
+        for found in (r["early"]["found"] for r in runs):
+            checkpoints = [found[name] for name in found if name != "guarded"]
+            axis.plot([f["reward"] for f in checkpoints], [f["overall"] for f in checkpoints], "o-", **lines)
+            axis.plot(found["guarded"]["reward"], found["guarded"]["overall"], "*", **star)
+        axis.set_title(cell, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("reward", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("judged good", fontsize=8)
+    axes[0, 0].legend(*(x[:2] for x in axes[0, 0].get_legend_handles_labels()), fontsize=7, loc="lower left")
+    save(figure, path)
+
+
+def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path):
+    """t statistic of the batch's mean sensitivity at each step: each reward's above, the control's below; mean and
+    range over models."""
+    found = {"base models": {}, "unguarded models": {}}  # of each base and reward
+    for base, b in bases.items():
+        for part in (part for part in b if part.startswith("adjoint")):
+            found["base models"].setdefault((base, part.split()[1]), []).append(b[part])
+    for run, r in results.items():
+        found["unguarded models"].setdefault((run.base, run.reward), []).append(r["adjoint"])
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharey="row", sharex=True)
+    for column, (title, adjoints) in zip(axes.T, found.items()):
+        for axis, of_what in zip(column, ("reward", "energy")):
+            axis.axhspan(-2.13, 2.13, color="gray", alpha=0.2, linewidth=0)
+            for i, ((base, reward), models) in enumerate(adjoints.items()):
+                t, at = np.array([a[of_what]["t_statistic"] for a in models]), models[0]["t"]
+                colour, linestyle = plt.cm.Dark2.colors[i], "-" if base == "sd3" else "--"
+                axis.plot(at, t.mean(0), color=colour, linestyle=linestyle, linewidth=1.2, label=f"{base}, {reward}")
+                axis.fill_between(at, t.min(0), t.max(0), color=colour, alpha=0.15, linewidth=0)
+            axis.grid(alpha=0.3)
+        column[0].set_title(title)
+        column[1].set(xlabel="t (1 is noise)", xlim=(1.02, -0.02))
+    for axis, label in zip(axes[:, 0], ("the reward: t statistic", "energy (control): t statistic")):
+        axis.set_ylabel(label)
+    axes[0, 0].legend(fontsize=8)
+    save(figure, path)
+
+
+def draw_ablation(results: dict[tuple, dict], path: Path):
+    """Norm ratio, reward and verdict over lam; other forms of the guard to the right. A dot a run, a line the mean."""
+    found, methods = corners(results), list(dict.fromkeys(run.method for run in results))
+    panels = {"norm ratio": "ratio", "reward": "reward", "judged good": "judge/overall", "Fréchet distance": "FD"}
+    size = (4 * len(panels), 3.8 * len(found))
+    figure, axes = plt.subplots(len(found), len(panels), figsize=size, layout="constrained", squeeze=False)
+    for row, (corner, by_guard) in zip(axes, found.items()):
+        lams = sum(name.startswith("lam") for name in by_guard)
+        for axis, (title, metric) in zip(row, panels.items()):
+            for i, method in enumerate(methods):
+                colour = plt.cm.Dark2.colors[i]
+                values = [[r[metric] for run, r in runs.items() if run.method == method] for runs in by_guard.values()]
+                places = [x + 0.15 * (i - 1) for x in range(len(values))]
+                for x, y in zip(places, values):
+                    axis.plot([x] * len(y), y, "o", color=colour, markersize=3, alpha=0.6)
+                means = [np.mean(y) if y else math.nan for y in values[:lams]]
+                axis.plot(places[:lams], means, color=colour, linewidth=1, label=method)
+            axis.axvline(lams - 0.5, color="gray", linewidth=0.8)
+            axis.set(title=f"{title} ({corner})", xticks=range(len(by_guard)))
+            axis.set_xticklabels(by_guard, rotation=60, ha="right", fontsize=8)
+            axis.grid(alpha=0.3)
+        row[0].axhline(1, color="black", linewidth=0.8)
+    axes[0, 0].legend(fontsize=8)
+    save(figure, path)
+
+
+def draw_rivals(results: dict[tuple, dict], path: Path):
+    """Quality against reward as each rival grows stronger, from the unguarded model on; the guard's points on it. Means
+    over methods and seeds; the reward as the share of what the unguarded model gained."""
+    found = {}
+    for run, r in results.items():
+        found.setdefault(f"{run.base}, {run.reward}", []).append(r)
+    panels = {"judge/overall": "judged good", "FD": "Fréchet distance"}
+    size = (5.5 * len(panels), 4.2 * len(found))
+    figure, axes = plt.subplots(len(found), len(panels), figsize=size, layout="constrained", squeeze=False)
+    for row, (corner, runs) in zip(axes, found.items()):
+        for axis, (metric, label) in zip(row, panels.items()):
+            for i, rival in enumerate(RIVALS):
+                whole = [r for r in runs if len(points_of(r, rival)) == len(RIVALS[rival].strengths) + 1]
+                if whole:
+                    x, y = mean_points(whole, rival, metric)
+                    axis.plot(x, y, "o-", color=plt.cm.tab10.colors[i], markersize=3, linewidth=1.2, label=rival)
+            for who, part, marker in (("unguarded", "main", "X"), ("guarded", "main", "*"), ("auto", "auto", "P")):
+                if own := [r for r in runs if part in r]:
+                    x, y = (np.mean([of(part, who, m)(r) for r in own]) for m in ("reward", metric))
+                    name = {"guarded": "lam 0.05", "auto": "--lam auto"}.get(who, who)
+                    axis.plot(x, y, marker, color=COLOUR[who], markersize=13, label=name, zorder=3)
+            axis.set(title=corner, xlabel="reward, share of the gain", ylabel=label)
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    save(figure, path)
+
+
+def mean_points(runs: list[dict], rival: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """A rival's curve, the mean over runs: rewards as shares of the gain, and a metric."""
+    points = [points_of(r, rival) for r in runs]
+    x = np.array([[p["reward"] for p in of_run] for of_run in points])  # (runs, strengths)
+    y = np.array([[p[metric] for p in of_run] for of_run in points])
+    base, unguarded = (np.array([[raw("main", who, "reward")(r)] for r in runs]) for who in ("base", "unguarded"))
+    return ((x - base) / (unguarded - base)).mean(0), y.mean(0)
+
+
+def draw_front(run: dict, folders: dict[str, Path], path: Path, columns: int = 5):
+    """The README's picture: a row of large pictures of each folder, the same prompts and noise, and the norm ratio over
+    training beside them. run: its numbers."""
+    figure = plt.figure(figsize=(12, 4.4))
+    grid = figure.add_gridspec(len(folders), columns, left=0.03, right=0.63, bottom=0.01, top=0.99, wspace=0.03,
+                               hspace=0.03)
+    for i, (who, folder) in enumerate(folders.items()):
+        files = [line["file"] for line in read_folder(str(folder), plain=True)]
+        pictures = load_pictures(files[::len(files) // columns][:columns])
+        for j, picture in enumerate(pictures):
+            axis = figure.add_subplot(grid[i, j], xticks=[], yticks=[])
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="lanczos")
+            if j == 0:
+                axis.set_ylabel(who, fontsize=17, color=COLOUR[who], fontweight="bold")
+    axis = figure.add_axes((0.71, 0.15, 0.28, 0.71))
+    axis.axhline(1, color="black", linewidth=1.5)
+    for who, above in (("unguarded", True), ("guarded", False)):
+        curve = run["main"]["curves"][who]
+        x, y = [e["epoch"] for e in curve], [e["norm_ratio"] for e in curve]
+        axis.plot(x, y, color=COLOUR[who], linewidth=4)
+        axis.annotate(who, (x[-1], y[-1]), (0, 8 if above else -8), textcoords="offset points", color=COLOUR[who],
+                      fontsize=19, fontweight="bold", ha="right", va="bottom" if above else "top")
+    axis.margins(y=0.2)
+    axis.set_title("‖v‖ / ‖v_ref‖", fontsize=20)
+    axis.set_xlabel("epochs of RL", fontsize=16)
+    axis.tick_params(labelsize=14)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_all(results: dict[tuple, dict], bases: dict[str, dict], assets: Path):
+    """The figures of RESULTS.md, of all numbers that there are."""
+    assets.mkdir(parents=True, exist_ok=True)
+    done = has(results, "main")
+    figures = (("main", draw_inflation, "inflation"), ("main", draw_differences, "differences"),
+               ("early", draw_early, "early"))
+    for part, draw, name in figures:
+        if measured := has(done, part):
+            draw(measured, assets / f"{name}.png")
+    if measured := has(done, "adjoint"):
+        draw_adjoint(measured, bases, assets / "adjoint.png")
+    if corners(results):
+        draw_ablation(results, assets / "ablation.png")
+    if rivals := {run: r for run, r in done.items() if any(part.startswith("rival") for part in r)}:
+        draw_rivals(rivals, assets / "rivals.png")
