@@ -402,7 +402,7 @@ def claim_7(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         d = paired(results, rate(parts[steps], "guarded vs unguarded"), rate("main", "guarded vs unguarded"))
         rows.append((f"preference for the guarded picture at {steps} steps, less that at all", d, verdict(d, 1)))
         if with_auto := has(results, "auto"):
-            liked, at_all = rate(f"auto/few/{steps}", "auto vs unguarded"), rate("auto", "auto vs unguarded")
+            liked, at_all = (rate(part, "auto vs unguarded") for part in (f"few/{steps}", "auto"))
             d = paired(with_auto, liked, at_all)
             claim = f"preference for the picture of --lam auto at {steps} steps, less that at all"
             rows.append((claim, d, verdict(d, 1)))

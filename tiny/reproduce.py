@@ -271,6 +271,11 @@ def shown(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
     return pictures, held_out(home, run, size, f"{run.method}+normguard", guarded / "lora")
 
 
+def with_auto(home: Path, run: Run, size: Size) -> Path:
+    """The training with --lam auto."""
+    return train(home, run, size, "lam-auto", Other("--lam auto --eval-every 0"))
+
+
 def main_part(root: Path, run: Run, size: Size) -> dict:
     """Claims 1, 4, 5, 6: the norm over training and over t, and what reward, judge and detector say of the pictures."""
     home = root / run.name
@@ -316,9 +321,10 @@ def few_part(root: Path, run: Run, size: Size) -> dict:
     """Claim 7: the same models at few steps."""
     home, out = root / run.name, {}
     unguarded, guarded = both(home, run, size)
+    auto = with_auto(home, run, size)
     for steps in size.few:
         folders = {"base": root / run.base / f"base-{steps}"}
-        for name, folder in (("unguarded", unguarded), ("guarded", guarded)):
+        for name, folder in (("unguarded", unguarded), ("guarded", guarded), ("auto", auto)):
             folders[name] = held_out(home, run, size, f"{name}-{steps}", folder / "lora", steps, flags="")
         out[str(steps)] = judge(home, run, folders, root / "renders")
     return out
@@ -368,19 +374,11 @@ def early_part(root: Path, run: Run, size: Size) -> dict:
 
 
 def auto_part(root: Path, run: Run, size: Size) -> dict:
-    """Claims 4, 5, 6 and 7 for --lam auto, at all steps and at few."""
+    """Claims 4, 5 and 6 for --lam auto."""
     home = root / run.name
-    unguarded, guarded = both(home, run, size)
-    auto = train(home, run, size, "lam-auto", Other("--lam auto --eval-every 0"))
-    pictures = held_out(home, run, size, f"{run.method}+auto", auto / "lora")
+    pictures = held_out(home, run, size, f"{run.method}+auto", with_auto(home, run, size) / "lora")
     folders = dict(zip(("unguarded", "guarded", "auto"), (*shown(home, run, size), pictures)))
-    out = {"ratio": {"auto": ratio_of(pictures)}, **judge(home, run, folders, root / "renders"), "few": {}}
-    for steps in size.few:
-        folders = {}
-        for name, folder in (("unguarded", unguarded), ("guarded", guarded), ("auto", auto)):
-            folders[name] = held_out(home, run, size, f"{name}-{steps}", folder / "lora", steps, flags="")
-        out["few"][str(steps)] = judge(home, run, folders, root / "renders")
-    return out
+    return {"ratio": {"auto": ratio_of(pictures)}, **judge(home, run, folders, root / "renders")}
 
 
 def guard_part(root: Path, run: Run, size: Size, name: str) -> dict:
@@ -413,7 +411,7 @@ def rival_part(root: Path, run: Run, size: Size, name: str, strength: float) -> 
 
 GRID = {  # of every run: a part's name, what measures it, the claims that it serves
     "main": (main_part, (1, 2, 3, 4, 5, 6, 7, 8, 10)),
-    "auto": (auto_part, (4, 7, 10)),
+    "auto": (auto_part, (4, 7, 10)),  # 7 compares with it
     "renorm": (renorm_part, (2,)),
     "adjoint": (adjoint_part, (3,)),
     "few": (few_part, (7,)),
