@@ -48,6 +48,7 @@ from normguard import guard_gradient, norm_hinge, norm_ratio, oppose, reference,
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tiny"))
 import guards  # noqa: E402
+import paired  # noqa: E402
 import report  # noqa: E402
 import reproduce  # noqa: E402
 import world  # noqa: E402
@@ -1589,66 +1590,72 @@ def test_other_guards(margin):
         assert shorter.grad.abs().max() == 0
 
 
-def test_rivals_in_a_training(tmp_path, monkeypatch):
-    """Claim 10's guards that follow their training, all in one of three epochs: which pictures the rows are, what their
-    rewards are, what they are kept close to. The script comes out as it went in."""
-    seen, x0_of_loss, before = [], [], dict(vars(train_awm))
-    loss = train_awm.awm_loss
-    monkeypatch.setattr(train_awm, "awm_loss", lambda *given: x0_of_loss.append(given[2]) or loss(*given))
+@pytest.mark.parametrize("script", [train_awm, train_dpo])
+def test_rivals_in_a_training(tmp_path, monkeypatch, script):
+    """Claim 10's guards that follow their training, all in one of three epochs in several batches: which pictures the
+    rows are, what their rewards are, what they are kept close to. The script comes out as it went in."""
+    seen, noised, before = [], [], dict(vars(script))
+    add_noise = script.add_noise
+    monkeypatch.setattr(script, "add_noise", lambda *given: noised.append(given[0]) or add_noise(*given))
     makers = {"ema": guards.ema_kl, "gardo": guards.gardo, "crd": guards.crd, "half": guards.share_of_rows(0.5)}
 
-    def make(at):
-        own = {name: maker(at) for name, maker in makers.items()}
+    def make(training):
+        own = {name: maker(training) for name, maker in makers.items()}
         hps = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))
 
         def guard(v, v_ref, margin=0.0):
-            pictures = flow.pipeline.decode(at.run.pipe, at.x0)
-            values = {name: guard(v, v_ref, margin).detach() for name, guard in own.items()}
-            seen.append({**values, "x0": at.x0, "rows": at.rows, "reward": at.reward, "hps": hps(pictures, at.prompts),
-                         "hinge": norm_hinge(v, v_ref).detach(), "kl": (v - v_ref).square().mean((1, 2, 3)).detach()})
+            pictures = flow.pipeline.decode(training.run.pipe, training.x0)
+            now = {name: guard(v, v_ref, margin).detach() for name, guard in own.items()}
+            now |= {"x0": training.x0, "rows": training.rows, "reward": training.reward, "epoch": training.run.epoch}
+            now |= {"hps": hps(pictures, training.prompts), "hinge": norm_hinge(v, v_ref).detach()}
+            seen.append({**now, "kl": (v - v_ref).square().mean((1, 2, 3)).detach()})
             return norm_hinge(v, v_ref)
         return guard
 
-    args = train_awm.Args(epochs=3, group=4, groups=3, timesteps=4, lr=5e-3, eval_every=0, out=str(tmp_path / "run"))
-    with guards.instead_of_hinge(train_awm, make, made=True):
-        train_awm.main(args)
-    assert all(value is before[name] for name, value in vars(train_awm).items() if name != "awm_loss")
-    assert len(seen) == len(x0_of_loss) == 3  # 48 rows at once
-    for epoch, (now, x0) in enumerate(zip(seen, x0_of_loss)):
-        rows = now["rows"]
-        assert torch.equal(now["x0"][rows], x0) and rows.bincount().tolist() == [4] * 12
+    args = script.Args(epochs=3, group=4, groups=3, timesteps=2, lr=5e-3, batch=16, eval_every=0,
+                       out=str(tmp_path / "run"))
+    with guards.instead_of_hinge(script, guards.Other("", make, made=True)):
+        script.main(args)
+    assert all(value is before[name] for name, value in vars(script).items() if name != "add_noise")
+    assert len(seen) == len(noised) > 3
+    for now, x0 in zip(seen, noised):
+        rows, hinge, half, gated = now["rows"], now["hinge"], now["half"], now["gardo"] > 0
+        assert torch.equal(now["x0"][rows], x0)
         torch.testing.assert_close(now["crd"], (0.1 + 0.9 * now["reward"].clamp(0, 1)[rows]) * now["kl"])
-        above = now["reward"].argsort().argsort() - now["hps"].argsort().argsort()
-        gated = (above >= above.sort().values[10]).nonzero()[:, 0]  # a tenth of 12: two
-        assert set(rows[now["gardo"] > 0].tolist()) == set(gated.tolist() if epoch else ())
-        assert (now["half"] > 0).sum() < (now["hinge"] > 0).sum() or epoch == 0
-        torch.testing.assert_close(now["half"][now["half"] > 0], 2 * now["hinge"][now["half"] > 0])
-    assert seen[0]["ema"].max() == 0  # the policy is its own average
-    # nine tenths of the way from the average (0.9 base + 0.1 policy) to the policy, as the velocity is nearly linear
-    assert (seen[1]["ema"] / seen[1]["kl"]).mean().item() == pytest.approx(0.81, abs=0.05)
+        rank_gap = now["reward"].argsort().argsort() - now["hps"].argsort().argsort()
+        gate = rank_gap[rows] >= rank_gap.sort().values[10]  # a tenth of 12: two
+        assert torch.equal(gated, gate & (now["epoch"] > 0))  # at first the policy is its reference
+        if gated.any():  # weighted to the KL's mean
+            torch.testing.assert_close(now["gardo"].sum() / len(rows), now["kl"][gated].mean())
+        torch.testing.assert_close(half[half > 0], 2 * hinge[half > 0])
+    assert 0 < sum((now["half"] > 0).sum() for now in seen) < sum((now["hinge"] > 0).sum() for now in seen)
+    assert any((now["gardo"] > 0).any() for now in seen)
+    assert all(now["ema"].max() == 0 for now in seen if now["epoch"] == 0)  # the policy is its own average
+    for now in (now for now in seen if now["epoch"] == 1):  # of the way from the base, a tenth: the rest is left
+        assert (now["ema"] / now["kl"]).mean().item() == pytest.approx(0.81, abs=0.05)
 
 
 def test_paired_differences_and_verdicts():
     """Student's quantiles from a table; the variance of the cells' means; verdicts of both signs; the judge's counts
     from either side."""
     for df, expected in ((1, 12.706), (2, 4.303), (11, 2.201), (35, 2.030)):
-        assert report.quantile(df) == pytest.approx(expected, rel=1e-3)
+        assert paired.quantile(df) == pytest.approx(expected, rel=1e-3)
     g = np.random.default_rng(0)
     results = {
         reproduce.Run(f"b{cell}", "awm", "hps", seed): {"a": cell + g.normal(), "b": 1.0}
         for cell in range(4)
         for seed in range(3)
     }
-    d = report.paired(results, lambda r: r["a"], lambda r: r["b"])
+    d = paired.paired(results, lambda r: r["a"], lambda r: r["b"])
     values = np.array([r["a"] - 1 for r in results.values()]).reshape(4, 3)
     parts = values.var(1, ddof=1) / 3
     assert d["difference"] == pytest.approx(values.mean()) and (d["runs"], d["cells"]) == (12, 4)
     assert d["cells larger"] == (values.mean(1) > 0).sum() and d["runs larger"] == (values > 0).sum()
     df = parts.sum() ** 2 / (parts**2 / 2).sum()  # Satterthwaite's
-    assert d["half"] == pytest.approx(report.quantile(round(df, 1)) * parts.sum() ** 0.5 / 4)
+    assert d["half"] == pytest.approx(paired.quantile(round(df, 1)) * parts.sum() ** 0.5 / 4)
     one = {run: r for run, r in results.items() if run.seed == 0}
-    assert math.isnan(report.paired(one, lambda r: r["a"])["half"])
-    assert "no interval" in report.verdict(report.paired(one, lambda r: r["a"]), 1)
+    assert math.isnan(paired.paired(one, lambda r: r["a"])["half"])
+    assert "no interval" in paired.verdict(paired.paired(one, lambda r: r["a"]), 1)
     for difference, half, claimed, said in (
         (1, 0.5, 1, "holds"),
         (1, 0.5, -1, "**contradicted**"),
@@ -1659,38 +1666,48 @@ def test_paired_differences_and_verdicts():
         (-1, 0.5, 0, "holds"),
         (0, 0.5, 0, "not resolved"),
     ):
-        assert report.verdict({"difference": difference, "half": half}, claimed) == said
-    assert report.verdict({"difference": 0.01, "half": 0.02}, 0, at_least=0.05) == "holds"
+        assert paired.verdict({"difference": difference, "half": half}, claimed) == said
+    assert paired.verdict({"difference": 0.01, "half": 0.02}, 0, at_least=0.05) == "holds"
     part = {"p": {"verdicts": {"a vs b": [6, 2, 2, 5]}}}  # of 10 that could be read, 6 won, 2 tied
-    assert report.rate("p", "a vs b")(part) == pytest.approx(0.2)
-    assert report.rate("p", "b vs a")(part) == pytest.approx(-0.2)
+    assert paired.rate("p", "a vs b")(part) == pytest.approx(0.2)
+    assert paired.rate("p", "b vs a")(part) == pytest.approx(-0.2)
 
 
 def test_rivals_at_equal_reward():
-    """Between two strengths interpolated, the strongest that still has the reward; never beyond what was measured."""
-    def point(reward, quality):
-        return {"reward": reward, "judge/overall": quality}
+    """Between two strengths interpolated, never beyond what was measured; the strength is chosen by the mean of the
+    cell's seeds on training prompts, the metrics are the held-out pictures'."""
+    assert paired.at_reward([0.9, 0.7, 0.5], 0.6) == pytest.approx((1, 0.5, True))
+    assert paired.at_reward([0.9, 0.5, 0.7], 0.6) == (2, 0.0, False)  # it comes back: where it ends is not known
+    assert paired.at_reward([0.9, 0.7, 0.5], 0.5) == (2, 0.0, False)
+    assert paired.at_reward([0.9, 0.7], 0.95) == (0, 0.0, True)
 
-    weak, middle, strong = point(0.9, 0.5), point(0.7, 0.6), point(0.5, 0.9)
-    assert report.at_reward([weak, middle, strong], 0.6) == pytest.approx(point(0.6, 0.75))
-    assert report.at_reward([weak, strong, middle], 0.6) == middle  # it comes back: nothing lies beyond it
-    assert report.at_reward([weak, middle, strong], 0.5) == strong
-    assert report.at_reward([weak, middle, strong], 0.95) is None
-    means = {"base": point(0.4, 0.8), "unguarded": point(0.9, 0.5), "guarded": point(0.9, 0.8)}
-    verdicts, norms = {"unguarded vs guarded": [2, 0, 8, 0]}, {"unguarded": {"mean": [1.2]}}
-    run = {"main": {"means": means, "verdicts": verdicts, "ratio": norms}}
-    assert report.points_of(run, "velocity KL") == []  # no strength of it was measured
-    for strength, reward, quality in zip(guards.RIVALS["velocity KL"].strengths, (0.8, 0.85), (0.6, 0.7)):
-        run[f"rival: velocity KL {strength:g}"] = {
-            "means": {"rival": point(reward, quality)}, "verdicts": {"guarded vs rival": [6, 2, 2, 0]},
-            "ratio": {"rival": {"mean": [1.1, 1.0]}}}
-    found = report.equal_reward(run, "velocity KL")["rival"]  # the guarded gain is 0.5; 95 % of it is at 0.875
-    share = (0.9 - 0.875) / (0.9 - 0.8)
-    assert found["judge/overall"] == pytest.approx(0.5 + share * 0.1)
-    assert found["preferred"] == pytest.approx(0.3 + share * (0.2 - 0.3))
-    assert found["highest"] == pytest.approx(1.2 - share * 0.1)
+    def part(quality, training, step, **verdicts):
+        means = {who: {"reward": 0.5, "judge/overall": value} for who, value in quality.items()}
+        norms = {who: {"mean": [1.0, step]} for who in quality}
+        return {"means": means, "ratio": norms, "training reward": training, "verdicts": verdicts, "of": {"code": "a"}}
+
+    strengths, runs = guards.RIVALS["velocity KL"].strengths, {}
+    for seed, shift in enumerate((-0.1, 0.1)):  # the seeds' rewards differ, their mean chooses
+        main = part({"base": 0.8, "unguarded": 0.5, "guarded": 0.8},
+                    {"base": 0.4, "unguarded": 0.9 + shift, "guarded": 1.0 + shift}, 1.2)
+        run = runs[reproduce.Run("sd3", "awm", "hps", seed)] = {"main": main}
+        main["verdicts"] = {"unguarded vs guarded": [2, 0, 8, 0]}
+        assert paired.points_of(run, "velocity KL") == []  # no strength of it was measured
+        for strength, reward, quality in zip(strengths, (0.85, 0.75, 0.6), (0.6, 0.7, 0.9)):
+            rival = run[f"rival: velocity KL {strength:g}"] = part({"rival": quality + seed}, {"rival": reward}, 1.1)
+            rival["verdicts"] = {"guarded vs rival": [6, 2, 2, 0]}
+    met, passed = paired.equal_reward(runs, "velocity KL")
+    assert list(met) == list(runs) and passed
+    share = (0.9 - 0.875) / (0.9 - 0.85)  # the unguarded gain, 0.5, is the lesser one; 95 % of it is at 0.875
+    for seed, found in enumerate(met.values()):
+        assert found["guarded"]["judge/overall"] == 0.8
+        assert found["rival"]["judge/overall"] == pytest.approx(0.5 + share * (0.1 + seed))
+        assert found["rival"]["preferred"] == pytest.approx(0.3 + share * (0.2 - 0.3))
+        assert found["rival"]["highest"] == pytest.approx(1.2 - share * 0.1)
+    run[f"rival: velocity KL {strengths[1]:g}"]["of"] = {"code": "b"}  # measured beside other code
+    assert len(paired.equal_reward(runs, "velocity KL")[0]) == 1
     for preferred, half, said in ((0.2, 0.1, "the guard"), (-0.2, 0.1, "**the rival**"), (0.1, 0.2, "not resolved")):
-        assert report.better({"difference": preferred, "half": half}) == said
+        assert report.preferred_side({"difference": preferred, "half": half}) == said
 
 
 def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
@@ -1698,14 +1715,19 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
     or code made is not used again, and what is not reproduce.py's is not deleted."""
     run, size = reproduce.Run("sd3", "awm", "hps", 0), reproduce.Size()
     numbers = {part: {"of": reproduce.depends(run, size, part)} for part in ("main", "guard: per token")}
-    assert reproduce.stale_parts({run: numbers}, size) == {}
-    stale = reproduce.stale_parts({run: numbers}, size._replace(steps=4))
+    assert reproduce.stale_parts({run: numbers}, {}, size) == {}
+    stale = reproduce.stale_parts({run: numbers}, {}, size._replace(steps=4))
     assert stale == {"flags": [f"{run.name}: main", f"{run.name}: guard: per token"]}
     numbers["main"] = {}  # from before there were hashes
-    assert set(reproduce.stale_parts({run: numbers}, size)) == {"weights", "code", "flags"}
+    bases = {"sd3": {"colours": {"of": {"weights": "other"}}}}
+    stale = reproduce.stale_parts({run: numbers}, bases, size)
+    assert set(stale) == {"weights", "code", "flags"} and "sd3: colours" in stale["weights"]
+    codes = [reproduce.guard_code(guards.GUARDS[name]) for name in ("squared, lam 5", "half the rows", "lam 5")]
+    assert len(set(codes)) == 3 and codes[2] == ""
 
-    for file in ("normguard.py", "train_awm.py"):
-        shutil.copy(file, tmp_path)
+    (tmp_path / "flow").mkdir()
+    for file in ("normguard.py", "train_awm.py", "flow/draws.py", "flow/pipeline.py", "flow/seam.py"):
+        shutil.copy(file, tmp_path / file)
     monkeypatch.chdir(tmp_path)
     text, same = Path("normguard.py").read_text(), reproduce.code.__wrapped__("awm")
     for change, alike in ((("EPS = 1e-6", "EPS = 1e-5"), False), (("# floor", "# the floor"), True),
@@ -1715,13 +1737,13 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
         assert (reproduce.code.__wrapped__("awm") == same) is alike
 
     (tmp_path / "home").mkdir()
-    home = reproduce.own_home(tmp_path / "home", {"code": "a"})
+    home = reproduce.fresh_folder(tmp_path / "home", {"code": "a"})
     (home / "commands.txt").touch()
-    assert reproduce.own_home(home, {"code": "a"}).joinpath("commands.txt").exists()
-    assert not reproduce.own_home(home, {"code": "b"}).joinpath("commands.txt").exists()
+    assert reproduce.fresh_folder(home, {"code": "a"}).joinpath("commands.txt").exists()
+    assert not reproduce.fresh_folder(home, {"code": "b"}).joinpath("commands.txt").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis").touch()
-    refuses(capsys, lambda: reproduce.own_home(tmp_path / "mine", {"code": "a"}), "--runs", "mine")
+    refuses(capsys, lambda: reproduce.fresh_folder(tmp_path / "mine", {"code": "a"}), "--runs", "mine")
     assert (tmp_path / "mine" / "thesis").exists()
 
 
@@ -1767,7 +1789,7 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
 
 def test_reproduce_refuses(capsys):
     refuses(capsys, lambda: reproduce.main(reproduce.Args(bases=("sdxl",))), "--bases", "sdxl", "flux")
-    refuses(capsys, lambda: reproduce.main(reproduce.Args(only=10)), "--only")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(only=11)), "--only")
     refuses(capsys, lambda: reproduce.main(reproduce.Args(seeds=())), "--seeds")
     refuses(capsys, lambda: reproduce.main(reproduce.Args(jobs=0)), "--jobs")
     refuses(capsys, lambda: reproduce.main(reproduce.Args(runs="a b")), "--runs", "a b")

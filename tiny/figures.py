@@ -9,8 +9,9 @@ import numpy as np
 matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
 import matplotlib.pyplot as plt
-from guards import RIVALS
-from report import METRICS, cells_of, corners, has, of, paired, points_of, raw
+from guards import LAM, RIVALS
+from paired import METRICS, cells_of, has, mean_points, of, paired, points_of
+from report import corners
 
 from flow.pictures import load_pictures, read_folder
 
@@ -170,28 +171,19 @@ def draw_rivals(results: dict[tuple, dict], path: Path):
     for row, (corner, runs) in zip(axes, found.items()):
         for axis, (metric, label) in zip(row, panels.items()):
             for i, rival in enumerate(RIVALS):
-                whole = [r for r in runs if len(points_of(r, rival)) == len(RIVALS[rival].strengths) + 1]
+                whole = [r for r in runs if points_of(r, rival)]
                 if whole:
                     x, y = mean_points(whole, rival, metric)
                     axis.plot(x, y, "o-", color=plt.cm.tab10.colors[i], markersize=3, linewidth=1.2, label=rival)
             for who, part, marker in (("unguarded", "main", "X"), ("guarded", "main", "*"), ("auto", "auto", "P")):
                 if own := [r for r in runs if part in r]:
                     x, y = (np.mean([of(part, who, m)(r) for r in own]) for m in ("reward", metric))
-                    name = {"guarded": "lam 0.05", "auto": "--lam auto"}.get(who, who)
+                    name = {"guarded": f"lam {LAM}", "auto": "--lam auto"}.get(who, who)
                     axis.plot(x, y, marker, color=COLOUR[who], markersize=13, label=name, zorder=3)
             axis.set(title=corner, xlabel="reward, share of the gain", ylabel=label)
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
     save(figure, path)
-
-
-def mean_points(runs: list[dict], rival: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """A rival's curve, the mean over runs: rewards as shares of the gain, and a metric."""
-    points = [points_of(r, rival) for r in runs]
-    x = np.array([[p["reward"] for p in of_run] for of_run in points])  # (runs, strengths)
-    y = np.array([[p[metric] for p in of_run] for of_run in points])
-    base, unguarded = (np.array([[raw("main", who, "reward")(r)] for r in runs]) for who in ("base", "unguarded"))
-    return ((x - base) / (unguarded - base)).mean(0), y.mean(0)
 
 
 def draw_front(run: dict, folders: dict[str, Path], path: Path, columns: int = 5):

@@ -1,8 +1,8 @@
 """Other ways to hold a policy: the guards that claim 9 compares with NormGuard's own, and its rivals of claim 10.
 
 A guard takes the place of a training script's `norm_hinge`, and so has the weight --lam: guard(v, v_ref, margin) ->
-(b,). One that must know more than two velocities is made for its training: make(at) -> guard, where `at` follows the
-script (`instead_of_hinge`).
+(b,). One that must know more than two velocities is made for its training: make(training) -> guard, where `training`
+follows the script (`instead_of_hinge`).
 """
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -45,9 +45,9 @@ def per_token(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
 
 def share_of_rows(share: float) -> Callable:
     """NormGuard's hinge on a random share of the rows, weighted to the same expectation."""
-    def make(at):
-        """Drawn anew in each batch."""
-        g = rng(at.args.seed, ROWS)
+    def make(training) -> Callable:
+        """The guard; its rows are drawn anew in each batch."""
+        g = rng(training.args.seed, ROWS)
 
         def guard(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
             """0 on the other rows."""
@@ -69,122 +69,132 @@ def squared_error(v: Tensor, v_anchor: Tensor) -> Tensor:
     return (v - v_anchor).square().flatten(1).mean(1)
 
 
-def ema_kl(at, decay: float = 0.9) -> Callable:
-    """Velocity KL to an average of the policy over its steps, as in AWM's official script."""
-    anchor, step = [], -1
+def ema_kl(training, decay: float = 0.9) -> Callable:
+    """Velocity KL to an average of the policy over its steps, as AWM's official script has beside its KL to the base
+    (there the decay is a thousandth of the step, so that the average all but is the policy; here it is a tenth's)."""
+    average, state = [], {"step": -1}
 
     def guard(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
         """The average takes up the policy before each step."""
-        nonlocal step
-        if not anchor:
-            anchor.extend(p.detach().clone() for p in at.run.params)
-        if at.run.step > step:
-            for mean, p in zip(anchor, at.run.params):
+        if not average:
+            average.extend(p.detach().clone() for p in training.run.params)
+        if training.run.step > state["step"]:
+            for mean, p in zip(average, training.run.params):
                 mean.lerp_(p.detach(), 1 - decay)
-            step = at.run.step
-        return squared_error(v, at.velocity_with(anchor))
+            state["step"] = training.run.step
+        return squared_error(v, training.velocity_with(average))
     return guard
 
 
-def gardo(at, share: float = 0.1, most: float = 0.1, epochs: int = 15) -> Callable:
-    """The gated and adaptive KL of GARDO (arXiv 2512.24138): only for the share of pictures that the reward ranks
-    furthest above where another reward ranks them; to a reference that becomes the policy once that KL exceeds `most`,
-    or after so many epochs. Not here: its bonus for diversity, and how it adapts the share."""
-    other = load_reward("tiny/hps" if "pickscore" in at.args.reward else "tiny/pickscore", torch.device("cpu"))
-    anchor, state = [], {"since": 0, "kl": 0.0, "scored": -1}
+def gardo(training, share: float = 0.1, most: float = 0.1, epochs: int = 15) -> Callable:
+    """The gated and adaptive KL of GARDO (arXiv 2512.24138, github.com/tinnerhrhe/GARDO): only for the share of
+    pictures whose rank by the reward lies furthest above their rank by another reward; to a reference that becomes the
+    policy once that KL exceeded `most` in an epoch, or after so many. Not as there: the released code's ranks say the
+    opposite (it gates where the reward ranks a picture lower than the others do); share and threshold do not adapt; no
+    bonus for diversity; a batch without a gated row has no KL."""
+    other = load_reward("tiny/hps" if "pickscore" in training.args.reward else "tiny/pickscore", torch.device("cpu"))
+    anchor, state = [], {"epoch": -1, "since": 0, "kls": []}
+
+    def begin_epoch(epoch: int):
+        """Which pictures are gated, and whether the reference becomes the policy."""
+        too_far = sum(state["kls"]) > most * len(state["kls"])
+        if not anchor or too_far or epoch - state["since"] >= epochs:
+            anchor[:] = [p.detach().clone() for p in training.run.params]
+            state["since"] = epoch
+        rank_gap = training.reward.argsort().argsort() - training.score_with(other).argsort().argsort()
+        state.update(epoch=epoch, kls=[], gate=rank_gap >= rank_gap.float().quantile(1 - share))
 
     def guard(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
-        """0 for the pictures on which the two rewards agree."""
-        epoch = at.run.epoch
-        if not anchor or state["kl"] > most or epoch - state["since"] >= epochs:
-            anchor[:] = [p.detach().clone() for p in at.run.params]
-            state.update(since=epoch, kl=0.0)
-        if epoch > state["scored"]:
-            above = at.reward.argsort().argsort() - at.score_with(other).argsort().argsort()
-            state.update(scored=epoch, gate=above >= above.float().quantile(1 - share))
-        gate = state["gate"][at.rows].float()
-        kl = gate * squared_error(v, at.velocity_with(anchor))
-        if gate.any():
-            state["kl"] = (kl.detach().sum() / gate.sum()).item()
-        return kl / share
+        """The mean over the gated rows is that of the KL."""
+        if training.run.epoch > state["epoch"]:
+            begin_epoch(training.run.epoch)
+        gate = state["gate"][training.rows].float().to(v.device)
+        if not gate.any():
+            return torch.zeros_like(gate)
+        kl = gate / gate.mean() * squared_error(v, training.velocity_with(anchor))
+        state["kls"].append(kl.mean().item())
+        return kl
     return guard
 
 
-def crd(at, least: float = 0.1) -> Callable:
-    """The KL of CRD (arXiv 2603.14128), the stronger the higher a picture's reward r in [0, 1]: times m + r (1 - m).
-    Not here: its loss, and its reference with guidance."""
+def crd(training, least: float = 0.1) -> Callable:
+    """The KL of CRD (arXiv 2603.14128), the stronger the higher a picture's reward r: times m + r (1 - m), r clamped to
+    [0, 1] as its rewards are. Not here: its loss, and its reference with guidance."""
     def guard(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
-        """To the base."""
-        r = at.reward.clamp(0, 1)[at.rows]
+        """The KL to the base, weighted by the rows' rewards."""
+        r = training.reward.clamp(0, 1)[training.rows].to(v.device)
         return (least + r * (1 - least)) * squared_error(v, v_ref)
     return guard
 
 
 # ---------------------------------------------------------------- in a training script
 
+class Other(NamedTuple):
+    """How a training differs from the unguarded one."""
+    flags: str  # {s} is the strength, {lr} the script's learning rate times that
+    guard: Callable | None = None  # or NormGuard's own hinge
+    made: bool = False  # is `guard` what makes the guard?
+
+
 @contextmanager
-def instead_of_hinge(script: ModuleType, guard: Callable | None, made: bool = False):
+def instead_of_hinge(script: ModuleType, other: Other):
     """While this lasts, another guard takes the place of a training script's norm_hinge. One that is made for its
-    training is given `at`, which follows the script: at.args; at.run; at.reward, its last rollout's (n,); at.rows,
-    which of its pictures the rows at hand are (b,); and two functions."""
+    training is given `training`, which follows the script: its args; its run; the reward (n,) of its last rollout's
+    pictures; which of them the rows at hand are, rows (b,); and two functions, velocity_with and score_with."""
     own = {name: getattr(script, name) for name in ("start_run", "score", "add_noise", "velocity", "norm_hinge")}
-    at, guards = SimpleNamespace(), []
+    training, made = SimpleNamespace(), []
 
     def start_run(method, args):
-        """Which begins a training."""
-        at.args, at.run = args, own["start_run"](method, args)
-        return at.run
+        """The script's, remembered: the training begins."""
+        training.args, training.run = args, own["start_run"](method, args)
+        return training.run
 
     def score(run, x0, prompts):
-        """Which ends a rollout."""
-        at.x0, at.prompts, at.reward = x0, prompts, own["score"](run, x0, prompts)
-        return at.reward
+        """The script's, remembered: a rollout has ended."""
+        training.x0, training.prompts, training.reward = x0, prompts, own["score"](run, x0, prompts)
+        return training.reward
 
     def add_noise(x0, noise, t):
-        """Which begins a batch."""
-        at.rows = (x0.flatten(1)[:, None].cpu() == at.x0.flatten(1)).all(2).float().argmax(1)
+        """The script's, remembered: a batch begins."""
+        same = (x0.flatten(1)[:, None].cpu() == training.x0.flatten(1)).all(2)  # (rows, pictures)
+        assert same.any(1).all()
+        training.rows = same.float().argmax(1)
         return own["add_noise"](x0, noise, t)
 
     def velocity(pipe, *inputs):
-        """Of the rows at hand."""
-        at.inputs = inputs
+        """The script's, remembered."""
+        training.inputs = inputs
         return own["velocity"](pipe, *inputs)
 
     def velocity_with(params: list[Tensor]) -> Tensor:
         """The policy's velocity of the rows at hand, with other values of its LoRA."""
-        with torch.no_grad(), swapped(at.run.params, params):
-            return own["velocity"](at.run.pipe, *at.inputs)
+        with torch.no_grad(), swapped(training.run.params, params):
+            return own["velocity"](training.run.pipe, *training.inputs)
 
     def score_with(reward) -> Tensor:
         """Another reward of the last rollout's pictures, (n,)."""
-        at.run.reward, reward_of_run = reward, at.run.reward
+        training.run.reward, reward_of_run = reward, training.run.reward
         try:
-            return own["score"](at.run, at.x0, at.prompts)
+            return own["score"](training.run, training.x0, training.prompts)
         finally:
-            at.run.reward = reward_of_run
+            training.run.reward = reward_of_run
 
-    def hinge(*given) -> Tensor:
-        """Made when it is first called: before that there is no run."""
-        if not guards:
-            guards.append(guard(at))
-        return guards[0](*given)
+    def norm_hinge(*velocities) -> Tensor:
+        """The guard, made when it is first called: before that there is no run."""
+        if not made:
+            made.append(other.guard(training))
+        return made[0](*velocities)
 
-    at.velocity_with, at.score_with = velocity_with, score_with
-    follow = {"start_run": start_run, "score": score, "add_noise": add_noise, "velocity": velocity, "norm_hinge": hinge}
-    for name, function in (follow if made else {"norm_hinge": guard or own["norm_hinge"]}).items():
+    training.velocity_with, training.score_with = velocity_with, score_with
+    following = (start_run, score, add_noise, velocity, norm_hinge)
+    instead = {function.__name__: function for function in following if other.made}
+    for name, function in (instead or {"norm_hinge": other.guard or own["norm_hinge"]}).items():
         setattr(script, name, function)
     try:
         yield
     finally:
         for name, function in own.items():
             setattr(script, name, function)
-
-
-class Other(NamedTuple):
-    """How a training differs from the unguarded one."""
-    flags: str  # {s} is the strength, {lr} the script's learning rate times that
-    guard: Callable | None = None  # or NormGuard's own hinge
-    made: bool = False  # does `guard` make the guard?
 
 
 # A squared hinge's slope is the linear one's at an excess of 5 % if lam is ten times larger; ||v_ref|| is about 30 to
@@ -207,7 +217,7 @@ GUARDS = {
 
 
 class Rival(NamedTuple):
-    """A way to hold the policy, at several strengths."""
+    """A way to hold the policy, at several strengths, from weak to strong."""
     strengths: tuple[float, ...]
     training: Other | None = None  # or the unguarded model
     sampling: str = ""  # flags of sample.py

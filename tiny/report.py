@@ -1,10 +1,4 @@
-"""RESULTS.md and results.json, from the numbers that reproduce.py has gathered.
-
-A run is a NamedTuple (base, method, reward, seed) whose `cell` is the run but for its seed; results[run] are its parts'
-numbers.
-"Paired" is always by run: the same cell and seed, the same prompts and noise.
-"""
-import functools
+"""RESULTS.md and results.json, from the numbers that reproduce.py has gathered."""
 import json
 import math
 import os
@@ -14,131 +8,24 @@ from pathlib import Path
 
 import numpy as np
 from guards import GUARDS, LAM, RIVALS
+from paired import (
+    METRICS,
+    cells_of,
+    equal_reward,
+    has,
+    highest,
+    lowest,
+    of,
+    overall,
+    paired,
+    quantile,
+    rate,
+    ratio,
+    raw,
+    verdict,
+)
 
-METRICS = {  # metric: label, digits
-    "reward": ("reward, share of the gain", 3),
-    "other reward": ("other reward, share of the gain", 3),
-    "judge/overall": ("judged good", 3),
-    "judge/oversaturation": ("judged oversaturated", 3),
-    "judge/over-sharpening": ("judged over-sharpened", 3),
-    "judge/unnatural lighting": ("judged unnaturally lit", 3),
-    "judge/artifacts": ("judged to have artifacts", 3),
-    "P(real)": ("detector's P(real)", 3),
-    "FD": ("Fréchet distance", 2),
-    "saturation": ("saturation", 3),
-    "sharpness": ("sharpness", 4),
-}
-
-
-# ---------------------------------------------------------------- statistics
-
-@functools.cache
-def quantile(df: float) -> float:
-    """Student's t, 97.5 %, by integrating its density."""
-    x = np.linspace(0, 100, 1_000_001)
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    density = scale * (1 + x**2 / df) ** (-(df + 1) / 2)
-    area = np.cumsum((density[1:] + density[:-1]) / 2) * x[1]
-    return float(np.interp(0.475, area, x[1:]))
-
-
-def paired(results: dict[tuple, dict], a: Callable[[dict], float],
-           b: Callable[[dict], float] = lambda r: 0.0) -> dict:
-    """a - b, paired by run: the mean over cells and its 95 % interval. The cells are given, the seeds are the sample:
-    the variance is that of the cells' means, its degrees of freedom are Satterthwaite's. No interval (NaN) with one
-    seed."""
-    cells = {run.cell: [] for run in results}
-    for run, r in results.items():
-        cells[run.cell].append((a(r), b(r)))
-    cells = {cell: np.array(values) for cell, values in cells.items()}
-    differences = [v[:, 0] - v[:, 1] for v in cells.values()]
-    parts = [d.var(ddof=1) / len(d) if len(d) > 1 else math.nan for d in differences]
-    half = math.nan
-    if not math.isnan(sum(parts)):
-        df = sum(parts) ** 2 / sum(p**2 / (len(d) - 1) for p, d in zip(parts, differences)) if sum(parts) else 1
-        half = quantile(round(df, 1)) * math.sqrt(sum(parts)) / len(cells)
-    mean_a, mean_b = np.mean([v.mean(0) for v in cells.values()], axis=0)
-    return {
-        "a": float(mean_a),
-        "b": float(mean_b),
-        "difference": float(mean_a - mean_b),
-        "half": half,
-        "cells": len(cells),
-        "cells larger": sum(bool(d.mean() > 0) for d in differences),
-        "runs": len(results),
-        "runs larger": int(sum((d > 0).sum() for d in differences)),
-    }
-
-
-def verdict(d: dict, claimed: int, at_least: float = 0.0) -> str:
-    """What the interval of a difference says of the claim that it has this sign (+1, -1); or, with 0, that it does not
-    exceed `at_least`."""
-    if math.isnan(d["half"]):
-        return "one seed: no interval"
-    low, high = d["difference"] - d["half"], d["difference"] + d["half"]
-    if claimed == 0:
-        if low > at_least:
-            return "**contradicted**"
-        return "holds" if high <= at_least else "not resolved"
-    if low <= 0 <= high:
-        return "not resolved"
-    return "holds" if (low > 0) == (claimed > 0) else "**contradicted**"
-
-
-def part_of(r: dict, part: str) -> dict:
-    """A run's part, "few/4" being its part few at 4 steps."""
-    return functools.reduce(lambda d, key: d[key], part.split("/"), r)
-
-
-def raw(part: str, who: str, metric: str) -> Callable[[dict], float]:
-    """Reads a mean."""
-    return lambda r: part_of(r, part)["means"][who][metric]
-
-
-def of(part: str, who: str, metric: str) -> Callable[[dict], float]:
-    """Reads a mean; a reward as the share of what the unguarded model has gained over the base: rewards have units of
-    their own."""
-    if "reward" not in metric:
-        return raw(part, who, metric)
-
-    def share(r: dict) -> float:
-        """0 is the base, 1 the unguarded model."""
-        base, unguarded = (raw("main", name, metric)(r) for name in ("base", "unguarded"))
-        return (raw(part, who, metric)(r) - base) / (unguarded - base or math.nan)
-    return share
-
-
-def rate(part: str, pair: str) -> Callable[[dict], float]:
-    """Reads how often the judge prefers the first one of a pair, less one half; a tie is half."""
-    first, second = pair.split(" vs ")
-
-    def read(r: dict) -> float:
-        """In [-1/2, 1/2]."""
-        verdicts = part_of(r, part)["verdicts"]
-        win, tie, loss, _ = verdicts[pair] if pair in verdicts else verdicts[f"{second} vs {first}"][2::-1] + [0]
-        return (win + tie / 2) / (win + tie + loss) - 0.5
-    return read
-
-
-def ratio(who: str, pick: Callable[[dict], float], part: str = "main") -> Callable[[dict], float]:
-    """Reads the norm ratio less 1: over the whole trajectory, or its highest or lowest step."""
-    return lambda r: pick(r[part]["ratio"][who]) - 1
-
-
-def overall(norms: dict) -> float:
-    """Over the whole trajectory."""
-    return norms["overall"]
-
-
-def highest(norms: dict) -> float:
-    """Of the steps' means."""
-    return max(norms["mean"])
-
-
-def lowest(norms: dict) -> float:
-    """Of the steps' means."""
-    return min(norms["mean"])
-
+from flow.files import write_files
 
 # ---------------------------------------------------------------- tables
 
@@ -181,14 +68,6 @@ def levels(results: dict[tuple, dict], columns: dict[str, tuple[str, str]], a: s
         means = [f"{x:.{digits}f}" for x in values]
         rows.append([label, *means, pm(d, digits), f"{d['cells larger']} of {d['cells']}"])
     return markdown(["metric", *columns, f"{a} - {b}", "cells above 0"], rows)
-
-
-def cells_of(results: dict[tuple, dict]) -> dict[str, list[dict]]:
-    """Each cell's runs."""
-    cells = {run.cell: [] for run in results}
-    for run, r in results.items():
-        cells[run.cell].append(r)
-    return cells
 
 
 def mean(runs: list[dict], read: Callable[[dict], float]) -> float:
@@ -401,7 +280,7 @@ def claim_7(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
     for steps in few:
         d = paired(results, rate(parts[steps], "guarded vs unguarded"), rate("main", "guarded vs unguarded"))
         rows.append((f"preference for the guarded picture at {steps} steps, less that at all", d, verdict(d, 1)))
-        if with_auto := has(results, "auto"):
+        if with_auto := {run: r for run, r in has(results, "auto").items() if "auto" in r["few"][steps]["means"]}:
             liked, at_all = (rate(part, "auto vs unguarded") for part in (f"few/{steps}", "auto"))
             d = paired(with_auto, liked, at_all)
             claim = f"preference for the picture of --lam auto at {steps} steps, less that at all"
@@ -507,82 +386,53 @@ def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
             f"that no training saw; the default was fixed before.\n\n{tables}\n\n![guards](ASSETS/ablation.png)")
 
 
-def points_of(r: dict, rival: str) -> list[dict]:
-    """What a run shows as a rival grows stronger, the unguarded model first: each metric, how often the guarded picture
-    is preferred, less one half, and the norm's highest step."""
-    if rival == "--lam auto":
-        shown = [("auto", "auto")] if "auto" in r else []
-    else:
-        parts = [f"rival: {rival} {strength:g}" for strength in RIVALS[rival].strengths]
-        shown = [("main", "unguarded")] + [(part, "rival") for part in parts if part in r]
-    points = []
-    for part, who in shown if len(shown) > 1 or rival == "--lam auto" else ():
-        preferred = rate(part, f"guarded vs {who}")(r)
-        points.append({**r[part]["means"][who], "preferred": preferred, "highest": highest(r[part]["ratio"][who])})
-    return points
-
-
-def at_reward(points: list[dict], target: float) -> dict | None:
-    """The strongest a rival may be without its reward falling below the target: between two strengths interpolated,
-    never beyond them. None where no strength, nor the unguarded model, has that reward."""
-    reached = [i for i, point in enumerate(points) if point["reward"] >= target]
-    if not reached:
-        return None
-    weak = points[reached[-1]]
-    if reached[-1] == len(points) - 1:
-        return weak
-    strong = points[reached[-1] + 1]
-    share = (weak["reward"] - target) / (weak["reward"] - strong["reward"])
-    return {key: weak[key] + share * (strong[key] - weak[key]) for key in weak}
-
-
-def equal_reward(r: dict, rival: str) -> dict | None:
-    """A run's rival where it still has 95 % of the guarded model's gain in reward, beside the guarded model."""
-    base, guarded = r["main"]["means"]["base"], r["main"]["means"]["guarded"]
-    found = at_reward(points_of(r, rival), base["reward"] + 0.95 * (guarded["reward"] - base["reward"]))
-    return found and {"rival": found, "guarded": guarded}
-
-
 def claim_10(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """The guard's rivals at equal reward."""
-    tables, won = [], []
-    metrics = {"judge/overall": ("judged good", 3), "FD": ("Fréchet distance", 2), "saturation": ("saturation", 3)}
+    tables, metrics = [], {"judge/overall": 3, "FD": 2, "saturation": 3}
     for corner in dict.fromkeys(f"{run.base}, {run.reward}" for run in results):
-        rows = []
-        for rival in (*RIVALS, "--lam auto"):
-            runs = {run: r for run, r in results.items() if f"{run.base}, {run.reward}" == corner}
-            runs = {run: r for run, r in runs.items() if points_of(r, rival)}
-            met = {run: found for run, r in runs.items() if (found := equal_reward(r, rival))}
-            row = numbers[f"{corner}: {rival}"] = {"runs": len(runs), "reached": len(met)}
-            if not met:
-                if runs:
-                    rows.append([rival, f"0 of {len(runs)}", *["-"] * (len(metrics) + 2), "never has that reward"])
+        rows, cells = [], {}
+        for run, r in results.items():
+            if f"{run.base}, {run.reward}" == corner:
+                cells.setdefault(run.cell, {})[run] = r
+        for rival in RIVALS:
+            found = [met for met in (equal_reward(runs, rival) for runs in cells.values()) if met[0]]
+            compared = {run: m for met, passed in found if passed for run, m in met.items()}
+            if not found:
                 continue
-            row["preferred"] = paired(met, lambda m: m["rival"]["preferred"])
-            row["highest"] = paired(met, lambda m: m["rival"]["highest"])["a"]
-            cells = []
-            for metric, (_, digits) in metrics.items():
-                row[metric] = paired(met, lambda m, k=metric: m["rival"][k], lambda m, k=metric: m["guarded"][k])
-                cells.append(pm(row[metric], digits))
-            row["verdict"] = better(row["preferred"])
-            if row["verdict"] == "**the rival**":
-                won.append(f"{rival} ({corner}, {len(met)} of {len(runs)} runs)")
-            rows.append([rival, f"{len(met)} of {len(runs)}", pm(row["preferred"]), *cells, f"{row['highest']:.3f}",
-                         row["verdict"]])
-        header = ["rival", "runs that have the reward", "guarded preferred to it, less one half",
-                  *(f"{label}, rival - guarded" for label, _ in metrics.values()), "highest step", "the judge prefers"]
+            row = numbers[f"{corner}: {rival}"] = {"methods": len(found), "runs": len(compared), "verdict": "too weak"}
+            if not compared:
+                ended = "its strengths end before the reward falls"
+                rows.append([rival, f"0 of {len(found)}", *["-"] * (3 + len(metrics)), ended])
+                continue
+            row["preferred"] = paired(compared, lambda m: m["rival"]["preferred"])
+            row["reward"] = paired(compared, lost_gain)
+            for metric in metrics:
+                row[metric] = paired(compared, lambda m, k=metric: m["rival"][k], lambda m, k=metric: m["guarded"][k])
+            row["verdict"] = preferred_side(row["preferred"])
+            highest_step = paired(compared, lambda m: m["rival"]["highest"])["a"]
+            rows.append([rival, f"{sum(passed for _, passed in found)} of {len(found)}", pm(row["preferred"]),
+                         pm(row["reward"]), *(pm(row[metric], digits) for metric, digits in metrics.items()),
+                         "-" if rival == "projected" else f"{highest_step:.3f}", row["verdict"]])
+        header = ["rival", "methods", "guarded preferred to it, less one half", "reward (share of the gain)",
+                  *(METRICS[metric][0] for metric in metrics), "highest step", "the judge prefers"]
         tables.append(f"**{corner}**\n\n{markdown(header, rows)}")
-    numbers["won"] = won
     tables = "\n\n".join(tables)
-    return (f"Each rival as strong as it may be while it keeps 95 % of the guarded model's gain in reward (between two "
-            f"strengths interpolated, never extrapolated), less the guarded model (lam {LAM}). A run in which it has "
-            f"that reward at no strength is not in the means.\n\n{tables}\n\n![rivals](ASSETS/rivals.png)")
+    return ("Each rival as strong as it may be while it keeps 95 % of the gain in reward (the guarded model's or the "
+            "unguarded one's, whichever is less): between two strengths interpolated, never extrapolated; one strength "
+            f"for the seeds of a cell, chosen on training prompts. It, less the guarded model (lam {LAM}), on held-out "
+            "ones. `projected` has no strength and is taken as it is. The KLs come on top of a script's own `--kl`."
+            f"\n\n{tables}\n\n![rivals](ASSETS/rivals.png)")
 
 
-def better(preferred: dict) -> str:
+def lost_gain(m: dict) -> float:
+    """A rival's reward less the guarded model's, as a share of what the unguarded model gained."""
+    return (m["rival"]["reward"] - m["guarded"]["reward"]) / (m["unguarded"]["reward"] - m["base"]["reward"])
+
+
+def preferred_side(preferred: dict) -> str:
     """Whom the judge prefers, by the interval of how often it prefers the guarded picture, less one half."""
     if math.isnan(preferred["half"]):
-        return "one run a method: no interval"
+        return "one seed: no interval"
     if abs(preferred["difference"]) <= preferred["half"]:
         return "not resolved"
     return "the guard" if preferred["difference"] > 0 else "**the rival**"
@@ -632,16 +482,10 @@ READING = {  # claim: what we make of the numbers that are committed
 }
 
 
-def read_json(path: Path) -> dict:
-    """{} if it is not there."""
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def write_text(path: Path, text: str):
-    """Under another name first: a kill leaves the old file or the new one."""
+    """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(text)
-    path.with_suffix(".tmp").replace(path)
+    write_files({path: text})
 
 
 def rounded(x):
@@ -653,11 +497,6 @@ def rounded(x):
     if isinstance(x, float):
         return float(f"{x:.5g}") if math.isfinite(x) else None
     return x
-
-
-def has(results: dict[tuple, dict], part: str) -> dict[tuple, dict]:
-    """The runs that have it."""
-    return {run: r for run, r in results.items() if part in r}
 
 
 HEADLINES = {  # claim: {its line in the summary: the check that it is taken from}
@@ -690,12 +529,11 @@ def summary(numbers: dict) -> str:
         if name.startswith("unguarded") and name.endswith("reward"):
             line = f"‖v‖ carries no first-order signal of {name.split(', ')[1]} (steps beyond chance, trained models)"
             rows.append(["3", line, f"{row['beyond']} of {row['steps']}", coherent(row["beyond"], row["steps"])])
-    if rivals := {name: row for name, row in numbers.get("10", {}).items() if name != "won"}:
-        met = [row for row in rivals.values() if "verdict" in row]
-        lost = sum(row["verdict"] == "the guard" for row in met)
-        rows.append(["10", "no rival has better pictures at equal reward (rivals that the judge finds worse, or that "
-                     "never have that reward)", f"{lost + len(rivals) - len(met)} of {len(rivals)}",
-                     "**contradicted**" if numbers["10"]["won"] else "holds"])
+    if verdicts := [row["verdict"] for row in numbers.get("10", {}).values()]:
+        worse = verdicts.count("the guard")
+        said = "holds" if worse == len(verdicts) else "not resolved"
+        rows.append(["10", "the judge prefers the guard to every rival at equal reward",
+                     f"to {worse} of {len(verdicts)}", "**contradicted**" if "**the rival**" in verdicts else said])
     rows.sort(key=lambda row: int(row[0].split()[0]))
     return markdown(["claim", "what it says", "measured", "verdict"], rows)
 
@@ -727,7 +565,7 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
         body = write(measured, bases, numbers.setdefault(claim, {})) if measured else "Not measured yet."
         text += [*paragraphs, body]
     first = []
-    if won := numbers.get("10", {}).get("won"):
+    if won := [name for name, row in numbers.get("10", {}).items() if row["verdict"] == "**the rival**"]:
         first.append(f"**Rivals whose pictures the judge prefers to the guard's at equal reward:** {'; '.join(won)}.")
     for what, parts in stale.items():
         first.append(f"**Stale: {len(parts)} parts were measured with other {what} than those that lie here.**")

@@ -46,8 +46,9 @@ import numpy as np
 import torch
 import tyro
 from figures import draw_all, draw_front
-from guards import GUARDS, LAM, RIVALS, Other, instead_of_hinge
-from report import read_json, rounded, write_report, write_text
+from guards import GUARDS, LAM, RIVALS, Other, instead_of_hinge, squared_error
+from paired import read_json
+from report import rounded, write_report, write_text
 from tqdm import tqdm
 
 from eval_judge import SINGLE
@@ -113,23 +114,24 @@ class Size(NamedTuple):
 
 
 SMOKE = Size("--epochs 2 --group 2 --groups 2 --eval-n 2 --save-every 1", 4, (2,), 1, 1, 1, 1, 32,
-             "tiny/eval_prompts.txt", only=("guard: per token", "rival: EMA-KL 1", "rival: LoRA scaled 0.5"))
+             "tiny/eval_prompts.txt", only=("guard: per token", "rival: EMA-KL 1", "rival: projected 1"))
 
 
 # ---------------------------------------------------------------- what numbers depend on
 
 @functools.cache
 def weights(base: str) -> str:
-    """A hash of the models that a base's runs see, and of the prompts."""
-    parts = (base, "pickscore", "hps", "judge", "forensic", "embed", "prompts.txt", "eval_prompts.txt")
+    """A hash of the models that a base's runs see, of the prompts and of the world."""
+    parts = (base, "pickscore", "hps", "judge", "forensic", "embed", "prompts.txt", "eval_prompts.txt", "world.py")
     return hashlib.sha256("".join(fingerprint(f"tiny/{part}") for part in parts).encode()).hexdigest()[:8]
 
 
 @functools.cache
 def code(method: str) -> str:
-    """A hash of the guard's and the training script's code, comments, docstrings and helps left out."""
+    """A hash of the code that decides a training's numbers: the guard, the script, what is drawn and how velocities are
+    computed; comments, docstrings and helps left out."""
     digest = hashlib.sha256()
-    for file in ("normguard.py", f"train_{method}.py"):
+    for file in ("normguard.py", f"train_{method}.py", "flow/draws.py", "flow/pipeline.py", "flow/seam.py"):
         tree = ast.parse(Path(file).read_text())
         for node in ast.walk(tree):
             if isinstance(body := getattr(node, "body", None), list):
@@ -139,22 +141,32 @@ def code(method: str) -> str:
     return digest.hexdigest()[:8]
 
 
+def guard_code(other: Other) -> str:
+    """A hash of another guard's code, "" of NormGuard's own."""
+    if not other.guard:
+        return ""
+    helpers = (instead_of_hinge, squared_error) if other.made else ()
+    return f"{zlib.crc32(''.join(map(inspect.getsource, (other.guard, *helpers))).encode()):08x}"
+
+
 def depends(run: Run, size: Size, part: str) -> dict[str, str]:
     """What a part's numbers depend on: another of these is another number."""
-    other = OTHERS.get(part, Other(""))
-    guard = inspect.getsource(other.guard) if other.guard else ""
-    of_part = f"{size._replace(only=None)} {other.flags} {guard}"
-    return {"weights": weights(run.base), "code": code(run.method), "flags": f"{zlib.crc32(of_part.encode()):08x}"}
+    other = TRAININGS.get(part, Other(""))
+    flags = zlib.crc32(f"{part} {LAM} {size._replace(only=None)} {other.flags} {guard_code(other)}".encode())
+    return {"weights": weights(run.base), "code": code(run.method), "flags": f"{flags:08x}"}
 
 
-def own_home(home: Path, of: dict[str, str]) -> Path:
+def fresh_folder(home: Path, of: dict[str, str]) -> Path:
     """A folder for what is made with these weights and this code; what was made with others is deleted."""
-    file = home / "of.json"
+    file, old = home / "of.json", home.with_name(f"{home.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # a killed deletion's
     if home.exists() and read_json(file) != of:
         if not file.exists() and not (home / "commands.txt").exists() and any(home.iterdir()):
             fail(f"--runs {home.parent}: {home} is not of reproduce.py; give another folder")
-        shutil.rmtree(home)
-    write_text(file, json.dumps(of))
+        home.rename(old)
+        shutil.rmtree(old)
+    if not file.exists():
+        write_text(file, json.dumps(of))
     return home
 
 
@@ -162,10 +174,13 @@ def own_home(home: Path, of: dict[str, str]) -> Path:
 
 def command(log: Path, line: str, out: Path | None = None, note: str = ""):
     """Carry out `python <line>` in this process and note it in commands.txt, unless out/command.txt says that this has
-    been done."""
+    been done. A folder of another command, or of one with a note that was not done to its end, is begun anew."""
     noted = " ".join(f"python {line} {note}".split()) + "\n"
-    if out and (out / "command.txt").exists() and (out / "command.txt").read_text() == noted:
+    done = out and (out / "command.txt").exists() and (out / "command.txt").read_text()
+    if done == noted:
         return
+    if out and (done or note):
+        shutil.rmtree(out, ignore_errors=True)
     script, *flags = line.split()
     module = importlib.import_module(Path(script).stem)
     log.mkdir(parents=True, exist_ok=True)
@@ -193,12 +208,11 @@ def train(home: Path, run: Run, size: Size, name: str, other: Other, strength: f
 
     flags = other.flags.format(s=strength, lr=module.Args.lr * strength)
     line = f"train_{run.method}.py --model tiny/{run.base} --reward tiny/{run.reward} --seed {run.seed} --out {out}"
-    note = f"# with norm_hinge = guards.{other.guard.__qualname__}" if other.guard else ""
-    if other.made and not (out / "command.txt").exists():
-        shutil.rmtree(out, ignore_errors=True)  # a checkpoint does not hold the guard's own state: begin again
+    # a checkpoint holds neither another guard's state nor its code
+    note = f"# with norm_hinge = guards.{other.guard.__qualname__}, {guard_code(other)}" if other.guard else ""
     flow_run.save_checkpoint = keep
     try:
-        with instead_of_hinge(module, other.guard, other.made):
+        with instead_of_hinge(module, other):
             command(home, f"{line} {flags} {size.train}", out, note)
     finally:
         flow_run.save_checkpoint = save_checkpoint
@@ -216,6 +230,14 @@ def held_out(home: Path, run: Run, size: Size, name: str, lora: Path, steps: int
     """Pictures home/name of held-out prompts, their noise the same for every run."""
     steps = steps or size.steps
     return sample(home, run.base, home / name, f"--lora {lora} --n {size.n} --steps {steps} --seed 1000 {flags}")
+
+
+def rewards_in_training(home: Path, run: Run, size: Size, name: str, flags: str) -> tuple[Path, np.ndarray]:
+    """Pictures of training prompts at the rollouts' 8 steps, for what is chosen, and each prompt's mean reward."""
+    flags = f"--prompts {size.prompts} --n {size.n_choose} --steps 8 --seed 5000 --reward tiny/{run.reward} {flags}"
+    folder = sample(home, run.base, home / "choose" / name, flags)
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return folder, np.reshape([row["reward"] for row in rows], (-1, size.n_choose)).mean(1)
 
 
 def colours(folder: Path) -> dict[str, float]:
@@ -281,15 +303,18 @@ def main_part(root: Path, run: Run, size: Size) -> dict:
     home = root / run.name
     unguarded, guarded = shown(home, run, size)
     keys = ("eval_reward", "eval_reward_se", "eval_norm_ratio", "eval_norm_ratio_steps", "eval_saturation")
-    curves = {}
+    _, rewards = rewards_in_training(home, run, size, "base", "")
+    curves, training = {}, {"base": rewards.mean()}
     for name, out in zip(("unguarded", "guarded"), both(home, run, size)):
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         evals = [line for line in lines if "eval_reward" in line]
         curves[name] = [{k.removeprefix("eval_"): line[k] for k in ("epoch", *keys)} for line in evals]
+        _, rewards = rewards_in_training(home, run, size, name, f"--lora {out}/lora")
+        training[name] = rewards.mean()
     ratios = {"unguarded": ratio_of(unguarded), "guarded": ratio_of(guarded)}
     folders = {"base": root / run.base / "base", "unguarded": unguarded, "guarded": guarded}
     judged = judge(home, run, folders, root / "renders")
-    return {"curves": curves, "ratio": ratios, **judged}
+    return {"curves": curves, "ratio": ratios, "training reward": training, **judged}
 
 
 def renorm_part(root: Path, run: Run, size: Size) -> dict:
@@ -342,17 +367,14 @@ def early_part(root: Path, run: Run, size: Size) -> dict:
     home, found, rewards = root / run.name, {}, {}
     unguarded, guarded = both(home, run, size)
     ask = local_judge("tiny/judge", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    flags = f"--prompts {size.prompts} --n {size.n_choose} --steps 8 --seed 5000 --reward tiny/{run.reward}"
     for lora in (guarded / "lora", *sorted(unguarded.glob("lora-*"))):
         name = "guarded" if lora.parent == guarded else lora.name.removeprefix("lora-")
-        folder = sample(home, run.base, home / "choose" / name, f"--lora {lora} {flags}")
-        rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-        margins = []
-        for i in range(0, len(rows), 32):
-            pictures = [[str(folder / row["file"])] for row in rows[i:i + 32]]
+        folder, rewards[name] = rewards_in_training(home, run, size, name, f"--lora {lora}")
+        files, margins = [row["file"] for row in read_folder(str(folder), plain=True)], []
+        for i in range(0, len(files), 32):
+            pictures = [[file] for file in files[i:i + 32]]
             margins += [read_answer(top, "yes", "no") for top in ask(SINGLE["overall"], pictures)]
         good = 1 / (1 + np.exp(-np.array(margins)))
-        rewards[name] = np.reshape([row["reward"] for row in rows], (-1, size.n_choose)).mean(1)  # of each prompt
         less = rewards["guarded"] - rewards[name]
         found[name] = {
             "reward": float(rewards[name].mean()),
@@ -403,10 +425,11 @@ def rival_part(root: Path, run: Run, size: Size, name: str, strength: float) -> 
     if rival.training:
         training = rival.training._replace(flags=f"{rival.training.flags} --eval-every 0")
         trained = train(home, run, size, f"rivals/{label}", training, strength)
-    flags = f"--norms {rival.sampling.format(s=strength)}"
-    pictures = held_out(home, run, size, f"{run.method}+{label}", trained / "lora", flags=flags)
-    folders = {"guarded": shown(home, run, size)[1], "rival": pictures}
-    return {"ratio": {"rival": ratio_of(pictures)}, **judge(home, run, folders, root / "renders")}
+    flags = rival.sampling.format(s=strength)
+    pictures = held_out(home, run, size, f"{run.method}+{label}", trained / "lora", flags=f"--norms {flags}")
+    _, rewards = rewards_in_training(home, run, size, label, f"--lora {trained}/lora {flags}")
+    judged = judge(home, run, {"guarded": shown(home, run, size)[1], "rival": pictures}, root / "renders")
+    return {"ratio": {"rival": ratio_of(pictures)}, "training reward": {"rival": rewards.mean()}, **judged}
 
 
 GRID = {  # of every run: a part's name, what measures it, the claims that it serves
@@ -417,14 +440,14 @@ GRID = {  # of every run: a part's name, what measures it, the claims that it se
     "few": (few_part, (7,)),
     "early": (early_part, (8,)),
 }
-CORNERS, OTHERS = {}, {}  # of a base and a reward to look at, and others to confirm it; and how they train
+CORNERS, TRAININGS = {}, {}  # of a base and a reward to look at, and others to confirm it; and how they train
 for _name, _other in GUARDS.items():
-    OTHERS[f"guard: {_name}"] = _other
+    TRAININGS[f"guard: {_name}"] = _other
     CORNERS[f"guard: {_name}"] = (partial(guard_part, name=_name), (9,))
 for _name, _rival in RIVALS.items():
     for _strength in _rival.strengths:
         _part = f"rival: {_name} {_strength:g}"
-        OTHERS[_part] = _rival.training or Other(_rival.sampling)
+        TRAININGS[_part] = _rival.training or Other(_rival.sampling)
         CORNERS[_part] = (partial(rival_part, name=_name, strength=_strength), (10,))
 PARTS = {**GRID, **CORNERS}
 
@@ -444,7 +467,7 @@ def add(file: Path, part: str, of: dict[str, str], numbers: Callable[[], dict]):
 def work_on_base(base: str, args: Args, size: Size):
     """What the runs of a base share: its pictures, and its sensitivities."""
     root, file, of = Path(args.runs), Path(args.results) / f"{base}.json", {"weights": weights(base)}
-    home = own_home(root / base, of)
+    home = fresh_folder(root / base, of)
     for name, steps in (("base", size.steps), *((f"base-{steps}", steps) for steps in size.few)):
         sample(home, base, home / name, f"--n {size.n} --steps {steps} --seed 1000")
     add(file, "colours", of, lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
@@ -455,7 +478,7 @@ def work_on_base(base: str, args: Args, size: Size):
 def work_on_run(run: Run, parts: list[str], args: Args, size: Size):
     """A run's parts, one after the other."""
     root, file = Path(args.runs), Path(args.results) / f"{run.name}.json"
-    own_home(root / run.name, {"weights": weights(run.base), "code": code(run.method)})
+    fresh_folder(root / run.name, {"weights": weights(run.base), "code": code(run.method)})
     for part in parts:
         measure, _ = PARTS[part]
         add(file, part, depends(run, size, part), partial(measure, root, run, size))
@@ -483,14 +506,16 @@ def todo(args: Args, size: Size, runs: list[Run], parts: dict) -> dict[Run, list
     return {run: parts for run, parts in left.items() if parts}
 
 
-def stale_parts(found: dict[Run, dict], size: Size) -> dict[str, list[str]]:
+def stale_parts(found: dict[Run, dict], bases: dict[str, dict], size: Size) -> dict[str, list[str]]:
     """The measured parts that depend on something that is not as it was: {what: [run: part, ...]}."""
+    parts = [(run.name, part, numbers[part], depends(run, size, part))
+             for run, numbers in found.items() for part in PARTS if part in numbers]
+    parts += [(base, part, numbers, {"weights": weights(base)}) for base, of_base in bases.items()
+              for part, numbers in of_base.items()]
     stale = {}
-    for run, numbers in found.items():
-        for part in (part for part in PARTS if part in numbers):
-            now, then = depends(run, size, part), numbers[part].get("of", {})
-            for what in (what for what in now if then.get(what) != now[what]):
-                stale.setdefault(what, []).append(f"{run.name}: {part}")
+    for name, part, numbers, now in parts:
+        for what in (what for what in now if numbers.get("of", {}).get(what) != now[what]):
+            stale.setdefault(what, []).append(f"{name}: {part}")
     return stale
 
 
@@ -513,16 +538,17 @@ def main(args: Args):
     if args.smoke:
         root = "runs/smoke" if args.runs == Args.runs else args.runs
         args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, args.jobs, True, root, f"{root}/results")
-    check_place(args.runs, "--runs", ("lock",))
+    check_place(args.runs, "--runs")
     check_place(args.results, "--results")
     check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
     root, results = make_dir(args.runs, "--runs"), make_dir(args.results, "--results")
     assets = Path("assets") if args.results == Args.results else results.parent
-    lock = open(root / "lock", "w")
+    locks = [os.open(folder, os.O_RDONLY) for folder in {root.resolve(), results.resolve()}]
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for lock in locks:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        fail(f"--runs {root}: another reproduce.py is at work there")
+        fail(f"--runs {root}, --results {results}: another reproduce.py is at work there")
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     threads = max(1, os.cpu_count() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before a worker imports torch
@@ -541,7 +567,7 @@ def main(args: Args):
     if total:
         for out, prompts in (("renders", "eval_prompts"), ("renders-training", "prompts")):
             flags = f"--n {size.renders} --seed 1 --prompts tiny/{prompts}.txt --out {root / out}"
-            command(root, f"tiny/world.py {flags}", root / out)
+            command(root, f"tiny/world.py {flags}", root / out, f"# {fingerprint('tiny/world.py')}")
     # each phase needs the one before
     phases = [[partial(work_on_base, base, args, size) for base in dict.fromkeys(args.bases) if total]]
     for phase in work:
@@ -567,7 +593,7 @@ def main(args: Args):
         for file in sorted(results.glob(f"{'-'.join(cell)}-s*.json")):
             found[Run(*cell, int(file.stem.rpartition("-s")[2]))] = read_json(file)
     bases = {base: numbers for base in Args.bases if (numbers := read_json(results / f"{base}.json"))}
-    stale = stale_parts(found, size)
+    stale = stale_parts(found, bases, size)
     write_report(found, bases, size, stale, results.parent, assets)
     draw_all(found, bases, assets)
     front = next((run for run in found if run.method == "awm"), None)

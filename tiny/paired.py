@@ -1,0 +1,215 @@
+"""Numbers of runs, compared by run: differences with their intervals, and rivals at equal reward.
+
+A run is a NamedTuple (base, method, reward, seed) whose `cell` is the run but for its seed; results[run] are its parts'
+numbers. "Paired" is always by run: the same cell and seed, the same prompts and noise.
+"""
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from guards import RIVALS
+
+METRICS = {  # metric: label, digits
+    "reward": ("reward, share of the gain", 3),
+    "other reward": ("other reward, share of the gain", 3),
+    "judge/overall": ("judged good", 3),
+    "judge/oversaturation": ("judged oversaturated", 3),
+    "judge/over-sharpening": ("judged over-sharpened", 3),
+    "judge/unnatural lighting": ("judged unnaturally lit", 3),
+    "judge/artifacts": ("judged to have artifacts", 3),
+    "P(real)": ("detector's P(real)", 3),
+    "FD": ("Fréchet distance", 2),
+    "saturation": ("saturation", 3),
+    "sharpness": ("sharpness", 4),
+}
+
+
+@functools.cache
+def quantile(df: float) -> float:
+    """Student's t, 97.5 %, by integrating its density."""
+    x = np.linspace(0, 100, 1_000_001)
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    density = scale * (1 + x**2 / df) ** (-(df + 1) / 2)
+    area = np.cumsum((density[1:] + density[:-1]) / 2) * x[1]
+    return float(np.interp(0.475, area, x[1:]))
+
+
+def paired(results: dict[tuple, dict], a: Callable[[dict], float],
+           b: Callable[[dict], float] = lambda r: 0.0) -> dict:
+    """a - b, paired by run: the mean over cells and its 95 % interval. The cells are given, the seeds are the sample:
+    the variance is that of the cells' means, its degrees of freedom are Satterthwaite's. No interval (NaN) with one
+    seed."""
+    cells = {run.cell: [] for run in results}
+    for run, r in results.items():
+        cells[run.cell].append((a(r), b(r)))
+    cells = {cell: np.array(values) for cell, values in cells.items()}
+    differences = [v[:, 0] - v[:, 1] for v in cells.values()]
+    parts = [d.var(ddof=1) / len(d) if len(d) > 1 else math.nan for d in differences]
+    half = math.nan
+    if not math.isnan(sum(parts)):
+        df = sum(parts) ** 2 / sum(p**2 / (len(d) - 1) for p, d in zip(parts, differences)) if sum(parts) else 1
+        half = quantile(round(df, 1)) * math.sqrt(sum(parts)) / len(cells)
+    mean_a, mean_b = np.mean([v.mean(0) for v in cells.values()], axis=0)
+    return {
+        "a": float(mean_a),
+        "b": float(mean_b),
+        "difference": float(mean_a - mean_b),
+        "half": half,
+        "cells": len(cells),
+        "cells larger": sum(bool(d.mean() > 0) for d in differences),
+        "runs": len(results),
+        "runs larger": int(sum((d > 0).sum() for d in differences)),
+    }
+
+
+def verdict(d: dict, claimed: int, at_least: float = 0.0) -> str:
+    """What the interval of a difference says of the claim that it has this sign (+1, -1); or, with 0, that it does not
+    exceed `at_least`."""
+    if math.isnan(d["half"]):
+        return "one seed: no interval"
+    low, high = d["difference"] - d["half"], d["difference"] + d["half"]
+    if claimed == 0:
+        if low > at_least:
+            return "**contradicted**"
+        return "holds" if high <= at_least else "not resolved"
+    if low <= 0 <= high:
+        return "not resolved"
+    return "holds" if (low > 0) == (claimed > 0) else "**contradicted**"
+
+
+def part_of(r: dict, part: str) -> dict:
+    """A run's part, "few/4" being its part few at 4 steps."""
+    return functools.reduce(lambda d, key: d[key], part.split("/"), r)
+
+
+def raw(part: str, who: str, metric: str) -> Callable[[dict], float]:
+    """Reads a mean."""
+    return lambda r: part_of(r, part)["means"][who][metric]
+
+
+def of(part: str, who: str, metric: str) -> Callable[[dict], float]:
+    """Reads a mean; a reward as the share of what the unguarded model has gained over the base: rewards have units of
+    their own."""
+    if "reward" not in metric:
+        return raw(part, who, metric)
+
+    def share(r: dict) -> float:
+        """0 is the base, 1 the unguarded model."""
+        base, unguarded = (raw("main", name, metric)(r) for name in ("base", "unguarded"))
+        return (raw(part, who, metric)(r) - base) / (unguarded - base or math.nan)
+    return share
+
+
+def rate(part: str, pair: str) -> Callable[[dict], float]:
+    """Reads how often the judge prefers the first one of a pair, less one half; a tie is half."""
+    first, second = pair.split(" vs ")
+
+    def read(r: dict) -> float:
+        """In [-1/2, 1/2]."""
+        verdicts = part_of(r, part)["verdicts"]
+        win, tie, loss, _ = verdicts[pair] if pair in verdicts else verdicts[f"{second} vs {first}"][2::-1] + [0]
+        return (win + tie / 2) / (win + tie + loss) - 0.5
+    return read
+
+
+def ratio(who: str, pick: Callable[[dict], float], part: str = "main") -> Callable[[dict], float]:
+    """Reads the norm ratio less 1: over the whole trajectory, or its highest or lowest step."""
+    return lambda r: pick(r[part]["ratio"][who]) - 1
+
+
+def overall(norms: dict) -> float:
+    """Over the whole trajectory."""
+    return norms["overall"]
+
+
+def highest(norms: dict) -> float:
+    """Of the steps' means."""
+    return max(norms["mean"])
+
+
+def lowest(norms: dict) -> float:
+    """Of the steps' means."""
+    return min(norms["mean"])
+
+
+def cells_of(results: dict[tuple, dict]) -> dict[str, list[dict]]:
+    """Each cell's runs."""
+    cells = {run.cell: [] for run in results}
+    for run, r in results.items():
+        cells[run.cell].append(r)
+    return cells
+
+
+def has(results: dict[tuple, dict], part: str) -> dict[tuple, dict]:
+    """The runs that have it."""
+    return {run: r for run, r in results.items() if part in r}
+
+
+def read_json(path: Path) -> dict:
+    """{} if it is not there."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# ---------------------------------------------------------------- claim 10: rivals at equal reward
+
+def points_of(r: dict, rival: str) -> list[dict]:
+    """What a run shows as a rival grows stronger, the unguarded model first: each metric, how often the guarded picture
+    is preferred, less one half, the norm's highest step, and the reward on training prompts. [] if a strength is
+    missing, or was measured beside other weights or code than the unguarded model."""
+    parts = [f"rival: {rival} {strength:g}" for strength in RIVALS[rival].strengths]
+    if not all(part in r for part in parts) or len({made_with(r[part]) for part in ("main", *parts)}) > 1:
+        return []
+    points = []
+    for part, who in (("main", "unguarded"), *((part, "rival") for part in parts)):
+        points.append({**r[part]["means"][who], "preferred": rate(part, f"guarded vs {who}")(r),
+                       "highest": highest(r[part]["ratio"][who]), "training reward": r[part]["training reward"][who]})
+    return points
+
+
+def made_with(part: dict) -> tuple:
+    """The weights and code that a part's numbers come from."""
+    return tuple(part.get("of", {}).get(what) for what in ("weights", "code"))
+
+
+def at_reward(rewards: list[float], target: float) -> tuple[int, float, bool]:
+    """Where a curve of rewards, from weak to strong, last passes below a target that its first point has: (i, share,
+    True), a share of the way from point i to the next. Where it never does, its end: (i, 0, False)."""
+    last = max(i for i, reward in enumerate(rewards) if i == 0 or reward >= target)
+    if last == len(rewards) - 1:
+        return last, 0.0, False
+    return last, max(0.0, (rewards[last] - target) / (rewards[last] - rewards[last + 1])), True
+
+
+def equal_reward(runs: dict[tuple, dict], rival: str) -> tuple[dict[tuple, dict], bool]:
+    """The runs of one cell, with a rival as strong as it may be: its metrics ("rival") beside the guarded model's, and
+    whether its strengths went far enough to say. The strength is one for the cell, and chosen on training prompts: the
+    mean reward over the cell's seeds keeps 95 % of the guarded or the unguarded model's gain, whichever is less."""
+    points = {run: found for run, r in runs.items() if (found := points_of(r, rival))}
+    if not points:
+        return {}, False
+    mean = {who: np.mean([runs[run]["main"]["training reward"][who] for run in points])
+            for who in ("base", "unguarded", "guarded")}
+    target = mean["base"] + 0.95 * (min(mean["unguarded"], mean["guarded"]) - mean["base"])
+    curve = np.mean([[point["training reward"] for point in found] for found in points.values()], axis=0)
+    if len(curve) == 2 and RIVALS[rival].strengths == (1,):  # nothing to choose
+        i, share, passed = 1, 0.0, True
+    else:
+        i, share, passed = at_reward(list(curve), target)
+    met = {}
+    for run, found in points.items():
+        a, b = found[i], found[min(i + 1, len(found) - 1)]
+        met[run] = {"rival": {key: a[key] + share * (b[key] - a[key]) for key in a},
+                    **{who: runs[run]["main"]["means"][who] for who in ("base", "unguarded", "guarded")}}
+    return met, passed
+
+
+def mean_points(runs: list[dict], rival: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """A rival's curve, the mean over runs: rewards as shares of the gain, and a metric."""
+    points = [points_of(r, rival) for r in runs]
+    x = np.array([[p["reward"] for p in of_run] for of_run in points])  # (runs, strengths)
+    y = np.array([[p[metric] for p in of_run] for of_run in points])
+    base, unguarded = (np.array([[raw("main", who, "reward")(r)] for r in runs]) for who in ("base", "unguarded"))
+    return ((x - base) / (unguarded - base)).mean(0), y.mean(0)
