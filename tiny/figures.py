@@ -182,7 +182,7 @@ def draw_rivals(results: dict[tuple, dict], path: Path):
                     axis.plot(x, y, marker, color=COLOUR[who], markersize=13, label=name, zorder=3)
             axis.set(title=corner, xlabel="reward, share of the gain", ylabel=label)
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=7, markerscale=0.5)
     save(figure, path)
 
 
