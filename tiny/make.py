@@ -306,6 +306,15 @@ def clip_pixels(pictures: torch.Tensor) -> torch.Tensor:
     return (pictures - torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)) / torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
 
 
+def contrastive(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss: each picture's caption among all, and each caption's pictures among the batch. logits (pictures,
+    captions), index (pictures,)."""
+    # (captions, pictures): a caption may have none
+    same = (index[None] == torch.arange(logits.shape[1])[:, None]).float()
+    per_text = -(F.log_softmax(logits.T, 1) * same).sum(1) / same.sum(1).clamp(min=1)
+    return F.cross_entropy(logits, index) + per_text[same.sum(1) > 0].mean()
+
+
 def fit_clip(args: Args, name: str, clip: T.CLIPModel, processor: T.CLIPProcessor, steps: int):
     """Contrastive: every batch is told apart from all 64 captions. It sees clean renders only, and their captions
     only."""
@@ -317,10 +326,7 @@ def fit_clip(args: Args, name: str, clip: T.CLIPModel, processor: T.CLIPProcesso
         i = torch.randint(len(pictures), (64,), generator=g)
         clip.logit_scale.data.clamp_(max=math.log(100))
         out = clip(pixel_values=clip_pixels(pictures[i].float() / 255), **text)  # logits_per_image (64, 64 captions)
-        # (captions, pictures): a caption may have none
-        same = (index[i][None] == torch.arange(len(CAPTIONS))[:, None]).float()
-        per_text = -(F.log_softmax(out.logits_per_text, 1) * same).sum(1) / same.sum(1).clamp(min=1)
-        return F.cross_entropy(out.logits_per_image, index[i]) + per_text[same.sum(1) > 0].mean()
+        return contrastive(out.logits_per_image, index[i])
 
     fit(args, name, clip, loss, steps, lr=1.5e-3)
 
@@ -337,7 +343,7 @@ def make_pickscore(args: Args):
 def make_hps(args: Args):
     """The second reward: a CLIP of another width, patch, seed and data, then, as HPS is, fine-tuned on pairs of which
     one is preferred: the picture that its caption names over one that it does not, and the clean one over its own
-    blurred, noisy or dim copy."""
+    blurred, noisy or dim copy. The contrastive loss goes on beside, or it forgets a third of its captions."""
     torch.manual_seed(args.seed + 5)
     hps_args = replace(args, seed=args.seed + 77, renders=args.renders // 2)
     clip, processor = build_clip(width=80, layers=3, patch=16, text_width=48)
@@ -360,7 +366,8 @@ def make_hps(args: Args):
         better, worse = out.logits_per_image.gather(1, index[i].repeat(2)[:, None]).chunk(2)
         # two pictures of one caption: no preference
         counts = ((index[i] != index[other]) | (kind.flatten() < 3)).float()
-        return (F.softplus(worse - better)[:, 0] * counts).sum() / counts.sum()
+        preference = (F.softplus(worse - better)[:, 0] * counts).sum() / counts.sum()
+        return preference + 0.1 * contrastive(out.logits_per_image[:n], index[i])
 
     fit(hps_args, "hps", clip, loss, args.hps_steps // 2, lr=3e-4)
     clip.half().save_pretrained(f"{args.out}/hps")
