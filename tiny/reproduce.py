@@ -542,13 +542,26 @@ def main(args: Args):
     check_place(args.results, "--results")
     check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
     root, results = make_dir(args.runs, "--runs"), make_dir(args.results, "--results")
-    assets = Path("assets") if args.results == Args.results else results.parent
-    locks = [os.open(folder, os.O_RDONLY) for folder in {root.resolve(), results.resolve()}]
+    with locked("--runs", root), locked("--results", results):
+        work_and_report(args, size, root, results)
+
+
+@contextlib.contextmanager
+def locked(flag: str, folder: Path):
+    """While this lasts, no other reproduce.py works in a folder."""
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        for lock in locks:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(f"--runs {root}, --results {results}: another reproduce.py is at work there")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        fail(f"{flag} {folder}: another reproduce.py is at work there")
+    finally:
+        os.close(lock)  # which frees it
+
+
+def work_and_report(args: Args, size: Size, root: Path, results: Path):
+    """What is missing, spread over processes; then the report of all that there is."""
+    assets = Path("assets") if args.results == Args.results else results.parent
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     threads = max(1, os.cpu_count() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before a worker imports torch
