@@ -552,9 +552,10 @@ def locked(flag: str, folder: Path):
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
         fail(f"{flag} {folder}: another reproduce.py is at work there")
+    try:
+        yield
     finally:
         os.close(lock)  # which frees it
 
