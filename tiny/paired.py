@@ -194,7 +194,7 @@ def equal_reward(runs: dict[tuple, dict], rival: str) -> tuple[dict[tuple, dict]
             for who in ("base", "unguarded", "guarded")}
     target = mean["base"] + 0.95 * (min(mean["unguarded"], mean["guarded"]) - mean["base"])
     curve = np.mean([[point["training reward"] for point in found] for found in points.values()], axis=0)
-    if len(curve) == 2 and RIVALS[rival].strengths == (1,):  # nothing to choose
+    if len(curve) == 2:  # the unguarded model and one strength: nothing to choose
         i, share, passed = 1, 0.0, True
     else:
         i, share, passed = at_reward(list(curve), target)

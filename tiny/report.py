@@ -581,6 +581,5 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
         'and "contradicted" are what the interval says; the judge, the detector and the pictures are the miniature\'s '
         "own.")
     pages = ["# The paper's claims on the miniature", *first, summary(numbers), head, *text]
-    home.mkdir(parents=True, exist_ok=True)
     write_text(home / "RESULTS.md", "\n\n".join(pages).replace("ASSETS", os.path.relpath(assets, home)) + "\n")
     write_text(home / "results.json", json.dumps(rounded(numbers), indent=1) + "\n")
