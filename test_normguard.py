@@ -1722,7 +1722,7 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
     bases = {"sd3": {"colours": {"of": {"weights": "other"}}}}
     stale = reproduce.stale_parts({run: numbers}, bases, size)
     assert set(stale) == {"weights", "code", "flags"} and "sd3: colours" in stale["weights"]
-    codes = [reproduce.guard_code(guards.GUARDS[name]) for name in ("squared, lam 5", "half the rows", "lam 5")]
+    codes = [reproduce.guard_code(guards.GUARDS[name]) for name in ("squared, lam 0.5", "half the rows", "lam 0.5")]
     assert len(set(codes)) == 3 and codes[2] == ""
 
     (tmp_path / "flow").mkdir()

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
 import matplotlib.pyplot as plt
 from guards import LAM, RIVALS
-from paired import METRICS, cells_of, has, mean_points, of, paired, points_of
+from paired import METRICS, cells_of, has, has_rivals, mean_points, of, paired, points_of
 from report import corners
 
 from flow.pictures import load_pictures, read_folder
@@ -18,9 +18,9 @@ from flow.pictures import load_pictures, read_folder
 COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb", "auto": "#17397a"}
 
 
-def save(figure, path: Path):
+def save(figure, path: Path, dpi: int = 110):
     """PNG."""
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)
 
 
@@ -213,8 +213,7 @@ def draw_front(run: dict, folders: dict[str, Path], path: Path, columns: int = 5
     axis.set_xlabel("epochs of RL", fontsize=16)
     axis.tick_params(labelsize=14)
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path, dpi=100)
 
 
 def draw_all(results: dict[tuple, dict], bases: dict[str, dict], assets: Path):
@@ -230,5 +229,5 @@ def draw_all(results: dict[tuple, dict], bases: dict[str, dict], assets: Path):
         draw_adjoint(measured, bases, assets / "adjoint.png")
     if corners(results):
         draw_ablation(results, assets / "ablation.png")
-    if rivals := {run: r for run, r in done.items() if any(part.startswith("rival") for part in r)}:
+    if rivals := has_rivals(results):
         draw_rivals(rivals, assets / "rivals.png")

@@ -200,13 +200,9 @@ def instead_of_hinge(script: ModuleType, other: Other):
 # A squared hinge's slope is the linear one's at an excess of 5 % if lam is ten times larger; ||v_ref|| is about 30 to
 # 40 here, hence the lam of the absolute one.
 GUARDS = {
-    "lam 0.0005": Other("--lam 0.0005"),
     "lam 0.005": Other("--lam 0.005"),
     "lam 0.5": Other("--lam 0.5"),
-    "lam 5": Other("--lam 5"),
-    "squared, lam 0.05": Other("--lam 0.05", squared),
     "squared, lam 0.5": Other("--lam 0.5", squared),
-    "squared, lam 5": Other("--lam 5", squared),
     "absolute, lam 0.0015": Other("--lam 0.0015", absolute),
     "per token": Other(f"--lam {LAM}", per_token),
     "margin 0.02": Other(f"--lam {LAM} --margin 0.02"),

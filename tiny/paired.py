@@ -155,6 +155,11 @@ def read_json(path: Path) -> dict:
 
 # ---------------------------------------------------------------- claim 10: rivals at equal reward
 
+def has_rivals(results: dict[tuple, dict]) -> dict[tuple, dict]:
+    """The runs that have any."""
+    return {run: r for run, r in has(results, "main").items() if any(part.startswith("rival") for part in r)}
+
+
 def points_of(r: dict, rival: str) -> list[dict]:
     """What a run shows as a rival grows stronger, the unguarded model first: each metric, how often the guarded picture
     is preferred, less one half, the norm's highest step, and the reward on training prompts. [] if a strength is

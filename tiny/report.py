@@ -13,6 +13,7 @@ from paired import (
     cells_of,
     equal_reward,
     has,
+    has_rivals,
     highest,
     lowest,
     of,
@@ -386,35 +387,44 @@ def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
             f"that no training saw; the default was fixed before.\n\n{tables}\n\n![guards](ASSETS/ablation.png)")
 
 
+BESIDE = {"judge/overall": 3, "FD": 2, "saturation": 3}  # metrics of a rival beside the guard's, and their digits
+
+
+def against_guard(rival: str, found: list[tuple[dict, bool]]) -> tuple[dict, list[str]]:
+    """A rival's numbers and its row of the table, from what equal_reward gives for each cell."""
+    methods, passed = len(found), sum(passed for _, passed in found)
+    compared = {run: m for met, passed in found if passed for run, m in met.items()}
+    numbers = {"methods": methods, "runs": len(compared), "verdict": "too weak"}
+    if not compared:
+        ended = "its strengths end before the reward falls"
+        return numbers, [rival, f"0 of {methods}", *["-"] * (3 + len(BESIDE)), ended]
+    numbers["preferred"] = paired(compared, lambda m: m["rival"]["preferred"])
+    numbers["reward"] = paired(compared, lost_gain)
+    for metric in BESIDE:
+        numbers[metric] = paired(compared, lambda m, k=metric: m["rival"][k], lambda m, k=metric: m["guarded"][k])
+    numbers["verdict"] = preferred_side(numbers["preferred"])
+    highest_step = paired(compared, lambda m: m["rival"]["highest"])["a"]
+    return numbers, [rival, f"{passed} of {methods}", pm(numbers["preferred"]), pm(numbers["reward"]),
+                     *(pm(numbers[metric], digits) for metric, digits in BESIDE.items()),
+                     "-" if rival == "projected" else f"{highest_step:.3f}", numbers["verdict"]]
+
+
 def claim_10(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """The guard's rivals at equal reward."""
-    tables, metrics = [], {"judge/overall": 3, "FD": 2, "saturation": 3}
+    tables = []
     for corner in dict.fromkeys(f"{run.base}, {run.reward}" for run in results):
-        rows, cells = [], {}
+        cells = {}
         for run, r in results.items():
             if f"{run.base}, {run.reward}" == corner:
                 cells.setdefault(run.cell, {})[run] = r
+        rows = []
         for rival in RIVALS:
             found = [met for met in (equal_reward(runs, rival) for runs in cells.values()) if met[0]]
-            compared = {run: m for met, passed in found if passed for run, m in met.items()}
-            if not found:
-                continue
-            row = numbers[f"{corner}: {rival}"] = {"methods": len(found), "runs": len(compared), "verdict": "too weak"}
-            if not compared:
-                ended = "its strengths end before the reward falls"
-                rows.append([rival, f"0 of {len(found)}", *["-"] * (3 + len(metrics)), ended])
-                continue
-            row["preferred"] = paired(compared, lambda m: m["rival"]["preferred"])
-            row["reward"] = paired(compared, lost_gain)
-            for metric in metrics:
-                row[metric] = paired(compared, lambda m, k=metric: m["rival"][k], lambda m, k=metric: m["guarded"][k])
-            row["verdict"] = preferred_side(row["preferred"])
-            highest_step = paired(compared, lambda m: m["rival"]["highest"])["a"]
-            rows.append([rival, f"{sum(passed for _, passed in found)} of {len(found)}", pm(row["preferred"]),
-                         pm(row["reward"]), *(pm(row[metric], digits) for metric, digits in metrics.items()),
-                         "-" if rival == "projected" else f"{highest_step:.3f}", row["verdict"]])
+            if found:
+                numbers[f"{corner}: {rival}"], row = against_guard(rival, found)
+                rows.append(row)
         header = ["rival", "methods", "guarded preferred to it, less one half", "reward (share of the gain)",
-                  *(METRICS[metric][0] for metric in metrics), "highest step", "the judge prefers"]
+                  *(METRICS[metric][0] for metric in BESIDE), "highest step", "the judge prefers"]
         tables.append(f"**{corner}**\n\n{markdown(header, rows)}")
     tables = "\n\n".join(tables)
     return ("Each rival as strong as it may be while it keeps 95 % of the gain in reward (the guarded model's or the "
@@ -544,7 +554,6 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
     that is not as it was."""
     done, numbers, text = has(results, "main"), {}, []
     committed = assets == Path("assets")
-    with_rivals = {run: r for run, r in done.items() if any(part.startswith("rival") for part in r)}
     sections = (  # claim, title, whose numbers, text
         ("1", "RL inflates the velocity norm by 5 to 15 %, and pictures suffer where the reward does not see it",
          done, claim_1),
@@ -557,7 +566,8 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
         ("7", "Its gain grows at few steps", has(done, "few"), claim_7),
         ("8", "It is not early stopping", has(done, "early"), claim_8),
         ("9", "Our own choices: the hinge's form, margin and lam", results if corners(results) else {}, claim_9),
-        ("10", "It is neither a KL nor a shorter step: the guard's rivals at equal reward", with_rivals, claim_10))
+        ("10", "It is neither a KL nor a shorter step: the guard's rivals at equal reward",
+         has_rivals(results), claim_10))
     for claim, title, measured, write in sections:
         paragraphs = [f"## {claim}. {title}", f"    python tiny/reproduce.py --only {claim.split()[0]}"]
         if measured and committed and claim in READING:

@@ -294,8 +294,8 @@ def shown(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
 
 
 def with_auto(home: Path, run: Run, size: Size) -> Path:
-    """The training with --lam auto."""
-    return train(home, run, size, "lam-auto", Other("--lam auto --eval-every 0"))
+    """The training with --lam auto, which is also a guard of claim 9."""
+    return train(home, run, size, "guards/auto", Other("--lam auto --eval-every 0"))
 
 
 def main_part(root: Path, run: Run, size: Size) -> dict:
