@@ -887,12 +887,13 @@ def test_killed_runs_resume_bit_for_bit(run, tmp_path, capsys):
     command = [sys.executable, "train_awm.py", *flags]
     code = (f"import torch, runpy, sys; torch.set_num_threads({torch.get_num_threads()}); sys.argv = {command[1:]!r}; "
             "runpy.run_path('train_awm.py', run_name='__main__')")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    log = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 8):  # within epoch 3
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    for lines in (3, 8):  # killed early in epoch 1, then within epoch 3
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= lines):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (tmp_path / "run" / "lora").exists() or lora_bytes(tmp_path / "run") != lora_bytes(run)
     small_run(tmp_path / "run")
     assert "resumed at epoch" in capsys.readouterr().out
