@@ -293,9 +293,10 @@ def shown(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
     return pictures, held_out(home, run, size, f"{run.method}+normguard", guarded / "lora")
 
 
-def with_auto(home: Path, run: Run, size: Size) -> Path:
-    """The training with --lam auto, which is also a guard of claim 9."""
-    return train(home, run, size, "guards/auto", Other("--lam auto --eval-every 0"))
+def with_guard(home: Path, run: Run, size: Size, name: str) -> Path:
+    """The training with another guard."""
+    other = GUARDS[name]
+    return train(home, run, size, f"guards/{slug(name)}", other._replace(flags=f"{other.flags} --eval-every 0"))
 
 
 def main_part(root: Path, run: Run, size: Size) -> dict:
@@ -346,7 +347,7 @@ def few_part(root: Path, run: Run, size: Size) -> dict:
     """Claim 7: the same models at few steps."""
     home, out = root / run.name, {}
     unguarded, guarded = both(home, run, size)
-    auto = with_auto(home, run, size)
+    auto = with_guard(home, run, size, "auto")
     for steps in size.few:
         folders = {"base": root / run.base / f"base-{steps}"}
         for name, folder in (("unguarded", unguarded), ("guarded", guarded), ("auto", auto)):
@@ -398,17 +399,16 @@ def early_part(root: Path, run: Run, size: Size) -> dict:
 def auto_part(root: Path, run: Run, size: Size) -> dict:
     """Claims 4, 5 and 6 for --lam auto."""
     home = root / run.name
-    pictures = held_out(home, run, size, f"{run.method}+auto", with_auto(home, run, size) / "lora")
+    pictures = held_out(home, run, size, f"{run.method}+auto", with_guard(home, run, size, "auto") / "lora")
     folders = dict(zip(("unguarded", "guarded", "auto"), (*shown(home, run, size), pictures)))
     return {"ratio": {"auto": ratio_of(pictures)}, **judge(home, run, folders, root / "renders")}
 
 
 def guard_part(root: Path, run: Run, size: Size, name: str) -> dict:
     """Claim 9: another guard, on training prompts: it is a matter of choice."""
-    home, other = root / run.name, GUARDS[name]
+    home = root / run.name
     trained = dict(zip(("unguarded", "guarded"), both(home, run, size)))
-    other = other._replace(flags=f"{other.flags} --eval-every 0")
-    trained["variant"] = train(home, run, size, f"guards/{slug(name)}", other)
+    trained["variant"] = with_guard(home, run, size, name)
     flags = f"--prompts {size.prompts} --n {size.n_guard} --steps {size.steps} --seed 5000 --norms"
     pictures = {}
     for who, out in trained.items():
@@ -542,7 +542,10 @@ def main(args: Args):
     check_place(args.results, "--results")
     check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
     root, results = make_dir(args.runs, "--runs"), make_dir(args.results, "--results")
-    with locked("--runs", root), locked("--results", results):
+    folders = {folder.resolve(): (flag, folder) for flag, folder in (("--results", results), ("--runs", root))}
+    with contextlib.ExitStack() as locks:
+        for flag, folder in folders.values():  # one, if it is both
+            locks.enter_context(locked(flag, folder))
         work_and_report(args, size, root, results)
 
 
