@@ -164,19 +164,19 @@ def draw_rivals(results: dict[tuple, dict], path: Path):
     over methods and seeds; the reward as the share of what the unguarded model gained."""
     found = {}
     for run, r in results.items():
-        found.setdefault(f"{run.base}, {run.reward}", []).append(r)
+        found.setdefault(f"{run.base}, {run.reward}", {})[run] = r
     panels = {"judge/overall": "judged good", "FD": "Fréchet distance"}
     size = (5.5 * len(panels), 4.2 * len(found))
     figure, axes = plt.subplots(len(found), len(panels), figsize=size, layout="constrained", squeeze=False)
     for row, (corner, runs) in zip(axes, found.items()):
         for axis, (metric, label) in zip(row, panels.items()):
             for i, rival in enumerate(RIVALS):
-                whole = [r for r in runs if points_of(r, rival)]
+                whole = {run: r for run, r in runs.items() if points_of(run, r, rival)}
                 if whole:
                     x, y = mean_points(whole, rival, metric)
                     axis.plot(x, y, "o-", color=plt.cm.tab10.colors[i], markersize=3, linewidth=1.2, label=rival)
             for who, part, marker in (("unguarded", "main", "X"), ("guarded", "main", "*"), ("auto", "auto", "P")):
-                if own := [r for r in runs if part in r]:
+                if own := [r for r in runs.values() if part in r]:
                     x, y = (np.mean([of(part, who, m)(r) for r in own]) for m in ("reward", metric))
                     name = {"guarded": f"lam {LAM}", "auto": "--lam auto"}.get(who, who)
                     axis.plot(x, y, marker, color=COLOUR[who], markersize=13, label=name, zorder=3)

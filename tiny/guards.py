@@ -217,16 +217,21 @@ class Rival(NamedTuple):
     strengths: tuple[float, ...]
     training: Other | None = None  # or the unguarded model
     sampling: str = ""  # flags of sample.py
+    dpo: tuple[float, ...] = ()  # DPO's strengths, where they are others: its gradient is about 3 times larger
+
+    def of(self, method: str) -> tuple[float, ...]:
+        """A method's strengths."""
+        return self.dpo if self.dpo and method == "dpo" else self.strengths
 
 
 RIVALS = {
-    "velocity KL": Rival((0.03, 0.1, 0.3), Other("--lam 0 --kl {s}")),
-    "two-sided": Rival((0.05, 0.2), Other("--lam {s}", two_sided)),
-    "EMA-KL": Rival((0.1, 0.3, 1), Other("--lam {s}", ema_kl, made=True)),
-    "lower lr": Rival((0.5, 0.25), Other("--lam 0 --lr {lr}")),
-    "clipping": Rival((0.03, 0.01), Other("--lam 0 --max-grad-norm {s}")),
-    "GARDO": Rival((0.1, 0.3), Other("--lam {s}", gardo, made=True)),
-    "CRD": Rival((0.1, 0.3), Other("--lam {s}", crd, made=True)),
+    "velocity KL": Rival((0.03, 0.1), Other("--lam 0 --kl {s}"), dpo=(0.1, 0.3)),
+    "two-sided": Rival((0.05, 0.2), Other("--lam {s}", two_sided), dpo=(0.2, 0.8)),
+    "EMA-KL": Rival((0.1, 0.3), Other("--lam {s}", ema_kl, made=True), dpo=(0.3, 1)),
+    "lower lr": Rival((0.8, 0.5), Other("--lam 0 --lr {lr}")),
+    "clipping": Rival((0.001,), Other("--lam 0 --max-grad-norm {s}")),
+    "GARDO": Rival((0.1, 0.3), Other("--lam {s}", gardo, made=True), dpo=(0.3, 1)),
+    "CRD": Rival((0.05, 0.15), Other("--lam {s}", crd, made=True), dpo=(0.15, 0.5)),
     "LoRA scaled": Rival((0.9, 0.8, 0.65, 0.5), sampling="--lora-scale {s}"),
     "projected": Rival((1,), sampling="--renorm project"),
 }

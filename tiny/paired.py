@@ -160,11 +160,11 @@ def has_rivals(results: dict[tuple, dict]) -> dict[tuple, dict]:
     return {run: r for run, r in has(results, "main").items() if any(part.startswith("rival") for part in r)}
 
 
-def points_of(r: dict, rival: str) -> list[dict]:
-    """What a run shows as a rival grows stronger, the unguarded model first: each metric, how often the guarded picture
-    is preferred, less one half, the norm's highest step, and the reward on training prompts. [] if a strength is
-    missing, or was measured beside other weights or code than the unguarded model."""
-    parts = [f"rival: {rival} {strength:g}" for strength in RIVALS[rival].strengths]
+def points_of(run: tuple, r: dict, rival: str) -> list[dict]:
+    """What a run, of numbers r, shows as a rival grows stronger, the unguarded model first: each metric, how often the
+    guarded picture is preferred, less one half, the norm's highest step, and the reward on training prompts. [] if a
+    strength is missing, or was measured beside other weights or code than the unguarded model."""
+    parts = [f"rival: {rival} {strength:g}" for strength in RIVALS[rival].of(run.method)]
     if not all(part in r for part in parts) or len({made_with(r[part]) for part in ("main", *parts)}) > 1:
         return []
     points = []
@@ -192,7 +192,7 @@ def equal_reward(runs: dict[tuple, dict], rival: str) -> tuple[dict[tuple, dict]
     """The runs of one cell, with a rival as strong as it may be: its metrics ("rival") beside the guarded model's, and
     whether its strengths went far enough to say. The strength is one for the cell, and chosen on training prompts: the
     mean reward over the cell's seeds keeps 95 % of the guarded or the unguarded model's gain, whichever is less."""
-    points = {run: found for run, r in runs.items() if (found := points_of(r, rival))}
+    points = {run: found for run, r in runs.items() if (found := points_of(run, r, rival))}
     if not points:
         return {}, False
     mean = {who: np.mean([runs[run]["main"]["training reward"][who] for run in points])
@@ -211,10 +211,11 @@ def equal_reward(runs: dict[tuple, dict], rival: str) -> tuple[dict[tuple, dict]
     return met, passed
 
 
-def mean_points(runs: list[dict], rival: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def mean_points(runs: dict[tuple, dict], rival: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """A rival's curve, the mean over runs: rewards as shares of the gain, and a metric."""
-    points = [points_of(r, rival) for r in runs]
+    points = [points_of(run, r, rival) for run, r in runs.items()]
     x = np.array([[p["reward"] for p in of_run] for of_run in points])  # (runs, strengths)
     y = np.array([[p[metric] for p in of_run] for of_run in points])
-    base, unguarded = (np.array([[raw("main", who, "reward")(r)] for r in runs]) for who in ("base", "unguarded"))
+    means = [r["main"]["means"] for r in runs.values()]
+    base, unguarded = (np.array([[m[who]["reward"]] for m in means]) for who in ("base", "unguarded"))
     return ((x - base) / (unguarded - base)).mean(0), y.mean(0)

@@ -430,7 +430,8 @@ def claim_10(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) 
     return ("Each rival as strong as it may be while it keeps 95 % of the gain in reward (the guarded model's or the "
             "unguarded one's, whichever is less): between two strengths interpolated, never extrapolated; one strength "
             f"for the seeds of a cell, chosen on training prompts. It, less the guarded model (lam {LAM}), on held-out "
-            "ones. `projected` has no strength and is taken as it is. The KLs come on top of a script's own `--kl`."
+            "ones. `projected` has no strength, and `clipping` but one, which clips every step (Adam divides it out "
+            "again): they are taken as they are. The KLs come on top of a script's own `--kl`."
             f"\n\n{tables}\n\n![rivals](ASSETS/rivals.png)")
 
 

@@ -114,7 +114,7 @@ class Size(NamedTuple):
 
 
 SMOKE = Size("--epochs 2 --group 2 --groups 2 --eval-n 2 --save-every 1", 4, (2,), 1, 1, 1, 1, 32,
-             "tiny/eval_prompts.txt", only=("guard: per token", "rival: EMA-KL 1", "rival: projected 1"))
+             "tiny/eval_prompts.txt", only=("guard: per token", "rival: EMA-KL 0.3", "rival: projected 1"))
 
 
 # ---------------------------------------------------------------- what numbers depend on
@@ -441,14 +441,16 @@ GRID = {  # of every run: a part's name, what measures it, the claims that it se
     "early": (early_part, (8,)),
 }
 CORNERS, TRAININGS = {}, {}  # of a base and a reward to look at, and others to confirm it; and how they train
+METHODS = {}  # those that have a part, where not all do
 for _name, _other in GUARDS.items():
     TRAININGS[f"guard: {_name}"] = _other
     CORNERS[f"guard: {_name}"] = (partial(guard_part, name=_name), (9,))
 for _name, _rival in RIVALS.items():
-    for _strength in _rival.strengths:
+    for _strength in dict.fromkeys(_rival.strengths + _rival.dpo):
         _part = f"rival: {_name} {_strength:g}"
         TRAININGS[_part] = _rival.training or Other(_rival.sampling)
         CORNERS[_part] = (partial(rival_part, name=_name, strength=_strength), (10,))
+        METHODS[_part] = [method for method in Args.methods if _strength in _rival.of(method)]
 PARTS = {**GRID, **CORNERS}
 
 
@@ -502,7 +504,8 @@ def todo(args: Args, size: Size, runs: list[Run], parts: dict) -> dict[Run, list
     if parts is CORNERS and size.only is not None:
         asked = [part for part in asked if part in size.only]
     left = {run: read_json(Path(args.results) / f"{run.name}.json") for run in runs}
-    left = {run: [part for part in asked if part not in known] for run, known in left.items()}
+    left = {run: [part for part in asked if part not in known and run.method in METHODS.get(part, args.methods)]
+            for run, known in left.items()}
     return {run: parts for run, parts in left.items() if parts}
 
 
