@@ -1696,9 +1696,11 @@ def test_rivals_at_equal_reward():
             assert paired.equal_reward(runs, "velocity KL")[0].keys() < runs.keys()  # a strength is not measured yet
             rival = run[f"rival: velocity KL {strength:g}"] = part({"rival": quality + seed}, {"rival": reward}, 1.1)
             rival["verdicts"] = {"guarded vs rival": [6, 2, 2, 0]}
-    met, passed = paired.equal_reward(runs, "velocity KL")
+    met, passed = paired.equal_reward(runs, "velocity KL")  # the unguarded gain, 0.5, is the lesser one
+    assert passed and all(found["rival"]["judge/overall"] == 0.5 for found in met.values())  # the unguarded model
+    met, passed = paired.equal_reward(runs, "velocity KL", keep=0.95)
     assert list(met) == list(runs) and passed
-    share = (0.9 - 0.875) / (0.9 - 0.85)  # the unguarded gain, 0.5, is the lesser one; 95 % of it is at 0.875
+    share = (0.9 - 0.875) / (0.9 - 0.85)  # 95 % of it is at 0.875
     for seed, found in enumerate(met.values()):
         assert found["guarded"]["judge/overall"] == 0.8
         assert found["rival"]["judge/overall"] == pytest.approx(0.5 + share * (0.1 + seed))

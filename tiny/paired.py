@@ -188,16 +188,17 @@ def at_reward(rewards: list[float], target: float) -> tuple[int, float, bool]:
     return last, max(0.0, (rewards[last] - target) / (rewards[last] - rewards[last + 1])), True
 
 
-def equal_reward(runs: dict[tuple, dict], rival: str) -> tuple[dict[tuple, dict], bool]:
+def equal_reward(runs: dict[tuple, dict], rival: str, keep: float = 1.0) -> tuple[dict[tuple, dict], bool]:
     """The runs of one cell, with a rival as strong as it may be: its metrics ("rival") beside the guarded model's, and
     whether its strengths went far enough to say. The strength is one for the cell, and chosen on training prompts: the
-    mean reward over the cell's seeds keeps 95 % of the guarded or the unguarded model's gain, whichever is less."""
+    mean reward over the cell's seeds keeps this share of the guarded or the unguarded model's gain, whichever is less.
+    """
     points = {run: found for run, r in runs.items() if (found := points_of(run, r, rival))}
     if not points:
         return {}, False
     mean = {who: np.mean([runs[run]["main"]["training reward"][who] for run in points])
             for who in ("base", "unguarded", "guarded")}
-    target = mean["base"] + 0.95 * (min(mean["unguarded"], mean["guarded"]) - mean["base"])
+    target = mean["base"] + keep * (min(mean["unguarded"], mean["guarded"]) - mean["base"])
     curve = np.mean([[point["training reward"] for point in found] for found in points.values()], axis=0)
     if len(curve) == 2:  # the unguarded model and one strength: nothing to choose
         i, share, passed = 1, 0.0, True

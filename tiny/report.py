@@ -388,51 +388,61 @@ def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
 
 
 BESIDE = {"judge/overall": 3, "FD": 2, "saturation": 3}  # metrics of a rival beside the guard's, and their digits
+KEPT = {1.0: "at equal reward", 0.95: "with 5 % less"}  # what a rival keeps of the guard's gain in reward
 
 
-def against_guard(rival: str, found: list[tuple[dict, bool]]) -> tuple[dict, list[str]]:
-    """A rival's numbers and its row of the table, from what equal_reward gives for each cell."""
-    methods, passed = len(found), sum(passed for _, passed in found)
+def against_guard(found: list[tuple[dict, bool]]) -> dict:
+    """A rival's numbers beside the guard's, from what equal_reward gives for each cell."""
     compared = {run: m for met, passed in found if passed for run, m in met.items()}
-    numbers = {"methods": methods, "runs": len(compared), "verdict": "too weak"}
+    cells = f"{sum(passed for _, passed in found)} of {len(found)}"
     if not compared:
-        ended = "its strengths end before the reward falls"
-        return numbers, [rival, f"0 of {methods}", *["-"] * (3 + len(BESIDE)), ended]
-    numbers["preferred"] = paired(compared, lambda m: m["rival"]["preferred"])
-    numbers["reward"] = paired(compared, lost_gain)
+        return {"methods": cells, "verdict": "too weak"}
+    numbers = {
+        "methods": cells,
+        "preferred": paired(compared, lambda m: m["rival"]["preferred"]),
+        "reward": paired(compared, lost_gain),
+        "highest step": paired(compared, lambda m: m["rival"]["highest"])["a"],
+    }
     for metric in BESIDE:
         numbers[metric] = paired(compared, lambda m, k=metric: m["rival"][k], lambda m, k=metric: m["guarded"][k])
-    numbers["verdict"] = preferred_side(numbers["preferred"])
-    highest_step = paired(compared, lambda m: m["rival"]["highest"])["a"]
-    return numbers, [rival, f"{passed} of {methods}", pm(numbers["preferred"]), pm(numbers["reward"]),
-                     *(pm(numbers[metric], digits) for metric, digits in BESIDE.items()),
-                     "-" if rival == "projected" else f"{highest_step:.3f}", numbers["verdict"]]
+    return {**numbers, "verdict": preferred_side(numbers["preferred"])}
 
 
 def claim_10(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
-    """The guard's rivals at equal reward."""
+    """The guard's rivals at equal reward, and where they may lose a little more."""
+    header = ["rival", "methods", "guarded preferred to it, less one half", "reward (share of the gain)",
+              *(METRICS[metric][0] for metric in BESIDE), "highest step", "the judge prefers"]
     tables = []
     for corner in dict.fromkeys(f"{run.base}, {run.reward}" for run in results):
         cells = {}
         for run, r in results.items():
             if f"{run.base}, {run.reward}" == corner:
                 cells.setdefault(run.cell, {})[run] = r
-        rows = []
-        for rival in RIVALS:
-            found = [met for met in (equal_reward(runs, rival) for runs in cells.values()) if met[0]]
-            if found:
-                numbers[f"{corner}: {rival}"], row = against_guard(rival, found)
-                rows.append(row)
-        header = ["rival", "methods", "guarded preferred to it, less one half", "reward (share of the gain)",
-                  *(METRICS[metric][0] for metric in BESIDE), "highest step", "the judge prefers"]
-        tables.append(f"**{corner}**\n\n{markdown(header, rows)}")
+        for keep, how in KEPT.items():
+            rows = []
+            for rival in RIVALS:
+                found = [met for met in (equal_reward(runs, rival, keep) for runs in cells.values()) if met[0]]
+                if found:
+                    known = numbers[f"{corner}, {how}: {rival}"] = against_guard(found)
+                    rows.append(rival_row(rival, known))
+            tables.append(f"**{corner}, {how}**\n\n{markdown(header, rows)}")
     tables = "\n\n".join(tables)
-    return ("Each rival as strong as it may be while it keeps 95 % of the gain in reward (the guarded model's or the "
-            "unguarded one's, whichever is less): between two strengths interpolated, never extrapolated; one strength "
-            f"for the seeds of a cell, chosen on training prompts. It, less the guarded model (lam {LAM}), on held-out "
-            "ones. `projected` has no strength, and `clipping` but one, which clips every step (Adam divides it out "
-            "again): they are taken as they are. The KLs come on top of a script's own `--kl`."
+    return ("Each rival as strong as it may be while it keeps the gain in reward (the guarded model's or the unguarded "
+            "one's, whichever is less), and while it keeps 95 % of it: between two strengths interpolated, never "
+            "extrapolated; one strength for the seeds of a cell, chosen on training prompts. It, less the guarded "
+            f"model (lam {LAM}), on held-out ones. `projected` has no strength, and `clipping` but one, which clips "
+            "every step (Adam divides it out again): they are taken as they are. The KLs come on top of a script's own "
+            "`--kl`."
             f"\n\n{tables}\n\n![rivals](ASSETS/rivals.png)")
+
+
+def rival_row(rival: str, known: dict) -> list[str]:
+    """A rival's row of the table."""
+    if known["verdict"] == "too weak":
+        return [rival, known["methods"], *["-"] * (3 + len(BESIDE)), "its strengths end before the reward falls"]
+    beside = [pm(known[metric], digits) for metric, digits in BESIDE.items()]
+    step = "-" if rival == "projected" else f"{known['highest step']:.3f}"  # that of the velocity before
+    return [rival, known["methods"], pm(known["preferred"]), pm(known["reward"]), *beside, step, known["verdict"]]
 
 
 def lost_gain(m: dict) -> float:
@@ -527,11 +537,12 @@ def summary(numbers: dict) -> str:
         if name.startswith("unguarded") and name.endswith("reward"):
             line = f"‖v‖ carries no first-order signal of {name.split(', ')[1]} (steps beyond chance, trained models)"
             rows.append(["3", line, f"{row['beyond']} of {row['steps']}", coherent(row["beyond"], row["steps"])])
-    if verdicts := [row["verdict"] for row in numbers.get("10", {}).values()]:
-        worse = verdicts.count("the guard")
-        said = "holds" if worse == len(verdicts) else "not resolved"
-        rows.append(["10", "the judge prefers the guard to every rival at equal reward",
-                     f"to {worse} of {len(verdicts)}", "**contradicted**" if "**the rival**" in verdicts else said])
+    for how in KEPT.values():
+        if verdicts := [row["verdict"] for name, row in numbers.get("10", {}).items() if f", {how}: " in name]:
+            worse = verdicts.count("the guard")
+            said = "holds" if worse == len(verdicts) else "not resolved"
+            rows.append(["10", f"the judge prefers the guard to every rival {how}",
+                         f"to {worse} of {len(verdicts)}", "**contradicted**" if "**the rival**" in verdicts else said])
     rows.sort(key=lambda row: int(row[0].split()[0]))
     return markdown(["claim", "what it says", "measured", "verdict"], rows)
 
@@ -562,9 +573,14 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
             paragraphs.append(READING[claim])
         body = write(measured, bases, numbers.setdefault(claim, {})) if measured else "Not measured yet."
         text += [*paragraphs, body]
-    first = []
-    if won := [name for name, row in numbers.get("10", {}).items() if row["verdict"] == "**the rival**"]:
-        first.append(f"**Rivals whose pictures the judge prefers to the guard's at equal reward:** {'; '.join(won)}.")
+    first, won = [], {}
+    for name, row in numbers.get("10", {}).items():
+        where, rival = name.split(": ")
+        if row["verdict"] == "**the rival**":
+            won.setdefault(where, []).append(rival)
+    if won:
+        said = "; ".join(f"{where}: {', '.join(rivals)}" for where, rivals in won.items())
+        first.append(f"**Rivals whose pictures the judge prefers to the guard's.** {said}.")
     for what, parts in stale.items():
         first.append(f"**Stale: {len(parts)} parts were measured with other {what} than those that lie here.**")
     head = (
