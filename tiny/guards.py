@@ -230,8 +230,8 @@ RIVALS = {
     "EMA-KL": Rival((0.1, 0.3), Other("--lam {s}", ema_kl, made=True), dpo=(0.3, 1)),
     "lower lr": Rival((0.8, 0.5), Other("--lam 0 --lr {lr}")),
     "clipping": Rival((0.001,), Other("--lam 0 --max-grad-norm {s}")),
-    "GARDO": Rival((0.1, 0.3), Other("--lam {s}", gardo, made=True), dpo=(0.3, 1)),
+    "GARDO": Rival((0.1, 0.3), Other("--lam {s}", gardo, made=True)),
     "CRD": Rival((0.05, 0.15), Other("--lam {s}", crd, made=True), dpo=(0.15, 0.5)),
-    "LoRA scaled": Rival((0.9, 0.8, 0.65, 0.5), sampling="--lora-scale {s}"),
+    "LoRA scaled": Rival((0.9, 0.8, 0.65), sampling="--lora-scale {s}"),
     "projected": Rival((1,), sampling="--renorm project"),
 }
