@@ -487,6 +487,12 @@ READING = {  # claim: what we make of the numbers that are committed
     "8": "At equal reward the guarded model looks far better, and in most runs no checkpoint has its reward before the "
          "end. The checkpoint that looks as good to the judge is the first one in 8 of 9 runs, with less than a fifth "
          "of the gain in reward.",
+    "10": "At the guard's own reward the judge prefers it to all nine, though not the distance: the KLs lie as near to "
+          "the renders. A shorter step (learning rate, scaled LoRA, clipping) and the projection are far behind. The "
+          "judge's preference over the KLs is worth less than 5 % of the gain: where they may lose that much more, the "
+          "velocity KL is preferred to the guard, CRD's and EMA-KL come even, and all lie nearer to the renders. They "
+          "do it in another way: the norm is then still about 10 % too long at the noisiest step. GARDO's KL is too "
+          "weak to say, for two methods.",
 }
 
 
