@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
 import matplotlib.pyplot as plt
 from guards import LAM, RIVALS
-from paired import METRICS, cells_of, has, has_rivals, mean_points, of, paired, points_of
+from paired import METRICS, cells_of, corners_of, has, has_rivals, mean_points, of, paired, points_of
 from report import corners
 
 from flow.pictures import load_pictures, read_folder
@@ -162,9 +162,7 @@ def draw_ablation(results: dict[tuple, dict], path: Path):
 def draw_rivals(results: dict[tuple, dict], path: Path):
     """Quality against reward as each rival grows stronger, from the unguarded model on; the guard's points on it. Means
     over methods and seeds; the reward as the share of what the unguarded model gained."""
-    found = {}
-    for run, r in results.items():
-        found.setdefault(f"{run.base}, {run.reward}", {})[run] = r
+    found = corners_of(results)
     panels = {"judge/overall": "judged good", "FD": "Fréchet distance"}
     size = (5.5 * len(panels), 4.2 * len(found))
     figure, axes = plt.subplots(len(found), len(panels), figsize=size, layout="constrained", squeeze=False)

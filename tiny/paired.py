@@ -143,6 +143,14 @@ def cells_of(results: dict[tuple, dict]) -> dict[str, list[dict]]:
     return cells
 
 
+def corners_of(results: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
+    """The runs of each base and reward."""
+    corners = {}
+    for run, r in results.items():
+        corners.setdefault(f"{run.base}, {run.reward}", {})[run] = r
+    return corners
+
+
 def has(results: dict[tuple, dict], part: str) -> dict[tuple, dict]:
     """The runs that have it."""
     return {run: r for run, r in results.items() if part in r}

@@ -11,6 +11,7 @@ from guards import GUARDS, LAM, RIVALS
 from paired import (
     METRICS,
     cells_of,
+    corners_of,
     equal_reward,
     has,
     has_rivals,
@@ -355,12 +356,8 @@ def guards(results: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
 
 def corners(results: dict[tuple, dict]) -> dict[str, dict[str, dict[tuple, dict]]]:
     """The guards of each base and reward that have any."""
-    found = {}
-    for base, reward in dict.fromkeys((run.base, run.reward) for run in results):
-        cell_runs = {run: r for run, r in results.items() if (run.base, run.reward) == (base, reward)}
-        if by_guard := guards(cell_runs):
-            found[f"{base}, {reward}"] = by_guard
-    return found
+    found = {corner: guards(runs) for corner, runs in corners_of(results).items()}
+    return {corner: by_guard for corner, by_guard in found.items() if by_guard}
 
 
 def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
@@ -413,18 +410,16 @@ def claim_10(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) 
     header = ["rival", "methods", "guarded preferred to it, less one half", "reward (share of the gain)",
               *(METRICS[metric][0] for metric in BESIDE), "highest step", "the judge prefers"]
     tables = []
-    for corner in dict.fromkeys(f"{run.base}, {run.reward}" for run in results):
+    for corner, of_corner in corners_of(results).items():
         cells = {}
-        for run, r in results.items():
-            if f"{run.base}, {run.reward}" == corner:
-                cells.setdefault(run.cell, {})[run] = r
+        for run, r in of_corner.items():
+            cells.setdefault(run.cell, {})[run] = r
         for keep, how in KEPT.items():
-            rows = []
+            known = numbers[f"{corner}, {how}"] = {}
             for rival in RIVALS:
-                found = [met for met in (equal_reward(runs, rival, keep) for runs in cells.values()) if met[0]]
-                if found:
-                    known = numbers[f"{corner}, {how}: {rival}"] = against_guard(found)
-                    rows.append(rival_row(rival, known))
+                if found := [met for met in (equal_reward(runs, rival, keep) for runs in cells.values()) if met[0]]:
+                    known[rival] = against_guard(found)
+            rows = [rival_row(rival, row) for rival, row in known.items()]
             tables.append(f"**{corner}, {how}**\n\n{markdown(header, rows)}")
     tables = "\n\n".join(tables)
     return ("Each rival as strong as it may be while it keeps the gain in reward (the guarded model's or the unguarded "
@@ -544,7 +539,8 @@ def summary(numbers: dict) -> str:
             line = f"‖v‖ carries no first-order signal of {name.split(', ')[1]} (steps beyond chance, trained models)"
             rows.append(["3", line, f"{row['beyond']} of {row['steps']}", coherent(row["beyond"], row["steps"])])
     for how in KEPT.values():
-        if verdicts := [row["verdict"] for name, row in numbers.get("10", {}).items() if f", {how}: " in name]:
+        known = [rivals for where, rivals in numbers.get("10", {}).items() if where.endswith(how)]
+        if verdicts := [row["verdict"] for rivals in known for row in rivals.values()]:
             worse = verdicts.count("the guard")
             said = "holds" if worse == len(verdicts) else "not resolved"
             rows.append(["10", f"the judge prefers the guard to every rival {how}",
@@ -579,14 +575,12 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
             paragraphs.append(READING[claim])
         body = write(measured, bases, numbers.setdefault(claim, {})) if measured else "Not measured yet."
         text += [*paragraphs, body]
-    first, won = [], {}
-    for name, row in numbers.get("10", {}).items():
-        where, rival = name.split(": ")
-        if row["verdict"] == "**the rival**":
-            won.setdefault(where, []).append(rival)
+    first, won = [], []
+    for where, rivals in numbers.get("10", {}).items():
+        if names := [rival for rival, row in rivals.items() if row["verdict"] == "**the rival**"]:
+            won.append(f"{where}: {', '.join(names)}")
     if won:
-        said = "; ".join(f"{where}: {', '.join(rivals)}" for where, rivals in won.items())
-        first.append(f"**Rivals whose pictures the judge prefers to the guard's.** {said}.")
+        first.append(f"**Rivals whose pictures the judge prefers to the guard's.** {'; '.join(won)}.")
     for what, parts in stale.items():
         first.append(f"**Stale: {len(parts)} parts were measured with other {what} than those that lie here.**")
     head = (
