@@ -1667,7 +1667,7 @@ def test_paired_differences_and_verdicts():
         (0, 0.5, 0, "not resolved"),
     ):
         assert paired.verdict({"difference": difference, "half": half}, claimed) == said
-    assert paired.verdict({"difference": 0.01, "half": 0.02}, 0, at_least=0.05) == "holds"
+    assert paired.verdict({"difference": 0.01, "half": 0.02}, 0, at_most=0.05) == "holds"
     part = {"p": {"verdicts": {"a vs b": [6, 2, 2, 5]}}}  # of 10 that could be read, 6 won, 2 tied
     assert paired.rate("p", "a vs b")(part) == pytest.approx(0.2)
     assert paired.rate("p", "b vs a")(part) == pytest.approx(-0.2)
@@ -1680,6 +1680,7 @@ def test_rivals_at_equal_reward():
     assert paired.at_reward([0.9, 0.5, 0.7], 0.6) == (2, 0.0, False)  # it comes back: where it ends is not known
     assert paired.at_reward([0.9, 0.7, 0.5], 0.5) == (2, 0.0, False)
     assert paired.at_reward([0.9, 0.7], 0.95) == (0, 0.0, True)
+    assert paired.excess({"mean": [0.9, 0.97]}) == 1.0 and paired.excess({"mean": [0.9, 1.02]}) == 1.02
 
     def part(quality, training, step, **verdicts):
         means = {who: {"reward": 0.5, "judge/overall": value} for who, value in quality.items()}
@@ -1696,16 +1697,23 @@ def test_rivals_at_equal_reward():
             assert paired.equal_reward(runs, "velocity KL")[0].keys() < runs.keys()  # a strength is not measured yet
             rival = run[f"rival: velocity KL {strength:g}"] = part({"rival": quality + seed}, {"rival": reward}, 1.1)
             rival["verdicts"] = {"guarded vs rival": [6, 2, 2, 0]}
-    met, passed = paired.equal_reward(runs, "velocity KL")  # the unguarded gain, 0.5, is the lesser one
-    assert passed and all(found["rival"]["judge/overall"] == 0.5 for found in met.values())  # the unguarded model
-    met, passed = paired.equal_reward(runs, "velocity KL", keep=0.95)
-    assert list(met) == list(runs) and passed
+    met, strength = paired.equal_reward(runs, "velocity KL")  # the unguarded gain, 0.5, is the lesser one
+    assert strength == 0 and [m["rival"]["judge/overall"] for m in met.values()] == [0.5, 0.5]  # the unguarded model
+    met, strength = paired.equal_reward(runs, "velocity KL", keep=0.95)
     share = (0.9 - 0.875) / (0.9 - 0.85)  # 95 % of it is at 0.875
-    for seed, found in enumerate(met.values()):
+    assert list(met) == list(runs) and strength == pytest.approx(share * strengths[0])
+    for seed, (shift, found) in enumerate(zip((-0.1, 0.1), met.values())):
+        missed = 0.4 + 0.95 * (0.5 + shift) - (0.9 + shift + share * (0.85 - 0.9 - shift))  # by its own reward
+        moved = missed / (0.85 - 0.9)  # and so much further along the seeds' mean curve
         assert found["guarded"]["judge/overall"] == 0.8
-        assert found["rival"]["judge/overall"] == pytest.approx(0.5 + share * (0.1 + seed))
-        assert found["rival"]["preferred"] == pytest.approx(0.3 + share * (0.2 - 0.3))
-        assert found["rival"]["highest"] == pytest.approx(1.2 - share * 0.1)
+        assert found["rival"]["judge/overall"] == pytest.approx(0.5 + share * (0.1 + seed) + moved * 0.6)
+        assert found["rival"]["preferred"] == pytest.approx(0.3 + (share + moved) * (0.2 - 0.3))
+        assert found["rival"]["highest"] == pytest.approx(1.2 - (share + moved) * 0.1)
+        assert found["rival"]["training reward"] == pytest.approx(0.4 + 0.95 * (0.5 + shift))  # its own target
+    assert np.mean([found["rival"]["preferred"] for found in met.values()]) == pytest.approx(0.3 - share * 0.1)
+    assert paired.equal_reward(runs, "velocity KL", keep=0.5)[1] is None  # the strengths end before that
+    met, strength = paired.equal_reward(runs, "velocity KL", keep=None)  # the strongest, as it is
+    assert strength == strengths[-1] and [m["rival"]["preferred"] for m in met.values()] == pytest.approx([0.2, 0.2])
     assert paired.equal_reward({key._replace(method="dpo"): r for key, r in runs.items()}, "velocity KL")[0] == {}
     run[f"rival: velocity KL {strengths[1]:g}"]["of"] = {"code": "b"}  # measured beside other code
     assert len(paired.equal_reward(runs, "velocity KL")[0]) == 1

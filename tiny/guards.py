@@ -214,9 +214,10 @@ GUARDS = {
 
 class Rival(NamedTuple):
     """A way to hold the policy, at several strengths, from weak to strong."""
-    strengths: tuple[float, ...]
+    strengths: tuple[float, ...]  # one: it is taken as it is, its reward matched to nothing
     training: Other | None = None  # or the unguarded model
     sampling: str = ""  # flags of sample.py
+    none: float = 0.0  # the strength that is the unguarded model
     dpo: tuple[float, ...] = ()  # DPO's strengths, where they are others: its gradient is about 3 times larger
 
     def of(self, method: str) -> tuple[float, ...]:
@@ -228,10 +229,10 @@ RIVALS = {
     "velocity KL": Rival((0.03, 0.1), Other("--lam 0 --kl {s}"), dpo=(0.1, 0.3)),
     "two-sided": Rival((0.05, 0.2), Other("--lam {s}", two_sided), dpo=(0.2, 0.8)),
     "EMA-KL": Rival((0.1, 0.3), Other("--lam {s}", ema_kl, made=True), dpo=(0.3, 1)),
-    "lower lr": Rival((0.8, 0.5), Other("--lam 0 --lr {lr}")),
+    "lower lr": Rival((0.8, 0.5), Other("--lam 0 --lr {lr}"), none=1),
     "clipping": Rival((0.001,), Other("--lam 0 --max-grad-norm {s}")),
     "GARDO": Rival((0.1, 0.3), Other("--lam {s}", gardo, made=True)),
     "CRD": Rival((0.05, 0.15), Other("--lam {s}", crd, made=True), dpo=(0.15, 0.5)),
-    "LoRA scaled": Rival((0.9, 0.8, 0.65), sampling="--lora-scale {s}"),
+    "LoRA scaled": Rival((0.9, 0.8, 0.65), sampling="--lora-scale {s}", none=1),
     "projected": Rival((1,), sampling="--renorm project"),
 }

@@ -65,16 +65,16 @@ def paired(results: dict[tuple, dict], a: Callable[[dict], float],
     }
 
 
-def verdict(d: dict, claimed: int, at_least: float = 0.0) -> str:
-    """What the interval of a difference says of the claim that it has this sign (+1, -1); or, with 0, that it does not
-    exceed `at_least`."""
+def verdict(d: dict, claimed: int, at_most: float = 0.0) -> str:
+    """What the interval of a difference says of the claim that it has this sign (+1, -1); or, with 0, that it is
+    `at_most` so much."""
     if math.isnan(d["half"]):
         return "one seed: no interval"
     low, high = d["difference"] - d["half"], d["difference"] + d["half"]
     if claimed == 0:
-        if low > at_least:
+        if low > at_most:
             return "**contradicted**"
-        return "holds" if high <= at_least else "not resolved"
+        return "holds" if high <= at_most else "not resolved"
     if low <= 0 <= high:
         return "not resolved"
     return "holds" if (low > 0) == (claimed > 0) else "**contradicted**"
@@ -128,6 +128,11 @@ def overall(norms: dict) -> float:
 def highest(norms: dict) -> float:
     """Of the steps' means."""
     return max(norms["mean"])
+
+
+def excess(norms: dict) -> float:
+    """1, or the highest step if that is above: a norm that is too short in one run makes good for no other's excess."""
+    return max(1.0, highest(norms))
 
 
 def lowest(norms: dict) -> float:
@@ -196,28 +201,39 @@ def at_reward(rewards: list[float], target: float) -> tuple[int, float, bool]:
     return last, max(0.0, (rewards[last] - target) / (rewards[last] - rewards[last + 1])), True
 
 
-def equal_reward(runs: dict[tuple, dict], rival: str, keep: float = 1.0) -> tuple[dict[tuple, dict], bool]:
-    """The runs of one cell, with a rival as strong as it may be: its metrics ("rival") beside the guarded model's, and
-    whether its strengths went far enough to say. The strength is one for the cell, and chosen on training prompts: the
-    mean reward over the cell's seeds keeps this share of the guarded or the unguarded model's gain, whichever is less.
-    """
+def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) -> tuple[dict, float | None]:
+    """The runs of one cell, with a rival as strong as it may be: its metrics ("rival") beside the guarded model's; and
+    its strength, None where the strengths end before that. The strength is one for the cell, and chosen on training
+    prompts: the mean reward over the cell's seeds keeps this share of the guarded or the unguarded model's gain,
+    whichever is less. With None, it is the strongest, as it is.
+
+    Chosen by so few seeds, a strength is uncertain itself. So each run's metrics are moved along the rival's curve by
+    as much as its own reward misses its own target: their mean stays what it is, and their spread holds the choice's
+    error too (the delta method)."""
     points = {run: found for run, r in runs.items() if (found := points_of(run, r, rival))}
     if not points:
-        return {}, False
-    mean = {who: np.mean([runs[run]["main"]["training reward"][who] for run in points])
-            for who in ("base", "unguarded", "guarded")}
-    target = mean["base"] + keep * (min(mean["unguarded"], mean["guarded"]) - mean["base"])
-    curve = np.mean([[point["training reward"] for point in found] for found in points.values()], axis=0)
-    if len(curve) == 2:  # the unguarded model and one strength: nothing to choose
-        i, share, passed = 1, 0.0, True
+        return {}, None
+    curves = {key: np.array([[point[key] for point in found] for found in points.values()])
+              for key in next(iter(points.values()))[0]}  # (runs, strengths) each
+    own = [runs[run]["main"]["training reward"] for run in points]
+    base, *reached = (np.array([reward[who] for reward in own]) for who in ("base", "unguarded", "guarded"))
+    targets = base + (keep or 0) * (min(reached, key=np.mean) - base)
+    i, share, passed = at_reward(list(curves["training reward"].mean(0)), targets.mean())
+    if passed and keep:
+        step = {key: curve[:, i + 1] - curve[:, i] for key, curve in curves.items()}
+        at = {key: curve[:, i] + share * step[key] for key, curve in curves.items()}
+        missed = targets - at["training reward"]
+        at = {key: x + missed * step[key].mean() / step["training reward"].mean() for key, x in at.items()}
     else:
-        i, share, passed = at_reward(list(curve), target)
+        at = {key: curve[:, -1] for key, curve in curves.items()}
     met = {}
-    for run, found in points.items():
-        a, b = found[i], found[min(i + 1, len(found) - 1)]
-        met[run] = {"rival": {key: a[key] + share * (b[key] - a[key]) for key in a},
+    for k, run in enumerate(points):
+        met[run] = {"rival": {key: float(x[k]) for key, x in at.items()},
                     **{who: runs[run]["main"]["means"][who] for who in ("base", "unguarded", "guarded")}}
-    return met, passed
+    strengths = (RIVALS[rival].none, *RIVALS[rival].of(next(iter(points)).method))
+    if not keep:
+        return met, strengths[-1]
+    return met, strengths[i] + share * (strengths[i + 1] - strengths[i]) if passed else None
 
 
 def mean_points(runs: dict[tuple, dict], rival: str, metric: str) -> tuple[np.ndarray, np.ndarray]:

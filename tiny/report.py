@@ -13,6 +13,7 @@ from paired import (
     cells_of,
     corners_of,
     equal_reward,
+    excess,
     has,
     has_rivals,
     highest,
@@ -210,11 +211,11 @@ def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         ("nor at any step (the highest)", high, verdict(high, 0)),
     ]
     if with_auto := has(results, "auto"):
-        auto = paired(with_auto, ratio("auto", highest, "auto"))
+        auto = paired(with_auto, ratio("auto", excess, "auto"))
         reward = paired(with_auto, raw("auto", "auto", "reward"), raw("auto", "guarded", "reward"))
         good = paired(with_auto, raw("auto", "auto", "judge/overall"), raw("auto", "guarded", "judge/overall"))
         claims += [
-            ("with --lam auto: not by more than 1 % at any step (the highest)", auto, verdict(auto, 0, 0.01)),
+            ("with --lam auto: not by more than 1 % at any step (excess at the highest)", auto, verdict(auto, 0, 0.01)),
             (f"with --lam auto: reward, less that with lam {LAM}", reward, verdict(reward, 1)),
             (f"with --lam auto: judged good, less that with lam {LAM}", good, verdict(good, 1)),
         ]
@@ -226,9 +227,16 @@ def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         rows.append([cell, each(norms, overall), each(norms, highest), each(norms, lowest), each(autos, overall),
                      each(autos, highest)])
     header = ["cell", "norm ratio, each seed", "highest step", "lowest step", "with auto", "highest step"]
+    def beyond(by: float, excesses: list[float]) -> str:
+        """How many runs."""
+        return f"{sum(x > by for x in excesses)} of {len(excesses)}"
+
+    said = ""
+    if autos := [ratio("auto", highest, "auto")(r) for r in with_auto.values()]:
+        said = (f" With `--lam auto` by more than 1 % in {beyond(0.01, autos)}, by more than 1.5 % in "
+                f"{beyond(0.015, autos)}.")
     return (f"Norm ratio less 1.\n\n{table}\n\nThe highest step is above the reference by more than 2 % in "
-            f"{sum(x > 0.02 for x in above)} of {len(above)} runs, by more than 5 % in {sum(x > 0.05 for x in above)}."
-            f"\n\n{markdown(header, rows)}")
+            f"{beyond(0.02, above)} runs, by more than 5 % in {beyond(0.05, above)}.{said}\n\n{markdown(header, rows)}")
 
 
 def claim_5_and_6(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
@@ -386,16 +394,12 @@ def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
 
 BESIDE = {"judge/overall": 3, "FD": 2, "saturation": 3}  # metrics of a rival beside the guard's, and their digits
 KEPT = {1.0: "at equal reward", 0.95: "with 5 % less"}  # what a rival keeps of the guard's gain in reward
+TOO_WEAK = {"verdict": "its strengths end before the reward falls"}
 
 
-def against_guard(found: list[tuple[dict, bool]]) -> dict:
-    """A rival's numbers beside the guard's, from what equal_reward gives for each cell."""
-    compared = {run: m for met, passed in found if passed for run, m in met.items()}
-    cells = f"{sum(passed for _, passed in found)} of {len(found)}"
-    if not compared:
-        return {"methods": cells, "verdict": "too weak"}
+def against_guard(compared: dict[tuple, dict]) -> dict:
+    """A rival's numbers beside the guard's, from the metrics of both in each run."""
     numbers = {
-        "methods": cells,
         "preferred": paired(compared, lambda m: m["rival"]["preferred"]),
         "reward": paired(compared, lost_gain),
         "highest step": paired(compared, lambda m: m["rival"]["highest"])["a"],
@@ -405,39 +409,60 @@ def against_guard(found: list[tuple[dict, bool]]) -> dict:
     return {**numbers, "verdict": preferred_side(numbers["preferred"])}
 
 
+def rivals_of(runs: dict[tuple, dict], keep: float | None) -> dict[str, dict]:
+    """Of a corner's runs, each rival's numbers beside the guard's while it keeps this share of the gain; or (None) of
+    the rivals with but one strength, as they are."""
+    by_method, known = {}, {}
+    for run, r in runs.items():
+        by_method.setdefault(run.method, {})[run] = r
+    for rival in (rival for rival in RIVALS if (len(RIVALS[rival].strengths) == 1) == (keep is None)):
+        found = {method: equal_reward(of_method, rival, keep) for method, of_method in by_method.items()}
+        strengths = {method: strength for method, (met, strength) in found.items() if met}
+        passed = [method for method, strength in strengths.items() if strength is not None]
+        compared = {run: m for method in passed for run, m in found[method][0].items()}
+        if strengths:
+            known[rival] = {"strengths": strengths, **(against_guard(compared) if passed else TOO_WEAK)}
+    return known
+
+
 def claim_10(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """The guard's rivals at equal reward, and where they may lose a little more."""
-    header = ["rival", "methods", "guarded preferred to it, less one half", "reward (share of the gain)",
+    header = ["rival", "its strength", "guarded preferred to it, less one half", "reward (share of the gain)",
               *(METRICS[metric][0] for metric in BESIDE), "highest step", "the judge prefers"]
     tables = []
-    for corner, of_corner in corners_of(results).items():
-        cells = {}
-        for run, r in of_corner.items():
-            cells.setdefault(run.cell, {})[run] = r
-        for keep, how in KEPT.items():
-            known = numbers[f"{corner}, {how}"] = {}
-            for rival in RIVALS:
-                if found := [met for met in (equal_reward(runs, rival, keep) for runs in cells.values()) if met[0]]:
-                    known[rival] = against_guard(found)
+    for corner, runs in corners_of(results).items():
+        for keep, how in (*KEPT.items(), (None, "as they are")):
+            known = numbers[f"{corner}, {how}"] = rivals_of(runs, keep)
             rows = [rival_row(rival, row) for rival, row in known.items()]
             tables.append(f"**{corner}, {how}**\n\n{markdown(header, rows)}")
     tables = "\n\n".join(tables)
     return ("Each rival as strong as it may be while it keeps the gain in reward (the guarded model's or the unguarded "
             "one's, whichever is less), and while it keeps 95 % of it: between two strengths interpolated, never "
-            "extrapolated; one strength for the seeds of a cell, chosen on training prompts. It, less the guarded "
-            f"model (lam {LAM}), on held-out ones. `projected` has no strength, and `clipping` but one, which clips "
-            "every step (Adam divides it out again): they are taken as they are. The KLs come on top of a script's own "
-            "`--kl`."
+            "extrapolated; one strength for the seeds of a cell, chosen on training prompts (`none`: the unguarded "
+            f"model itself). It, less the guarded model (lam {LAM}), on held-out ones; the intervals hold the choice's "
+            "error too. Between two strengths reward bends, so that a straight line asks a rival to be a little weaker "
+            "than it might. `projected` has no strength, and `clipping` but one, which clips every step (Adam divides "
+            "it out again): they are taken as they are, at a reward of their own. EMA-KL, GARDO's, CRD's and the "
+            "two-sided penalty come on top of a script's own `--kl`, which the velocity KL replaces. CRD's weights lie "
+            "near 1 for rewards like these, so that it all but is the velocity KL."
             f"\n\n{tables}\n\n![rivals](ASSETS/rivals.png)")
 
 
 def rival_row(rival: str, known: dict) -> list[str]:
     """A rival's row of the table."""
-    if known["verdict"] == "too weak":
-        return [rival, known["methods"], *["-"] * (3 + len(BESIDE)), "its strengths end before the reward falls"]
+    strengths = ", ".join(f"{method} {strength_of(rival, x)}" for method, x in known["strengths"].items())
+    if known["verdict"] == TOO_WEAK["verdict"]:
+        return [rival, strengths, *["-"] * (3 + len(BESIDE)), known["verdict"]]
     beside = [pm(known[metric], digits) for metric, digits in BESIDE.items()]
     step = "-" if rival == "projected" else f"{known['highest step']:.3f}"  # that of the velocity before
-    return [rival, known["methods"], pm(known["preferred"]), pm(known["reward"]), *beside, step, known["verdict"]]
+    return [rival, strengths, pm(known["preferred"]), pm(known["reward"]), *beside, step, known["verdict"]]
+
+
+def strength_of(rival: str, strength: float | None) -> str:
+    """As the table gives it."""
+    if strength is None:
+        return "-"
+    return "none" if strength == RIVALS[rival].none else f"{strength:.2g}"
 
 
 def lost_gain(m: dict) -> float:
@@ -456,38 +481,49 @@ def preferred_side(preferred: dict) -> str:
 
 # ---------------------------------------------------------------- the report
 
-READING = {  # claim: what we make of the numbers that are committed
-    "1": "As the paper says, but for over-sharpening, of which there is next to nothing: colours turn loud, edges only "
-         "a little harder. These pictures have no fine texture that could be over-sharpened. Inflation is largest at "
-         "the noisy steps. DPO inflates least, and the judge hardly minds its pictures.",
-    "2": "The miniature contradicts the paper: rescaling makes good more than half of what the judge sees and nearly "
-         "half of the distance, for 8 % of the reward's gain. We think that the damage here is mostly loud colours, "
-         "and that in whitened latents of smooth pictures the velocity's norm is nearly their contrast: to shrink it "
-         "while sampling is to turn the colours down. What is co-adapted into the weights remains, and training with "
-         "the guard does better in reward, distance and to the judge.",
-    "3": "The base gains to first order from longer velocities; once trained, models come near to the paper's claim. "
-         "The signal is far weaker than the control's.",
-    "4": "Over the trajectory, not at each step: the guard acts on each sample's norm at a random t, so that it leaves "
-         "up to 5 % at the noisy steps, where RL pushes hardest, and has pushed the norm under the reference "
-         "elsewhere. Nothing pulls it back up. `--lam auto` leaves 1.6 % at most, for 3 % of the reward's gain, and "
-         "sinks further below the reference, with DPO to 0.93 to 0.94.",
-    "5 and 6": "The reward is preserved but for about 4 % of its gain, and the judge agrees with the paper, most "
-               "clearly where the unguarded pictures are bad. The detector contradicts: it takes loud pictures for "
-               "real. It knows samples by their softness (tiny/README.md) and has never seen loud colours among them, "
-               "so on them its word is worth little. Against the base the guarded pictures are liked a little less, "
-               "and are further from renders.",
-    "7": "The miniature contradicts the paper: the gain shrinks. At 4 and 2 steps all pictures lose contrast (see the "
-         "base's saturation), so that an inflated norm makes up for what is missing instead of adding to what is "
-         "there. `--lam auto`, whose norm is lower, loses most.",
-    "8": "At equal reward the guarded model looks far better, and in most runs no checkpoint has its reward before the "
-         "end. The checkpoint that looks as good to the judge is the first one in 8 of 9 runs, with less than a fifth "
-         "of the gain in reward.",
-    "10": "At the guard's own reward the judge prefers it to all nine, though not the distance: the KLs lie as near to "
-          "the renders. A shorter step (learning rate, scaled LoRA, clipping) and the projection are far behind. The "
-          "judge's preference over the KLs is worth less than 5 % of the gain: where they may lose that much more, the "
-          "velocity KL is preferred to the guard, CRD's and EMA-KL come even, and all lie nearer to the renders. They "
-          "do it in another way: the norm is then still about 10 % too long at the noisiest step. GARDO's KL is too "
-          "weak to say, for two methods.",
+READING = {  # claim: how many runs had been measured, and what we made of them
+    "1": (9,
+        "As the paper says, but for over-sharpening, of which there is next to nothing: colours turn loud, edges "
+        "only a little harder. These pictures have no fine texture that could be over-sharpened. Inflation is "
+        "largest at the noisy steps. DPO inflates least, and the judge hardly minds its pictures."),
+    "2": (9,
+        "The miniature contradicts the paper: rescaling makes good more than half of what the judge sees and nearly "
+        "half of the distance, for 8 % of the reward's gain. We think that the damage here is mostly loud colours, "
+        "and that in whitened latents of smooth pictures the velocity's norm is nearly their contrast: to shrink it "
+        "while sampling is to turn the colours down. What is co-adapted into the weights remains, and training with "
+        "the guard does better in reward, distance and to the judge."),
+    "3": (9,
+        "The base gains to first order from longer velocities; once trained, models come near to the paper's claim. "
+        "The signal is far weaker than the control's. A weak common profile remains: the two noisiest steps would "
+        "gain from a longer velocity in 9 of 9 models (each by 1 to 3 standard errors), the last but one would lose."),
+    "4": (9,
+        "Over the trajectory, not at each step: the guard acts on each sample's norm at a random t, so that it "
+        "leaves up to 5 % at the noisy steps, where RL pushes hardest, and has pushed the norm under the reference "
+        "elsewhere. Nothing pulls it back up. `--lam auto` leaves 1.6 % at most, for 3 % of the reward's gain, and "
+        "sinks further below the reference, with DPO to 0.93 to 0.94 (where it also changes an eighth of the noise "
+        "levels that are trained at)."),
+    "5 and 6": (9,
+        "The reward is preserved but for about 4 % of its gain, and the judge agrees with the paper, most clearly "
+        "where the unguarded pictures are bad. The detector contradicts: it takes loud pictures for real. It knows "
+        "samples by their softness (tiny/README.md) and has never seen loud colours among them, so on them its word "
+        "is worth little. Against the base the guarded pictures are liked a little less, and are further from "
+        "renders."),
+    "7": (9,
+        "The miniature contradicts the paper: the gain shrinks. At 4 and 2 steps all pictures lose contrast (see the "
+        "base's saturation), so that an inflated norm makes up for what is missing instead of adding to what is "
+        "there. `--lam auto`, whose norm is lower, loses most."),
+    "8": (9,
+        "In 7 of 9 runs no checkpoint before the last has the guarded model's reward, so that this is mostly claim 6 "
+        "again. The checkpoint that the judge likes best is the first one in 8 of 9 runs, with 6 to 11 % of the gain "
+        "in reward; with NFT and AWM it is liked even better than the guarded model. To stop early is to keep the "
+        "pictures and to give up the reward."),
+    "10": (9,
+        "A shorter step (learning rate, scaled LoRA, clipping) and the projection are far behind the guard: it is "
+        "not that. To the KLs and the two-sided penalty it is preferred at its own reward, to CRD's within the "
+        "error, but by little; and not by the distance: they lie as near to the renders. Where they may lose 5 % of "
+        "the gain (on held-out prompts 6 to 7 %), none is told from the guard any more, and all lie nearer to the "
+        "renders. They do it in another way: the norm is then still about 10 % too long at the noisiest step. "
+        "GARDO's KL is too weak to say, for two methods."),
 }
 
 
@@ -515,7 +551,7 @@ HEADLINES = {  # claim: {its line in the summary: the check that it is taken fro
     "4": {"the guard holds the norm, over the trajectory": "not above the reference, over the trajectory",
           "at every step": "nor at any step (the highest)",
           "at every step within 1 %, with --lam auto":
-              "with --lam auto: not by more than 1 % at any step (the highest)"},
+              "with --lam auto: not by more than 1 % at any step (excess at the highest)"},
     "5 and 6": {"it preserves the reward (share of the gain lost)": "5: of the reward's gain, no more than 5 % is lost",
                 "the judge prefers its pictures (less one half)":
                     "6: the judge prefers the guarded picture (less one half)",
@@ -572,7 +608,8 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
     for claim, title, measured, write in sections:
         paragraphs = [f"## {claim}. {title}", f"    python tiny/reproduce.py --only {claim.split()[0]}"]
         if measured and committed and claim in READING:
-            paragraphs.append(READING[claim])
+            runs, reading = READING[claim]
+            paragraphs.append(reading if len(measured) == runs else f"*Written of {runs} runs:* {reading}")
         body = write(measured, bases, numbers.setdefault(claim, {})) if measured else "Not measured yet."
         text += [*paragraphs, body]
     first, won = [], []
