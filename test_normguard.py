@@ -5,6 +5,7 @@ distances are checked against derivations written here in float64 numpy; picture
 """
 import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -1719,6 +1720,30 @@ def test_rivals_at_equal_reward():
     assert len(paired.equal_reward(runs, "velocity KL")[0]) == 1
     for preferred, half, said in ((0.2, 0.1, "the guard"), (-0.2, 0.1, "**the rival**"), (0.1, 0.2, "not resolved")):
         assert report.preferred_side({"difference": preferred, "half": half}) == said
+
+
+def test_results_are_what_the_report_says(tmp_path, monkeypatch):
+    """RESULTS.md and results.json are what report.py makes of tiny/results; a text that was written of other runs says
+    so."""
+    monkeypatch.chdir(ROOT)
+    found = {}
+    for cell in itertools.product(reproduce.Args.bases, reproduce.Args.methods, reproduce.Args.rewards):
+        for file in sorted((ROOT / "tiny" / "results").glob(f"{'-'.join(cell)}-s*.json")):
+            found[reproduce.Run(*cell, int(file.stem.rpartition("-s")[2]))] = paired.read_json(file)
+    bases = {base: paired.read_json(ROOT / "tiny" / "results" / f"{base}.json") for base in reproduce.Args.bases}
+
+    def write(runs: dict) -> str:
+        """What it writes, as if it were in tiny/."""
+        report.write_report(runs, bases, reproduce.Size(), {}, tmp_path, Path("assets"))
+        text = (tmp_path / "RESULTS.md").read_text().replace(os.path.relpath("assets", tmp_path), "../assets")
+        return text.replace(str(tmp_path), "tiny")
+
+    assert write(found) == (ROOT / "tiny" / "RESULTS.md").read_text()
+    assert (tmp_path / "results.json").read_text() == (ROOT / "tiny" / "results.json").read_text()
+    monkeypatch.setitem(report.READING, "1", (len(found), "They grow."))
+    assert "\n\nThey grow.\n" in write(found)
+    monkeypatch.setitem(report.READING, "1", (len(found) - 1, "They grow."))
+    assert f"\n\n*Written of {len(found) - 1} runs:* They grow.\n" in write(found)
 
 
 def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
