@@ -226,9 +226,9 @@ class Rival(NamedTuple):
 
 
 RIVALS = {
-    "velocity KL": Rival((0.03, 0.1), Other("--lam 0 --kl {s}"), dpo=(0.1, 0.3)),
+    "velocity KL": Rival((0.03, 0.055, 0.1), Other("--lam 0 --kl {s}"), dpo=(0.05, 0.1, 0.3)),
     "two-sided": Rival((0.05, 0.2), Other("--lam {s}", two_sided), dpo=(0.2, 0.8)),
-    "EMA-KL": Rival((0.1, 0.3), Other("--lam {s}", ema_kl, made=True), dpo=(0.3, 1)),
+    "EMA-KL": Rival((0.1, 0.17, 0.3), Other("--lam {s}", ema_kl, made=True), dpo=(0.1, 0.3, 1)),
     "lower lr": Rival((0.8, 0.5), Other("--lam 0 --lr {lr}"), none=1),
     "clipping": Rival((0.001,), Other("--lam 0 --max-grad-norm {s}")),
     "GARDO": Rival((0.1, 0.3), Other("--lam {s}", gardo, made=True)),

@@ -519,12 +519,12 @@ READING = {  # claim: how many runs had been measured, and what we made of them
         "in reward; with NFT and AWM it is liked even better than the guarded model. To stop early is to keep the "
         "pictures and to give up the reward."),
     "10": (9,
-        "A shorter step (learning rate, scaled LoRA, clipping) and the projection are far behind the guard: it is "
-        "not that. To the KLs and the two-sided penalty it is preferred at its own reward, to CRD's within the "
-        "error, but by little; and not by the distance: they lie as near to the renders. Where they may lose 5 % of "
-        "the gain (on held-out prompts 6 to 7 %), none is told from the guard any more, and all lie nearer to the "
-        "renders. They do it in another way: the norm is then still about 10 % too long at the noisiest step. "
-        "GARDO's KL is too weak to say, for two methods."),
+        "A shorter step (learning rate, scaled LoRA, clipping) and the projection are far behind the guard: it is not "
+        "that. It is nearly a KL: at its own reward it is preferred to EMA-KL, to GARDO's KL and to the two-sided "
+        "penalty, to the velocity KL and CRD's within the error, but by little; and not by the distance: they lie as "
+        "near to the renders or nearer. Where they may lose 5 % of the gain (on held-out prompts 6 to 7 %), none is "
+        "told from the guard any more, and all lie nearer to the renders. They do it in another way: the norm is then "
+        "still about 10 % too long at the noisiest step. GARDO's KL is too weak to say there, for two methods."),
 }
 
 
