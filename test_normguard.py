@@ -1674,7 +1674,7 @@ def test_paired_differences_and_verdicts():
     assert paired.rate("p", "b vs a")(part) == pytest.approx(-0.2)
 
 
-def test_rivals_at_equal_reward():
+def test_rivals_at_equal_reward(monkeypatch):
     """Between two strengths interpolated, never beyond what was measured; the strength is chosen by the mean of the
     cell's seeds on training prompts, the metrics are the held-out pictures'."""
     assert paired.at_reward([0.9, 0.7, 0.5], 0.6) == pytest.approx((1, 0.5, True))
@@ -1688,7 +1688,8 @@ def test_rivals_at_equal_reward():
         norms = {who: {"mean": [1.0, step]} for who in quality}
         return {"means": means, "ratio": norms, "training reward": training, "verdicts": verdicts, "of": {"code": "a"}}
 
-    strengths, runs = guards.RIVALS["velocity KL"].strengths, {}
+    strengths, runs = (0.03, 0.1), {}
+    monkeypatch.setitem(guards.RIVALS, "velocity KL", guards.Rival(strengths, dpo=(0.1, 0.3)))
     for seed, shift in enumerate((-0.1, 0.1)):  # the seeds' rewards differ, their mean chooses
         main = part({"base": 0.8, "unguarded": 0.5, "guarded": 0.8},
                     {"base": 0.4, "unguarded": 0.9 + shift, "guarded": 1.0 + shift}, 1.2)
