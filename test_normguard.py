@@ -5,7 +5,6 @@ distances are checked against derivations written here in float64 numpy; picture
 """
 import copy
 import functools
-import itertools
 import json
 import math
 import os
@@ -1727,11 +1726,7 @@ def test_results_are_what_the_report_says(tmp_path, monkeypatch):
     """RESULTS.md and results.json are what report.py makes of tiny/results; a text that was written of other runs says
     so."""
     monkeypatch.chdir(ROOT)
-    found = {}
-    for cell in itertools.product(reproduce.Args.bases, reproduce.Args.methods, reproduce.Args.rewards):
-        for file in sorted((ROOT / "tiny" / "results").glob(f"{'-'.join(cell)}-s*.json")):
-            found[reproduce.Run(*cell, int(file.stem.rpartition("-s")[2]))] = paired.read_json(file)
-    bases = {base: paired.read_json(ROOT / "tiny" / "results" / f"{base}.json") for base in reproduce.Args.bases}
+    found, bases = reproduce.gathered(ROOT / "tiny" / "results")
 
     def write(runs: dict) -> str:
         """What it writes, as if it were in tiny/."""

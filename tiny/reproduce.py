@@ -509,6 +509,15 @@ def todo(args: Args, size: Size, runs: list[Run], parts: dict) -> dict[Run, list
     return {run: parts for run, parts in left.items() if parts}
 
 
+def gathered(results: Path) -> tuple[dict[Run, dict], dict[str, dict]]:
+    """The numbers of all runs that a folder has, and of the bases."""
+    found = {}
+    for cell in product(Args.bases, Args.methods, Args.rewards):
+        for file in sorted(results.glob(f"{'-'.join(cell)}-s*.json")):
+            found[Run(*cell, int(file.stem.rpartition("-s")[2]))] = read_json(file)
+    return found, {base: numbers for base in Args.bases if (numbers := read_json(results / f"{base}.json"))}
+
+
 def stale_parts(found: dict[Run, dict], bases: dict[str, dict], size: Size) -> dict[str, list[str]]:
     """The measured parts that depend on something that is not as it was: {what: [run: part, ...]}."""
     parts = [(run.name, part, numbers[part], depends(run, size, part))
@@ -608,11 +617,7 @@ def work_and_report(args: Args, size: Size, root: Path, results: Path):
             raise
         pool.shutdown()
 
-    found = {}
-    for cell in product(Args.bases, Args.methods, Args.rewards):
-        for file in sorted(results.glob(f"{'-'.join(cell)}-s*.json")):
-            found[Run(*cell, int(file.stem.rpartition("-s")[2]))] = read_json(file)
-    bases = {base: numbers for base in Args.bases if (numbers := read_json(results / f"{base}.json"))}
+    found, bases = gathered(results)
     stale = stale_parts(found, bases, size)
     write_report(found, bases, size, stale, results.parent, assets)
     draw_all(found, bases, assets)
