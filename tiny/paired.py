@@ -215,25 +215,24 @@ def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) 
         return {}, None
     curves = {key: np.array([[point[key] for point in found] for found in points.values()])
               for key in next(iter(points.values()))[0]}  # (runs, strengths) each
-    own = [runs[run]["main"]["training reward"] for run in points]
-    base, *reached = (np.array([reward[who] for reward in own]) for who in ("base", "unguarded", "guarded"))
-    targets = base + (keep or 0) * (min(reached, key=np.mean) - base)
-    i, share, passed = at_reward(list(curves["training reward"].mean(0)), targets.mean())
-    if passed and keep:
-        step = {key: curve[:, i + 1] - curve[:, i] for key, curve in curves.items()}
-        at = {key: curve[:, i] + share * step[key] for key, curve in curves.items()}
-        missed = targets - at["training reward"]
-        at = {key: x + missed * step[key].mean() / step["training reward"].mean() for key, x in at.items()}
-    else:
-        at = {key: curve[:, -1] for key, curve in curves.items()}
+    strengths = (RIVALS[rival].none, *RIVALS[rival].of(next(iter(points)).method))
+    at, strength = {key: curve[:, -1] for key, curve in curves.items()}, strengths[-1]
+    if keep is not None:
+        own = [runs[run]["main"]["training reward"] for run in points]
+        base, *reached = (np.array([reward[who] for reward in own]) for who in ("base", "unguarded", "guarded"))
+        targets = base + keep * (min(reached, key=np.mean) - base)
+        i, share, passed = at_reward(list(curves["training reward"].mean(0)), targets.mean())
+        strength = strengths[i] + share * (strengths[i + 1] - strengths[i]) if passed else None
+        if passed:
+            step = {key: curve[:, i + 1] - curve[:, i] for key, curve in curves.items()}
+            at = {key: curve[:, i] + share * step[key] for key, curve in curves.items()}
+            missed = targets - at["training reward"]
+            at = {key: x + missed * step[key].mean() / step["training reward"].mean() for key, x in at.items()}
     met = {}
     for k, run in enumerate(points):
         met[run] = {"rival": {key: float(x[k]) for key, x in at.items()},
                     **{who: runs[run]["main"]["means"][who] for who in ("base", "unguarded", "guarded")}}
-    strengths = (RIVALS[rival].none, *RIVALS[rival].of(next(iter(points)).method))
-    if not keep:
-        return met, strengths[-1]
-    return met, strengths[i] + share * (strengths[i + 1] - strengths[i]) if passed else None
+    return met, strength
 
 
 def mean_points(runs: dict[tuple, dict], rival: str, metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -394,7 +394,7 @@ def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
 
 BESIDE = {"judge/overall": 3, "FD": 2, "saturation": 3}  # metrics of a rival beside the guard's, and their digits
 KEPT = {1.0: "at equal reward", 0.95: "with 5 % less"}  # what a rival keeps of the guard's gain in reward
-TOO_WEAK = {"verdict": "its strengths end before the reward falls"}
+TOO_WEAK = "its strengths end before the reward falls"
 
 
 def against_guard(compared: dict[tuple, dict]) -> dict:
@@ -421,7 +421,7 @@ def rivals_of(runs: dict[tuple, dict], keep: float | None) -> dict[str, dict]:
         passed = [method for method, strength in strengths.items() if strength is not None]
         compared = {run: m for method in passed for run, m in found[method][0].items()}
         if strengths:
-            known[rival] = {"strengths": strengths, **(against_guard(compared) if passed else TOO_WEAK)}
+            known[rival] = {"strengths": strengths, **(against_guard(compared) if passed else {"verdict": TOO_WEAK})}
     return known
 
 
@@ -451,7 +451,7 @@ def claim_10(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) 
 def rival_row(rival: str, known: dict) -> list[str]:
     """A rival's row of the table."""
     strengths = ", ".join(f"{method} {strength_of(rival, x)}" for method, x in known["strengths"].items())
-    if known["verdict"] == TOO_WEAK["verdict"]:
+    if known["verdict"] == TOO_WEAK:
         return [rival, strengths, *["-"] * (3 + len(BESIDE)), known["verdict"]]
     beside = [pm(known[metric], digits) for metric, digits in BESIDE.items()]
     step = "-" if rival == "projected" else f"{known['highest step']:.3f}"  # that of the velocity before
@@ -484,9 +484,9 @@ def preferred_side(preferred: dict) -> str:
 READING = {  # claim: how many runs had been measured, and what we made of them
     "1": (18,
         "As the paper says, and on flux beyond its range; but for over-sharpening, of which there is next to nothing: "
-        "colours turn loud, edges only a little harder. These pictures have no fine texture that could be over- "
-        "sharpened. Inflation is largest at the noisy steps (on flux up to half as long again). DPO inflates least, "
-        "and the judge minds its pictures least."),
+        "colours turn loud, edges only a little harder. These pictures have no fine texture that could be "
+        "over-sharpened. Inflation is largest at the noisy steps (on flux up to half as long again). DPO inflates "
+        "least, and the judge minds its pictures least."),
     "2": (9,
         "The miniature contradicts the paper: rescaling makes good more than half of what the judge sees and nearly "
         "half of the distance, for 8 % of the reward's gain. We think that the damage here is mostly loud colours, "
