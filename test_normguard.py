@@ -1757,6 +1757,8 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
     codes = [reproduce.guard_code(guards.GUARDS[name]) for name in ("squared, lam 0.5", "half the rows", "lam 0.5")]
     assert len(set(codes)) == 3 and codes[2] == ""
 
+    tree = reproduce.ast.parse("def f(): pass")  # which has more fields in a later Python
+    assert reproduce.written(tree) == "Module(body=[FunctionDef(name='f', args=arguments(), body=[Pass()])])"
     (tmp_path / "flow").mkdir()
     for file in ("normguard.py", "train_awm.py", "flow/draws.py", "flow/pipeline.py", "flow/seam.py"):
         shutil.copy(file, tmp_path / file)

@@ -126,6 +126,16 @@ def weights(base: str) -> str:
     return hashlib.sha256("".join(fingerprint(f"tiny/{part}") for part in parts).encode()).hexdigest()[:8]
 
 
+def written(tree) -> str:
+    """A syntax tree as text, without fields that hold nothing: which of those there are depends on Python's version."""
+    if isinstance(tree, list):
+        return f"[{', '.join(map(written, tree))}]"
+    if not isinstance(tree, ast.AST):
+        return repr(tree)
+    fields = [f"{name}={written(value)}" for name, value in ast.iter_fields(tree) if value not in (None, [])]
+    return f"{type(tree).__name__}({', '.join(fields)})"
+
+
 @functools.cache
 def code(method: str) -> str:
     """A hash of the code that decides a training's numbers: the guard, the script, what is drawn and how velocities are
@@ -137,7 +147,7 @@ def code(method: str) -> str:
             if isinstance(body := getattr(node, "body", None), list):
                 node.body = [line for line in body if not isinstance(getattr(line, "value", None), ast.Constant)
                              or not isinstance(line, ast.Expr)]
-        digest.update(ast.dump(tree).encode())
+        digest.update(written(tree).encode())
     return digest.hexdigest()[:8]
 
 
