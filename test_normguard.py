@@ -1721,6 +1721,14 @@ def test_rivals_at_equal_reward(monkeypatch):
     for preferred, half, said in ((0.2, 0.1, "the guard"), (-0.2, 0.1, "**the rival**"), (0.1, 0.2, "not resolved")):
         assert report.preferred_side({"difference": preferred, "half": half}) == said
 
+    run["auto"] = {**part({"auto": 0.75}, {}, 0.99), "verdicts": {"guarded vs auto": [3, 2, 5, 0]}}
+    run["auto"]["means"]["auto"]["reward"], main["means"]["base"]["reward"] = 0.4, 0.3
+    monkeypatch.setattr(report, "BESIDE", {"judge/overall": 3})
+    row = report.rivals_of(runs, None)[report.AUTO]  # of the one run that has it
+    assert row["highest step"] == 1.0 and row["preferred"]["difference"] == pytest.approx(-0.1)
+    assert row["reward"]["difference"] == pytest.approx(-0.5)
+    assert row["judge/overall"]["difference"] == pytest.approx(-0.05)
+
 
 def test_results_are_what_the_report_says(tmp_path, monkeypatch):
     """RESULTS.md and results.json are what report.py makes of tiny/results; a text that was written of other runs says
