@@ -1693,7 +1693,7 @@ def test_rivals_at_equal_reward(monkeypatch):
         main = part({"base": 0.8, "unguarded": 0.5, "guarded": 0.8},
                     {"base": 0.4, "unguarded": 0.9 + shift, "guarded": 1.0 + shift}, 1.2)
         run = runs[reproduce.Run("sd3", "awm", "hps", seed)] = {"main": main}
-        main["verdicts"] = {"unguarded vs guarded": [2, 0, 8, 0]}
+        main["verdicts"], main["means"]["base"]["reward"] = {"unguarded vs guarded": [2, 0, 8, 0]}, 0.3
         for strength, reward, quality in zip(strengths, (0.85, 0.75), (0.6, 0.7)):
             assert paired.equal_reward(runs, "velocity KL")[0].keys() < runs.keys()  # a strength is not measured yet
             rival = run[f"rival: velocity KL {strength:g}"] = part({"rival": quality + seed}, {"rival": reward}, 1.1)
@@ -1713,8 +1713,8 @@ def test_rivals_at_equal_reward(monkeypatch):
         assert found["rival"]["training reward"] == pytest.approx(0.4 + 0.95 * (0.5 + shift))  # its own target
     assert np.mean([found["rival"]["preferred"] for found in met.values()]) == pytest.approx(0.3 - share * 0.1)
     assert paired.equal_reward(runs, "velocity KL", keep=0.5)[1] is None  # the strengths end before that
-    met, strength = paired.equal_reward(runs, "velocity KL", keep=None)  # the strongest, as it is
-    assert strength == strengths[-1] and [m["rival"]["preferred"] for m in met.values()] == pytest.approx([0.2, 0.2])
+    met, strength = paired.equal_reward(runs, "velocity KL", keep=None)  # the weakest, as it is
+    assert strength == strengths[0] and [m["rival"]["judge/overall"] for m in met.values()] == [0.6, 1.6]
     assert paired.equal_reward({key._replace(method="dpo"): r for key, r in runs.items()}, "velocity KL")[0] == {}
     run[f"rival: velocity KL {strengths[1]:g}"]["of"] = {"code": "b"}  # measured beside other code
     assert len(paired.equal_reward(runs, "velocity KL")[0]) == 1
@@ -1722,9 +1722,11 @@ def test_rivals_at_equal_reward(monkeypatch):
         assert report.preferred_side({"difference": preferred, "half": half}) == said
 
     run["auto"] = {**part({"auto": 0.75}, {}, 0.99), "verdicts": {"guarded vs auto": [3, 2, 5, 0]}}
-    run["auto"]["means"]["auto"]["reward"], main["means"]["base"]["reward"] = 0.4, 0.3
+    run["auto"]["means"]["auto"]["reward"] = 0.4
     monkeypatch.setattr(report, "BESIDE", {"judge/overall": 3})
-    row = report.rivals_of(runs, None)[report.AUTO]  # of the one run that has it
+    rows = report.rivals_of(runs, None)
+    assert list(rows) == ["velocity KL", report.AUTO] and rows[report.AUTO]["verdict"] == "one seed: no interval"
+    row = rows[report.AUTO]  # of the one run that has it
     assert row["highest step"] == 1.0 and row["preferred"]["difference"] == pytest.approx(-0.1)
     assert row["reward"]["difference"] == pytest.approx(-0.5)
     assert row["judge/overall"]["difference"] == pytest.approx(-0.05)

@@ -205,7 +205,7 @@ def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) 
     """The runs of one cell, with a rival as strong as it may be: its metrics ("rival") beside the guarded model's; and
     its strength, None where the strengths end before that. The strength is one for the cell, and chosen on training
     prompts: the mean reward over the cell's seeds keeps this share of the guarded or the unguarded model's gain,
-    whichever is less. With None, it is the strongest, as it is.
+    whichever is less. With None, it is the weakest that was measured, as it is.
 
     Chosen by so few seeds, a strength is uncertain itself. So each run's metrics are moved along the rival's curve by
     as much as its own reward misses its own target: their mean stays what it is, and their spread holds the choice's
@@ -216,7 +216,7 @@ def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) 
     curves = {key: np.array([[point[key] for point in found] for found in points.values()])
               for key in next(iter(points.values()))[0]}  # (runs, strengths) each
     strengths = (RIVALS[rival].none, *RIVALS[rival].of(next(iter(points)).method))
-    at, strength = {key: curve[:, -1] for key, curve in curves.items()}, strengths[-1]
+    at, strength = {key: curve[:, 1] for key, curve in curves.items()}, strengths[1]
     if keep is not None:
         own = [runs[run]["main"]["training reward"] for run in points]
         base, *reached = (np.array([reward[who] for reward in own]) for who in ("base", "unguarded", "guarded"))
