@@ -84,9 +84,9 @@ def draw_early(results: dict[tuple, dict], path: Path):
     """Reward against the judge's P(good): the unguarded run's checkpoints, and the guarded model at the end; a line
     and a star a run."""
     cells = cells_of(results)
-    wide = min(6, len(cells))
+    wide = min(3, len(cells))
     high = -(-len(cells) // wide)
-    size = (2.5 * wide + 0.6, 2.5 * high)
+    size = (3.2 * wide, 2.6 * high)
     figure, axes = plt.subplots(high, wide, figsize=size, layout="constrained", squeeze=False, sharey=True)
     lines = {"color": COLOUR["unguarded"], "markersize": 2.5, "linewidth": 0.9, "label": "unguarded, its checkpoints"}
     star = {"color": COLOUR["guarded"], "markersize": 9, "label": "guarded, at the end"}
