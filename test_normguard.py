@@ -1714,7 +1714,8 @@ def test_rivals_at_equal_reward(monkeypatch):
     assert np.mean([found["rival"]["preferred"] for found in met.values()]) == pytest.approx(0.3 - share * 0.1)
     assert paired.equal_reward(runs, "velocity KL", keep=0.5)[1] is None  # the strengths end before that
     met, strength = paired.equal_reward(runs, "velocity KL", keep=None)  # the weakest, as it is
-    assert strength == strengths[0] and [m["rival"]["judge/overall"] for m in met.values()] == [0.6, 1.6]
+    assert strength == strengths[0] and [m["rival"]["preferred"] for m in met.values()] == pytest.approx([0.2, 0.2])
+    assert [m["rival"]["judge/overall"] for m in met.values()] == [0.6, 1.6]
     assert paired.equal_reward({key._replace(method="dpo"): r for key, r in runs.items()}, "velocity KL")[0] == {}
     run[f"rival: velocity KL {strengths[1]:g}"]["of"] = {"code": "b"}  # measured beside other code
     assert len(paired.equal_reward(runs, "velocity KL")[0]) == 1

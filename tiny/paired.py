@@ -173,17 +173,23 @@ def has_rivals(results: dict[tuple, dict]) -> dict[tuple, dict]:
     return {run: r for run, r in has(results, "main").items() if any(part.startswith("rival") for part in r)}
 
 
+def point_of(r: dict, part: str, who: str) -> dict:
+    """What a part shows of a model: each metric, how often the guarded picture is preferred to its own, less one half,
+    and the norm's highest step."""
+    return {**r[part]["means"][who], "preferred": rate(part, f"guarded vs {who}")(r),
+            "highest": highest(r[part]["ratio"][who])}
+
+
 def points_of(run: tuple, r: dict, rival: str) -> list[dict]:
-    """What a run, of numbers r, shows as a rival grows stronger, the unguarded model first: each metric, how often the
-    guarded picture is preferred, less one half, the norm's highest step, and the reward on training prompts. [] if a
-    strength is missing, or was measured beside other weights or code than the unguarded model."""
+    """What a run, of numbers r, shows as a rival grows stronger, the unguarded model first: `point_of`, and the reward
+    on training prompts. [] if a strength is missing, or was measured beside other weights or code than the unguarded
+    model."""
     parts = [f"rival: {rival} {strength:g}" for strength in RIVALS[rival].of(run.method)]
     if not all(part in r for part in parts) or len({made_with(r[part]) for part in ("main", *parts)}) > 1:
         return []
     points = []
     for part, who in (("main", "unguarded"), *((part, "rival") for part in parts)):
-        points.append({**r[part]["means"][who], "preferred": rate(part, f"guarded vs {who}")(r),
-                       "highest": highest(r[part]["ratio"][who]), "training reward": r[part]["training reward"][who]})
+        points.append({**point_of(r, part, who), "training reward": r[part]["training reward"][who]})
     return points
 
 

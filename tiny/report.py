@@ -21,6 +21,7 @@ from paired import (
     of,
     overall,
     paired,
+    point_of,
     quantile,
     rate,
     ratio,
@@ -412,12 +413,7 @@ def against_guard(compared: dict[tuple, dict]) -> dict:
 
 def auto_of(runs: dict[tuple, dict]) -> dict[tuple, dict]:
     """The metrics of --lam auto in each run, in a rival's place."""
-    found = {}
-    for run, r in has(runs, "auto").items():
-        auto = {**r["auto"]["means"]["auto"], "preferred": rate("auto", "guarded vs auto")(r),
-                "highest": highest(r["auto"]["ratio"]["auto"])}
-        found[run] = {"rival": auto, **r["main"]["means"]}
-    return found
+    return {run: {"rival": point_of(r, "auto", "auto"), **r["main"]["means"]} for run, r in has(runs, "auto").items()}
 
 
 def rivals_of(runs: dict[tuple, dict], keep: float | None) -> dict[str, dict]:
@@ -639,7 +635,7 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
         text += [*paragraphs, body]
     first, won = [], []
     for where, rivals in numbers.get("10", {}).items():
-        if names := [rival for rival, row in rivals.items() if rival in RIVALS and row["verdict"] == "**the rival**"]:
+        if names := [rival for rival, row in rivals.items() if row["verdict"] == "**the rival**"]:
             won.append(f"{where}: {', '.join(names)}")
     if won:
         first.append(f"**Rivals whose pictures the judge prefers to the guard's.** {'; '.join(won)}.")
