@@ -964,7 +964,7 @@ def test_lam_0_is_the_script_without_the_guard(tmp_path, script):
     inactive = "torch.zeros_like(base_loss)"  # what the log is told where nothing guards
     for old, new in [
         ("loss = base_loss + lam * guard + args.kl * kl", "loss = base_loss + args.kl * kl"),
-        ("                    guard = norm_hinge(v, v_ref, args.margin)\n", ""),
+        ("                    guard[some] = w * norm_hinge(v[some], v_ref, args.margin)\n", ""),
         ('rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)', inactive),
         ("import norm_hinge, norm_ratio, oppose, reference", "import norm_ratio, reference"),
         ('                if args.lam == "auto":\n                    oppose(v, v_ref, args.margin)\n', ""),
@@ -1056,6 +1056,48 @@ def test_no_reference_forward_is_paid_when_none_is_needed(tmp_path, monkeypatch,
     assert [line["norm_ratio"] for line in lines] == [None, None]
 
 
+def test_weights_of_a_share():
+    rows = torch.arange(30)
+    updates = (rows[:10], rows[10:])
+    weights = [flow.draws.weights_of_share(updates, 0.3, torch.Generator().manual_seed(seed)) for seed in range(400)]
+    for w in weights:
+        assert [(w[u] > 0).sum().item() for u in updates] == [3, 6]
+        torch.testing.assert_close(w[w > 0], torch.full((9,), 10 / 3))
+    seen = (torch.stack(weights) > 0).float().mean(0)  # each row as often; standard error 0.023
+    assert (seen - 0.3).abs().max() < 0.1
+    assert torch.equal(flow.draws.weights_of_share(updates, 1.0, torch.Generator()), torch.ones(30))
+    assert (flow.draws.weights_of_share(updates, 1e-3, torch.Generator()) > 0).sum() == 2  # one of each
+
+
+@pytest.mark.parametrize("script", [train_nft, train_awm])
+def test_guard_share_is_the_guard_on_average(tmp_path, monkeypatch, script):
+    """An update's gradient with all rows is the mean of those with one half and with the other, which are not the same;
+    only the rows of a half are sent through the reference, in half of the batches."""
+    gradients, sent = {}, {}
+    finish_step, velocity_of = script.finish_step, script.velocity
+
+    def keep(run, *args, **kwargs):
+        gradients[name] = [p.grad.clone() for p in run.params]  # of the last epoch, in the end
+        finish_step(run, *args, **kwargs)
+
+    def count(pipe, xt, t, prompts):
+        if not torch.is_grad_enabled():
+            sent[name].append(len(xt))
+        return velocity_of(pipe, xt, t, prompts)
+    monkeypatch.setattr(script, "finish_step", keep)
+    monkeypatch.setattr(script, "velocity", count)
+    row, no_old = torch.arange(16), {"old_decay": (0, 0.0, 0.0)} if script is train_nft else {}
+    for name, weights in {"whole": torch.ones(16), "first": 2.0 * (row < 8), "second": 2.0 * (row >= 8)}.items():
+        of_epochs, sent[name] = iter([torch.ones(16), weights]), []  # in the first, the policy is the reference
+        monkeypatch.setattr(script, "weights_of_share", lambda *args: next(of_epochs))
+        small_run(tmp_path / name, script, epochs=2, steps=3, timesteps=2, batch=4, updates=1, eval_every=0, lr=2e-2,
+                  lam=5.0, kl=1.0, **no_old)
+    assert sent == {"whole": [4] * 8, "first": [4] * 6, "second": [4] * 6}
+    for whole, first, second in zip(*gradients.values()):
+        torch.testing.assert_close((first + second) / 2, whole, rtol=1e-3, atol=1e-5 * whole.abs().max().item())
+    assert any(not torch.allclose(a, b, rtol=0.1) for a, b in zip(gradients["first"], gradients["second"]))
+
+
 @pytest.mark.parametrize("script, lr", [
     (train_nft, 3e-3),
     (train_awm, 3e-3),
@@ -1144,6 +1186,9 @@ def test_bad_flags(tmp_path, capsys):
         (dict(lam=-1.0), ["--lam"]),
         (dict(lam=math.nan), ["--lam nan"]),
         (dict(lam="some"), ["--lam some", "auto"]),
+        (dict(guard_share=0.0), ["--guard-share 0.0"]),
+        (dict(guard_share=1.1), ["--guard-share 1.1"]),
+        (dict(guard_share=0.5, lam="auto"), ["--guard-share 0.5", "--lam auto"]),
         (dict(size=60), ["--size 60"]),
         (dict(size=0), ["--size 0"]),
         (dict(size=256), ["--size 256"]),

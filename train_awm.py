@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, stratified
+from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, stratified, weights_of_share
 from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, velocity
 from flow.processes import share
@@ -86,6 +86,9 @@ class Args:
     """advantages are clipped to +- this many standard deviations, then scaled to +- 1"""
     kl: float = 1e-4
     """weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass"""
+    guard_share: float = 1.0
+    """share of an update's rows that guard and KL see, drawn at random, each counting for 1 / share: saves the
+    reference's forward pass of the others"""
     max_grad_norm: float = 1.0
     """gradient clipping"""
     ema: float | None = None
@@ -155,6 +158,7 @@ def main(args: Args):
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)
         t = sigmas[stratified(n, args.timesteps, usable, g).flatten()]  # (rows,)
         updates = torch.arange(len(t)).split(len(t) // args.updates)
+        weight = weights_of_share(updates, args.guard_share, g)  # (rows,) of guard and KL; all 1, by default
 
         # ---- the policy's velocities before this epoch's first update, for the updates after it
         v_old = torch.zeros(len(t) if args.updates > 1 else 0, *x0.shape[1:])
@@ -174,14 +178,16 @@ def main(args: Args):
                 v = velocity(pipe, xt_b, t[b], prompts_b)
                 old = v.detach() if u == 0 else v_old[b].to(pipe.device)  # on policy in the first update
                 base_loss = awm_loss(v, old, x0_b, noise_b, t_b, adv_b, args.power, args.clip)
-                guard = kl = torch.zeros_like(base_loss)
-                if args.lam != 0 or args.kl > 0:
+                guard, kl = torch.zeros_like(base_loss), torch.zeros_like(base_loss)
+                some = weight[b].nonzero().flatten()  # the rows that guard and KL see
+                if len(some) and (args.lam != 0 or args.kl > 0):
                     with reference(pipe.transformer):
-                        v_ref = velocity(pipe, xt_b, t[b], prompts_b)
-                    guard = norm_hinge(v, v_ref, args.margin)
-                    kl = (v - v_ref).square().flatten(1).mean(1)
-                    ratio = norm_ratio(v.detach(), v_ref)
-                    tally(sums, norm_ratio=ratio, active=ratio > 1 + args.margin)
+                        v_ref = velocity(pipe, xt_b[some], t[b[some]], [prompts_b[i] for i in some])
+                    w = weight[b[some]].to(pipe.device)
+                    guard[some] = w * norm_hinge(v[some], v_ref, args.margin)
+                    kl[some] = w * (v[some] - v_ref).square().flatten(1).mean(1)
+                    ratio = norm_ratio(v[some].detach(), v_ref)
+                    tally(sums, norm_ratio=w * ratio, active=w * (ratio > 1 + args.margin))
                 loss = base_loss + lam * guard + args.kl * kl
                 if args.lam == "auto":
                     oppose(v, v_ref, args.margin)

@@ -54,6 +54,16 @@ def some_steps(n: int, k: int, steps: int, g: torch.Generator) -> Tensor:
     return torch.rand(n, steps, generator=g).argsort(1)[:, :k]
 
 
+def weights_of_share(updates: tuple[Tensor, ...], share: float, g: torch.Generator) -> Tensor:
+    """A weight for each row of an epoch, of which `updates` hold the indices, (rows,): 0 but for a random share of each
+    update's rows, at least one, and on those one over that share, so that a weighted sum has the sum's expectation."""
+    weights = torch.zeros(sum(map(len, updates)))
+    for update in updates:
+        seen = max(1, round(share * len(update)))
+        weights[update[torch.randperm(len(update), generator=g)[:seen]]] = len(update) / seen
+    return weights
+
+
 def own_batches(rows: Tensor, picture: Tensor, own: slice, batch: int) -> list[Tensor]:
     """Of an update's rows, those whose picture (one a row) is among this process's own, so many at once."""
     rows = rows[(picture[rows] >= own.start) & (picture[rows] < own.stop)]

@@ -35,6 +35,12 @@ def check_numbers(args):
         fail(f"--lam {args.lam}: must be at least 0, or auto")
     if args.ema is not None and not 0 < args.ema < 1:
         fail(f"--ema {args.ema}: must be above 0 and below 1")
+    guarded = getattr(args, "guard_share", 1.0)
+    if not 0 < guarded <= 1:
+        fail(f"--guard-share {guarded}: must be above 0 and at most 1")
+    if guarded < 1 and (args.lam == "auto" or args.shard):
+        fail(f"--guard-share {guarded}: takes neither --lam auto, which opposes the loss in each row, nor --shard, "
+             "whose processes make the same calls")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
         fail(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must be a multiple "
              "of that and the second no less")
