@@ -353,7 +353,8 @@ def guards(results: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
                 found.setdefault(guard, {})[run] = {
                     **part["means"][who],
                     "ratio": part["ratio"][who]["overall"],
-                    "default": part["means"]["guarded"],
+                    "highest": highest(part["ratio"][who]),
+                    "default": {**part["means"]["guarded"], "highest": highest(part["ratio"]["guarded"])},
                     "preferred": 0.0 if who == "guarded" else rate(name, f"{who} vs guarded")(r),
                 }
     if not all(found.values()):
@@ -372,7 +373,7 @@ def corners(results: dict[tuple, dict]) -> dict[str, dict[str, dict[tuple, dict]
 def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
     """Other guards."""
     tables, methods = [], list(dict.fromkeys(run.method for run in results))
-    digits = {"reward": 3, "judge/overall": 3, "FD": 2, "saturation": 3}
+    digits = {"highest": 3, "reward": 3, "judge/overall": 3, "FD": 2}
     for corner, by_guard in corners(results).items():
         rows, known = [], numbers.setdefault(corner, {})
         for name, runs in by_guard.items():
@@ -385,8 +386,8 @@ def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
             else:
                 cells += [f"{row[m]['a']:.{k}f} ({pm(row[m], k)})" for m, k in digits.items()] + [pm(row["preferred"])]
             rows.append([name, *cells, str(len(runs))])
-        header = ["guard", *(f"norm ratio, {m}" for m in methods), "reward", "judged good", "Fréchet distance",
-                  "saturation", "preferred to the default, less one half", "runs"]
+        header = ["guard", *(f"norm ratio, {m}" for m in methods), "highest step", "reward", "judged good",
+                  "Fréchet distance", "preferred to the default, less one half", "runs"]
         tables.append(f"**{corner}**\n\n{markdown(header, rows)}")
     tables = "\n\n".join(tables)
     return (f"In brackets: less lam {LAM} with NormGuard's own hinge, the default. On training prompts, with noise "
