@@ -1070,9 +1070,29 @@ def test_weights_of_a_share():
 
 
 @pytest.mark.parametrize("script", [train_nft, train_awm])
+def test_guard_share_saves_reference_forwards(tmp_path, monkeypatch, script):
+    """A quarter of 16 rows: one batch of four; the log still tells means. A run from before the flag had all rows."""
+    sent, velocity_of = [], script.velocity
+
+    def count(pipe, xt, t, prompts):
+        if not torch.is_grad_enabled():
+            sent.append(len(xt))
+        return velocity_of(pipe, xt, t, prompts)
+    monkeypatch.setattr(script, "velocity", count)
+    flags = dict(steps=3, timesteps=2, batch=4, updates=1, eval_every=0)
+    out = small_run(tmp_path / "share", script, guard_share=0.25, epochs=1, **flags)
+    assert sent == [4] and metrics(out)[-1]["norm_ratio"] == pytest.approx(1, abs=0.01)
+    old = small_run(tmp_path / "old", script, epochs=1, **flags)
+    args = json.loads((old / "args.json").read_text())
+    del args["guard_share"]
+    (old / "args.json").write_text(json.dumps(args))
+    assert len(metrics(small_run(old, script, epochs=2, **flags))) == 2
+
+
+@pytest.mark.parametrize("script", [train_nft, train_awm])
 def test_guard_share_is_the_guard_on_average(tmp_path, monkeypatch, script):
     """An update's gradient with all rows is the mean of those with one half and with the other, which are not the same;
-    only the rows of a half are sent through the reference, in half of the batches."""
+    only the rows of a half are sent through the reference; one batch has none of the first, one has some."""
     gradients, sent = {}, {}
     finish_step, velocity_of = script.finish_step, script.velocity
 
@@ -1087,12 +1107,13 @@ def test_guard_share_is_the_guard_on_average(tmp_path, monkeypatch, script):
     monkeypatch.setattr(script, "finish_step", keep)
     monkeypatch.setattr(script, "velocity", count)
     row, no_old = torch.arange(16), {"old_decay": (0, 0.0, 0.0)} if script is train_nft else {}
-    for name, weights in {"whole": torch.ones(16), "first": 2.0 * (row < 8), "second": 2.0 * (row >= 8)}.items():
+    first = torch.isin(row, torch.tensor([0, 2, 3, 5, 8, 9, 11, 14]))
+    for name, weights in {"whole": torch.ones(16), "first": 2.0 * first, "second": 2.0 * ~first}.items():
         of_epochs, sent[name] = iter([torch.ones(16), weights]), []  # in the first, the policy is the reference
         monkeypatch.setattr(script, "weights_of_share", lambda *args: next(of_epochs))
-        small_run(tmp_path / name, script, epochs=2, steps=3, timesteps=2, batch=4, updates=1, eval_every=0, lr=2e-2,
+        small_run(tmp_path / name, script, epochs=2, steps=3, timesteps=2, batch=5, updates=1, eval_every=0, lr=2e-2,
                   lam=5.0, kl=1.0, **no_old)
-    assert sent == {"whole": [4] * 8, "first": [4] * 6, "second": [4] * 6}
+    assert sent == {"whole": [5, 5, 5, 1] * 2, "first": [5, 5, 5, 1, 5, 3], "second": [5, 5, 5, 1, 5, 3]}
     for whole, first, second in zip(*gradients.values()):
         torch.testing.assert_close((first + second) / 2, whole, rtol=1e-3, atol=1e-5 * whole.abs().max().item())
     assert any(not torch.allclose(a, b, rtol=0.1) for a, b in zip(gradients["first"], gradients["second"]))
@@ -1189,6 +1210,7 @@ def test_bad_flags(tmp_path, capsys):
         (dict(guard_share=0.0), ["--guard-share 0.0"]),
         (dict(guard_share=1.1), ["--guard-share 1.1"]),
         (dict(guard_share=0.5, lam="auto"), ["--guard-share 0.5", "--lam auto"]),
+        (dict(guard_share=0.5, shard=True), ["--guard-share 0.5", "--shard"]),
         (dict(size=60), ["--size 60"]),
         (dict(size=0), ["--size 0"]),
         (dict(size=256), ["--size 256"]),

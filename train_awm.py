@@ -159,6 +159,7 @@ def main(args: Args):
         t = sigmas[stratified(n, args.timesteps, usable, g).flatten()]  # (rows,)
         updates = torch.arange(len(t)).split(len(t) // args.updates)
         weight = weights_of_share(updates, args.guard_share, g)  # (rows,) of guard and KL; all 1, by default
+        updates = [rows[weight[rows].argsort(descending=True, stable=True)] for rows in updates]  # what they see first
 
         # ---- the policy's velocities before this epoch's first update, for the updates after it
         v_old = torch.zeros(len(t) if args.updates > 1 else 0, *x0.shape[1:])

@@ -187,6 +187,7 @@ def main(args: Args):
         t = sigmas[some_steps(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
         updates = torch.arange(len(t)).split(len(t) // args.updates)
         weight = weights_of_share(updates, args.guard_share, g)  # (rows,) of guard and KL; all 1, by default
+        updates = [rows[weight[rows].argsort(descending=True, stable=True)] for rows in updates]  # what they see first
 
         # ---- updates
         for u, update in enumerate(updates):

@@ -72,8 +72,9 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
     if theirs is None:
         fail(f"--out {out}: {', '.join(found)} there is not of a run of train_{name}.py; give another --out")
     mine = {flag: value for flag, value in json.loads(json_text(asdict(args))).items() if flag != "out"}
-    differ = [f"--{flag.replace('_', '-')} ({theirs.get(flag)} there, {value} here)" for flag, value in mine.items()
-              if flag not in FREE + NEARLY_FREE and theirs.get(flag) != value]
+    theirs = json.loads(json_text(asdict(type(args)()))) | theirs  # a flag that is newer than the run had its default
+    differ = [f"--{flag.replace('_', '-')} ({theirs[flag]} there, {value} here)" for flag, value in mine.items()
+              if flag not in FREE + NEARLY_FREE and theirs[flag] != value]
     if differ:
         fail(f"--out {out}: holds a run with other args: {', '.join(differ)}; give another --out, or the same args "
              "to resume it")

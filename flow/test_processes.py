@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--epochs", "3", *"--groups 2 --group 4 --updates 2 --batch 4 --steps 3".split(),
          *"--eval-n 3 --eval-every 2 --save-every 1 --ema 0.5".split()]
 SCRIPTS = {"awm": train_awm, "nft": train_nft, "dpo": train_dpo}
+FLAGS = {"awm": [*SMALL, "--guard-share", "0.5"], "nft": SMALL, "dpo": SMALL}
 DRIVER = """
 import sys
 sys.path.insert(0, {root!r})
@@ -82,7 +83,7 @@ def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
     folder = tmp_path_factory.mktemp("two")
     (folder / "red.py").write_text(REWARD)
     red = [*SMALL, "--reward", f"{folder}/red.py:red", "--out"]
-    runs = [(name, [*SMALL, "--out", f"{folder}/{name}"]) for name in SCRIPTS]
+    runs = [(name, [*flags, "--out", f"{folder}/{name}"]) for name, flags in FLAGS.items()]
     even = [*SMALL, "--updates", "1", "--eval-n", "32", "--epochs", "2", "--out"]  # both encode the same 16 prompts
     runs += [("nft", [*even, f"{folder}/whole"]), ("nft", [*even, f"{folder}/sharded", "--shard"])]
     runs += [("nft", [*red, f"{folder}/red"])]
@@ -102,7 +103,7 @@ def two(launch) -> Path:
 def test_two_processes_compute_what_one_does(two, name, tmp_path, monkeypatch):
     """The same lines and the same LoRA but for rounding, with unequal shares of the held-out prompts."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [name, *SMALL, "--out", f"{tmp_path}/one"])
+    monkeypatch.setattr(sys, "argv", [name, *FLAGS[name], "--out", f"{tmp_path}/one"])
     SCRIPTS[name].main(parse(SCRIPTS[name].Args, ""))
     assert len(log(two / name)) == 3 * 2 + 3  # two steps an epoch, and evaluations at 0, 2 and 3
     assert_alike(tmp_path / "one", two / name)
