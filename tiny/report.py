@@ -494,44 +494,47 @@ def preferred_side(preferred: dict) -> str:
 # ---------------------------------------------------------------- the report
 
 READING = {  # claim: how many runs had been measured, and what we made of them
-    "1": (18,
+    "1": (27,
         "As the paper says, and on flux beyond its range; but for over-sharpening, of which there is next to nothing: "
         "colours turn loud, edges only a little harder. These pictures have no fine texture that could be "
         "over-sharpened. Inflation is largest at the noisy steps (on flux up to half as long again). DPO inflates "
         "least, and the judge minds its pictures least."),
-    "2": (18,
+    "2": (27,
         "The miniature contradicts the paper: rescaling makes good more than half of what the judge sees and two "
-        "fifths of the distance, for 9 % of the reward's gain. We think that the damage here is mostly loud colours, "
+        "fifths of the distance, for 10 % of the reward's gain. We think that the damage here is mostly loud colours, "
         "and that in whitened latents of smooth pictures the velocity's norm is nearly their contrast: to shrink it "
         "while sampling is to turn the colours down. What is co-adapted into the weights remains, and training with "
-        "the guard does better in reward and, but for DPO on flux, in distance and to the judge."),
-    "3": (18,
+        "the guard does better in reward, but for DPO in distance, and but for DPO on flux to the judge."),
+    "3": (27,
         "The base gains to first order from longer velocities at nearly every step. Once trained, models come near to "
-        "the paper's claim with pickscore, not with hps, where half of the steps are beyond chance; the signal is far "
-        "weaker than the control's in both. At the noisiest step, where RL inflates most, all 18 models would still "
-        "gain from a longer velocity (by 1 to 5 standard errors). At the others the sign differs from model to model: "
-        "with hps two would lose by 2 to 3 standard errors, one of DPO would gain by 10."),
-    "4": (18,
+        "the paper's claim with pickscore, not with hps, where 7 of 10 steps are beyond chance (on sd3 nearly all); "
+        "the signal is far weaker than the control's in both. At the noisiest step, where RL inflates most, all 27 "
+        "models would still gain from a longer velocity (by 1 to 5 standard errors). At the others the sign differs "
+        "from model to model with pickscore; with hps nearly all would gain, DPO's by up to 11 standard errors, and "
+        "two on flux would lose by 3."),
+    "4": (27,
         "Over the trajectory, not at each step: the guard acts on each sample's norm at a random t, so that it leaves "
-        "up to 5 % at the noisy steps, where RL pushes hardest (with DPO on flux 8 to 11 %), and has pushed the norm "
-        "under the reference elsewhere, furthest on flux. Nothing pulls it back up. `--lam auto` leaves 1.6 % at most "
-        "and sinks further. It costs reward in every run, most with DPO on flux (0.021 to 0.055), where lam 0.05 "
-        "leaves most of the inflation; there it also changes an eighth of the noise levels that are trained at."),
-    "5 and 6": (18,
+        "up to 5 % at the noisy steps, where RL pushes hardest (with DPO on flux 8 to 11 %, on sd3 with hps 5 to 8 "
+        "%), and has pushed the norm under the reference elsewhere, furthest on flux. Nothing pulls it back up. "
+        "`--lam auto` leaves 1.6 % at most and sinks further. It costs reward in 26 of 27 runs, most with DPO on flux "
+        "(0.021 to 0.055), where lam 0.05 leaves most of the inflation; there it also changes an eighth of the noise "
+        "levels that are trained at."),
+    "5 and 6": (27,
         "The reward is preserved but for a few percent of its gain, and the judge agrees with the paper, most clearly "
-        "where the unguarded pictures are bad; least with DPO, which spoils them least, and on flux even the distance "
-        "does not gain from the guard there. The detector contradicts: it takes loud pictures for real. It knows "
+        "where the unguarded pictures are bad; least with DPO, which spoils them least; there the distance hardly "
+        "gains from the guard, on flux it loses. The detector contradicts: it takes loud pictures for real. It knows "
         "samples by their softness (tiny/README.md) and has never seen loud colours among them, so on them its word "
         "is worth little. Against the base the guarded pictures are liked less, and are further from renders."),
-    "7": (18,
+    "7": (27,
         "The miniature contradicts the paper: the gain shrinks. At 4 and 2 steps all pictures lose contrast (see the "
         "base's saturation), so that an inflated norm makes up for what is missing instead of adding to what is "
         "there. `--lam auto`, whose norm is lower, loses most."),
-    "8": (18,
-        "In 11 of 18 runs no checkpoint before the last has the guarded model's reward, in the others the last but "
-        "one is the first that has it, so that this is nearly claim 6 again. The checkpoint that the judge likes best "
-        "is the first in 14 runs and the second in 3, with 6 to 31 % of the gain in reward; but for DPO on sd3 it is "
-        "liked even better than the guarded model. To stop early is to keep the pictures and to give up the reward."),
+    "8": (27,
+        "In 20 of 27 runs the first checkpoint that has the guarded model's reward is the last (in 4 of them not even "
+        "that), in the others the last but one, so that this is nearly claim 6 again. The checkpoint that the judge "
+        "likes best is the first in 22 runs and the second in 3, with 6 to 31 % of the gain in reward; but for DPO on "
+        "sd3 with pickscore it is liked even better than the guarded model. To stop early is to keep the pictures and "
+        "to give up the reward."),
     "9": (18,
         "lam says how much reward is given for the norm. lam 0.005 leaves most of the inflation. lam 0.5 holds every "
         "step in each of the 18 runs, for 0.03 to 0.05 less reward, and the judge prefers its pictures to the "
