@@ -507,11 +507,11 @@ READING = {  # claim: how many runs had been measured, and what we made of them
         "the guard does better in reward, but for DPO in distance, and but for DPO on flux to the judge."),
     "3": (27,
         "The base gains to first order from longer velocities at nearly every step. Once trained, models come near to "
-        "the paper's claim with pickscore, not with hps, where 7 of 10 steps are beyond chance (on sd3 nearly all); "
-        "the signal is far weaker than the control's in both. At the noisiest step, where RL inflates most, all 27 "
-        "models would still gain from a longer velocity (by 1 to 5 standard errors). At the others the sign differs "
-        "from model to model with pickscore; with hps nearly all would gain, DPO's by up to 11 standard errors, and "
-        "two on flux would lose by 3."),
+        "the paper's claim with pickscore, not with hps, where 7 of 10 steps are beyond chance (on sd3 9 of 10); the "
+        "signal is far weaker than the control's in both. At the noisiest step, where RL inflates most, all 27 models "
+        "would still gain from a longer velocity (by 1 to 5 standard errors). At the others all would on sd3 with "
+        "hps, by 1 to 9; with pickscore and on flux the sign differs from model to model, from a loss by 3 to, for "
+        "one of DPO, a gain by 11."),
     "4": (27,
         "Over the trajectory, not at each step: the guard acts on each sample's norm at a random t, so that it leaves "
         "up to 5 % at the noisy steps, where RL pushes hardest (with DPO on flux 8 to 11 %, on sd3 with hps 5 to 8 "
