@@ -144,7 +144,7 @@ def test_one_fails_all_end_and_the_same_command_resumes(two, launch):
 def test_another_number_of_processes_is_told(two, monkeypatch, capsys):
     """A run of two goes on with one; what cannot be shared is refused."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["awm", "--epochs", "4", *SMALL[2:], "--out", f"{two}/awm"])
+    monkeypatch.setattr(sys, "argv", ["awm", "--epochs", "4", *FLAGS["awm"][2:], "--out", f"{two}/awm"])
     train_awm.main(parse(train_awm.Args, ""))
     assert "number of processes (2 there, 1 here)" in capsys.readouterr().out
     monkeypatch.setattr(flow.run, "PROCESSES", 3)
