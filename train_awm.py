@@ -10,7 +10,7 @@ AWM (arXiv 2509.25050, github.com/scxue/advantage_weighted_matching) is policy g
 the log-likelihood. For a picture x0 of the policy, x_t = (1 - t) x0 + t eps:
 
     log p(x0; t, eps) = -t / a * (mean ||v_theta(x_t, t) - (eps - x0)||^2 + 1e-10)^a         a = 1/4, generalized Huber
-    base_loss = max(-A r, -A clip(r, 1 - c, 1 + c)),   r = exp(log p - log p_old)            A in [-1, 1], by group
+    base_loss = max(-A r, -A clip(r, 1 - c, 1 + c)),   r = exp(log p - log p_old)     c = 1, A in [-1, 1], by group
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2                         guard: normguard.py
 
 As in the official PickScore recipe: pictures without guidance, group mean and global std for A, clipped at 5 and scaled
@@ -80,8 +80,6 @@ class Args:
     """pictures at once in rollouts and evaluations, which need less memory (default: --batch)"""
     power: float = 0.25
     """a of the generalized Huber"""
-    clip: float = 1.0
-    """c of the clipped ratio"""
     adv_clip: float = 5.0
     """advantages are clipped to +- this many standard deviations, then scaled to +- 1"""
     kl: float = 1e-4
@@ -178,7 +176,7 @@ def main(args: Args):
                 xt_b = add_noise(x0_b, noise_b, t_b)
                 v = velocity(pipe, xt_b, t[b], prompts_b)
                 old = v.detach() if u == 0 else v_old[b].to(pipe.device)  # on policy in the first update
-                base_loss = awm_loss(v, old, x0_b, noise_b, t_b, adv_b, args.power, args.clip)
+                base_loss = awm_loss(v, old, x0_b, noise_b, t_b, adv_b, args.power)
                 guard, kl = torch.zeros_like(base_loss), torch.zeros_like(base_loss)
                 some = weight[b].nonzero().flatten()  # the rows that guard and KL see
                 if len(some) and (args.lam != 0 or args.kl > 0):

@@ -49,7 +49,7 @@ def check_numbers(args):
              "number, and no --quantize")
     if args.seed >= 2**63:
         fail(f"--seed {args.seed}: must be below 2^63")
-    for flag in ("lr", "max_grad_norm", "adv_clip", "power", "clip", "nft_beta", "dpo_beta"):
+    for flag in ("lr", "max_grad_norm", "adv_clip", "power", "nft_beta", "dpo_beta"):
         if not 0 < getattr(args, flag, 1) < float("inf"):
             fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
 

@@ -84,7 +84,8 @@ train_awm | --max-grad-norm 0 | --max-grad-norm 0
 train_awm | --max-grad-norm nan | --max-grad-norm nan
 train_awm | --adv-clip 0 | --adv-clip 0
 train_awm | --power 0 | --power 0
-train_awm | --clip -1 | --clip -1
+train_awm | --guard-share 0 | --guard-share 0
+train_nft | --guard-share nan | --guard-share nan
 train_awm | --checkpointing maybe | maybe
 train_awm | --compile yes | yes
 train_awm | stray | stray
