@@ -16,7 +16,7 @@ x0(v) = x_t - t v,
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2                       guard: normguard.py
 
 As in the official PickScore recipe: the old policy is an EMA of the trained LoRA, and it is the old policy that draws
-the pictures, without guidance; group mean and global std for A, clipped at adv_clip and scaled to 1; one update an
+the pictures, without guidance; group mean and global std for A, clipped at 5 and scaled to 1; one update an
 epoch, at random moments t of the rollout's schedule (nine of ten in the command above); --ema 0.9 for what is evaluated
 and kept in lora/. Not as there: Euler instead of a second-order sampler, diffusers' T5 length of 256 instead of 128,
 and no factor 5 on base_loss, by which lam weighs as in the other methods: Adam does not see it, but kl and
@@ -40,6 +40,8 @@ from flow.pipeline import add_noise, integrate, velocity
 from flow.processes import share
 from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally
 from normguard import norm_hinge, norm_ratio, oppose, reference
+
+ADV_CLIP = 5.0  # advantages are clipped to +- this many standard deviations, then scaled to +- 1
 
 
 @dataclass
@@ -87,8 +89,6 @@ class Args:
     """beta: how far v+ and v- lie from the old policy"""
     old_decay: tuple[int, float, float] = (0, 0.001, 0.5)
     """the old policy's EMA decay: 0 for so many optimizer steps, then growing by this at each, up to this"""
-    adv_clip: float = 5.0
-    """advantages are clipped to +- this many standard deviations, then scaled to +- 1"""
     kl: float = 1e-4
     """weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass"""
     guard_share: float = 1.0
@@ -180,7 +180,7 @@ def main(args: Args):
 
         # ---- reward and the probability of being good
         reward = score(run, x0, prompts[own])  # (n,)
-        r = 0.5 + 0.5 * group_advantages(reward, args.group, args.adv_clip)  # (n,) in [0, 1]
+        r = 0.5 + 0.5 * group_advantages(reward, args.group, ADV_CLIP)  # (n,) in [0, 1]
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` moments
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)
