@@ -1069,9 +1069,8 @@ def test_weights_of_a_share():
     assert (flow.draws.weights_of_share(updates, 1e-3, torch.Generator()) > 0).sum() == 2  # one of each
 
 
-@pytest.mark.parametrize("script", [train_nft, train_awm])
-def test_guard_share_saves_reference_forwards(tmp_path, monkeypatch, script):
-    """A quarter of 16 rows: one batch of four; the log still tells means. A run from before the flag had all rows."""
+def rows_without_gradient(monkeypatch, script) -> list[int]:
+    """How many rows a script sends through its model without a gradient, call by call, from here on."""
     sent, velocity_of = [], script.velocity
 
     def count(pipe, xt, t, prompts):
@@ -1079,6 +1078,13 @@ def test_guard_share_saves_reference_forwards(tmp_path, monkeypatch, script):
             sent.append(len(xt))
         return velocity_of(pipe, xt, t, prompts)
     monkeypatch.setattr(script, "velocity", count)
+    return sent
+
+
+@pytest.mark.parametrize("script", [train_nft, train_awm])
+def test_guard_share_saves_reference_forwards(tmp_path, monkeypatch, script):
+    """A quarter of 16 rows: one batch of four; the log still tells means. A run from before the flag had all rows."""
+    sent = rows_without_gradient(monkeypatch, script)
     flags = dict(steps=3, timesteps=2, batch=4, updates=1, eval_every=0)
     out = small_run(tmp_path / "share", script, guard_share=0.25, epochs=1, **flags)
     assert sent == [4] and metrics(out)[-1]["norm_ratio"] == pytest.approx(1, abs=0.01)
@@ -1093,27 +1099,24 @@ def test_guard_share_saves_reference_forwards(tmp_path, monkeypatch, script):
 def test_guard_share_is_the_guard_on_average(tmp_path, monkeypatch, script):
     """An update's gradient with all rows is the mean of those with one half and with the other, which are not the same;
     only the rows of a half are sent through the reference; one batch has none of the first, one has some."""
-    gradients, sent = {}, {}
-    finish_step, velocity_of = script.finish_step, script.velocity
+    gradients, sent_by = {}, {}
+    sent, finish_step = rows_without_gradient(monkeypatch, script), script.finish_step
 
     def keep(run, *args, **kwargs):
         gradients[name] = [p.grad.clone() for p in run.params]  # of the last epoch, in the end
         finish_step(run, *args, **kwargs)
 
-    def count(pipe, xt, t, prompts):
-        if not torch.is_grad_enabled():
-            sent[name].append(len(xt))
-        return velocity_of(pipe, xt, t, prompts)
     monkeypatch.setattr(script, "finish_step", keep)
-    monkeypatch.setattr(script, "velocity", count)
     row, no_old = torch.arange(16), {"old_decay": (0, 0.0, 0.0)} if script is train_nft else {}
     first = torch.isin(row, torch.tensor([0, 2, 3, 5, 8, 9, 11, 14]))
     for name, weights in {"whole": torch.ones(16), "first": 2.0 * first, "second": 2.0 * ~first}.items():
-        of_epochs, sent[name] = iter([torch.ones(16), weights]), []  # in the first, the policy is the reference
+        of_epochs = iter([torch.ones(16), weights])  # in the first, the policy is the reference
         monkeypatch.setattr(script, "weights_of_share", lambda *args: next(of_epochs))
         small_run(tmp_path / name, script, epochs=2, steps=3, timesteps=2, batch=5, updates=1, eval_every=0, lr=2e-2,
                   lam=5.0, kl=1.0, **no_old)
-    assert sent == {"whole": [5, 5, 5, 1] * 2, "first": [5, 5, 5, 1, 5, 3], "second": [5, 5, 5, 1, 5, 3]}
+        sent_by[name] = sent.copy()
+        sent.clear()
+    assert sent_by == {"whole": [5, 5, 5, 1] * 2, "first": [5, 5, 5, 1, 5, 3], "second": [5, 5, 5, 1, 5, 3]}
     for whole, first, second in zip(*gradients.values()):
         torch.testing.assert_close((first + second) / 2, whole, rtol=1e-3, atol=1e-5 * whole.abs().max().item())
     assert any(not torch.allclose(a, b, rtol=0.1) for a, b in zip(gradients["first"], gradients["second"]))
