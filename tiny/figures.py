@@ -115,13 +115,14 @@ def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path)
             found["base models"].setdefault((base, part.split()[1]), []).append(b[part])
     for run, r in results.items():
         found["unguarded models"].setdefault((run.base, run.reward), []).append(r["adjoint"])
+    colours = dict(zip(sorted({pair for adjoints in found.values() for pair in adjoints}), plt.cm.Dark2.colors))
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharey="row", sharex=True)
     for column, (title, adjoints) in zip(axes.T, found.items()):
         for axis, of_what in zip(column, ("reward", "energy")):
             axis.axhspan(-2.13, 2.13, color="gray", alpha=0.2, linewidth=0)
-            for i, ((base, reward), models) in enumerate(adjoints.items()):
+            for (base, reward), models in sorted(adjoints.items()):
                 t, at = np.array([a[of_what]["t_statistic"] for a in models]), models[0]["t"]
-                colour, linestyle = plt.cm.Dark2.colors[i], "-" if base == "sd3" else "--"
+                colour, linestyle = colours[base, reward], "-" if base == "sd3" else "--"
                 axis.plot(at, t.mean(0), color=colour, linestyle=linestyle, linewidth=1.2, label=f"{base}, {reward}")
                 axis.fill_between(at, t.min(0), t.max(0), color=colour, alpha=0.15, linewidth=0)
             axis.grid(alpha=0.3)
