@@ -1667,7 +1667,7 @@ def test_rivals_in_a_training(tmp_path, monkeypatch, script):
     seen, noised, before = [], [], dict(vars(script))
     add_noise = script.add_noise
     monkeypatch.setattr(script, "add_noise", lambda *given: noised.append(given[0]) or add_noise(*given))
-    makers = {"ema": guards.ema_kl, "gardo": guards.gardo, "crd": guards.crd, "half": guards.share_of_rows(0.5)}
+    makers = {"ema": guards.ema_kl, "gardo": guards.gardo, "crd": guards.crd}
 
     def make(training):
         own = {name: maker(training) for name, maker in makers.items()}
@@ -1677,7 +1677,7 @@ def test_rivals_in_a_training(tmp_path, monkeypatch, script):
             pictures = flow.pipeline.decode(training.run.pipe, training.x0)
             now = {name: guard(v, v_ref, margin).detach() for name, guard in own.items()}
             now |= {"x0": training.x0, "rows": training.rows, "reward": training.reward, "epoch": training.run.epoch}
-            now |= {"hps": hps(pictures, training.prompts), "hinge": norm_hinge(v, v_ref).detach()}
+            now |= {"hps": hps(pictures, training.prompts)}
             seen.append({**now, "kl": (v - v_ref).square().mean((1, 2, 3)).detach()})
             return norm_hinge(v, v_ref)
         return guard
@@ -1689,7 +1689,7 @@ def test_rivals_in_a_training(tmp_path, monkeypatch, script):
     assert all(value is before[name] for name, value in vars(script).items() if name != "add_noise")
     assert len(seen) == len(noised) > 3
     for now, x0 in zip(seen, noised):
-        rows, hinge, half, gated = now["rows"], now["hinge"], now["half"], now["gardo"] > 0
+        rows, gated = now["rows"], now["gardo"] > 0
         assert torch.equal(now["x0"][rows], x0)
         torch.testing.assert_close(now["crd"], (0.1 + 0.9 * now["reward"].clamp(0, 1)[rows]) * now["kl"])
         rank_gap = now["reward"].argsort().argsort() - now["hps"].argsort().argsort()
@@ -1697,8 +1697,6 @@ def test_rivals_in_a_training(tmp_path, monkeypatch, script):
         assert torch.equal(gated, gate & (now["epoch"] > 0))  # at first the policy is its reference
         if gated.any():  # weighted to the KL's mean
             torch.testing.assert_close(now["gardo"].sum() / len(rows), now["kl"][gated].mean())
-        torch.testing.assert_close(half[half > 0], 2 * hinge[half > 0])
-    assert 0 < sum((now["half"] > 0).sum() for now in seen) < sum((now["hinge"] > 0).sum() for now in seen)
     assert any((now["gardo"] > 0).any() for now in seen)
     assert all(now["ema"].max() == 0 for now in seen if now["epoch"] == 0)  # the policy is its own average
     for now in (now for now in seen if now["epoch"] == 1):  # of the way from the base, a tenth: the rest is left
@@ -1835,7 +1833,8 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
     bases = {"sd3": {"colours": {"of": {"weights": "other"}}}}
     stale = reproduce.stale_parts({run: numbers}, bases, size)
     assert set(stale) == {"weights", "code", "flags"} and "sd3: colours" in stale["weights"]
-    codes = [reproduce.guard_code(guards.GUARDS[name]) for name in ("squared, lam 0.5", "half the rows", "lam 0.5")]
+    others = (guards.GUARDS["squared, lam 0.5"], guards.RIVALS["EMA-KL"].training, guards.GUARDS["lam 0.5"])
+    codes = [reproduce.guard_code(other) for other in others]
     assert len(set(codes)) == 3 and codes[2] == ""
 
     tree = reproduce.ast.parse("def f(): pass")  # which has more fields in a later Python

@@ -494,47 +494,49 @@ def preferred_side(preferred: dict) -> str:
 # ---------------------------------------------------------------- the report
 
 READING = {  # claim: how many runs had been measured, and what we made of them
-    "1": (27,
+    "1": (36,
         "As the paper says, and on flux beyond its range; but for over-sharpening, of which there is next to nothing: "
         "colours turn loud, edges only a little harder. These pictures have no fine texture that could be "
         "over-sharpened. Inflation is largest at the noisy steps (on flux up to half as long again). DPO inflates "
         "least, and the judge minds its pictures least."),
-    "2": (27,
+    "2": (36,
         "The miniature contradicts the paper: rescaling makes good more than half of what the judge sees and two "
-        "fifths of the distance, for 10 % of the reward's gain. We think that the damage here is mostly loud colours, "
+        "fifths of the distance, for 9 % of the reward's gain. We think that the damage here is mostly loud colours, "
         "and that in whitened latents of smooth pictures the velocity's norm is nearly their contrast: to shrink it "
         "while sampling is to turn the colours down. What is co-adapted into the weights remains, and training with "
-        "the guard does better in reward, but for DPO in distance, and but for DPO on flux to the judge."),
-    "3": (27,
-        "The base gains to first order from longer velocities at nearly every step. Once trained, models come near to "
-        "the paper's claim with pickscore, not with hps, where 7 of 10 steps are beyond chance (on sd3 9 of 10); the "
-        "signal is far weaker than the control's in both. At the noisiest step, where RL inflates most, all 27 models "
-        "would still gain from a longer velocity (by 1 to 5 standard errors). At the others all would on sd3 with "
-        "hps, by 1 to 9; with pickscore and on flux the sign differs from model to model, from a loss by 3 to, for "
-        "one of DPO, a gain by 11."),
-    "4": (27,
+        "the guard does better in reward, but for DPO in distance, and but for DPO on flux with hps to the judge."),
+    "3": (36,
+        "The base gains to first order from longer velocities at most steps. Once trained, models come near to the "
+        "paper's claim with pickscore on sd3 (11 of 72 steps beyond chance), less so on flux (28 of 72), not with hps "
+        "(7 of 10 steps, on sd3 9 of 10); the signal is far weaker than the control's in all. At the noisiest step, "
+        "where RL inflates most, all 36 models would still gain from a longer velocity (by 1 to 5 standard errors). "
+        "At the others all would on sd3 with hps and with DPO on flux with hps, by 1 to 11; elsewhere the sign "
+        "differs from model to model, from a loss by 5 to a gain by 4."),
+    "4": (36,
         "Over the trajectory, not at each step: the guard acts on each sample's norm at a random t, so that it leaves "
-        "up to 5 % at the noisy steps, where RL pushes hardest (with DPO on flux 8 to 11 %, on sd3 with hps 5 to 8 "
-        "%), and has pushed the norm under the reference elsewhere, furthest on flux. Nothing pulls it back up. "
-        "`--lam auto` leaves 1.6 % at most and sinks further. It costs reward in 26 of 27 runs, most with DPO on flux "
+        "up to 5 % at the noisy steps, where RL pushes hardest (with DPO up to 8 %, on flux with hps 8 to 11 %), and "
+        "has pushed the norm under the reference elsewhere, furthest on flux. Nothing pulls it back up. `--lam auto` "
+        "leaves 1.6 % at most and sinks further. It costs reward in 34 of 36 runs, most with DPO on flux with hps "
         "(0.021 to 0.055), where lam 0.05 leaves most of the inflation; there it also changes an eighth of the noise "
         "levels that are trained at."),
-    "5 and 6": (27,
-        "The reward is preserved but for a few percent of its gain, and the judge agrees with the paper, most clearly "
-        "where the unguarded pictures are bad; least with DPO, which spoils them least; there the distance hardly "
-        "gains from the guard, on flux it loses. The detector contradicts: it takes loud pictures for real. It knows "
-        "samples by their softness (tiny/README.md) and has never seen loud colours among them, so on them its word "
-        "is worth little. Against the base the guarded pictures are liked less, and are further from renders."),
-    "7": (27,
+    "5 and 6": (36,
+        "The reward is preserved: with NFT on sd3 with pickscore each seed loses 7 to 10 % of the gain, on flux with "
+        "pickscore most runs gain, the mean is nought. The judge agrees with the paper, most clearly where the "
+        "unguarded pictures are bad; least with DPO, which spoils them least; there the distance hardly gains from "
+        "the guard, on flux it loses. The detector contradicts: it takes loud pictures for real. It knows samples by "
+        "their softness (tiny/README.md) and has never seen loud colours among them, so on them its word is worth "
+        "little. Against the base the guarded pictures are liked less, but for DPO with pickscore, and are further "
+        "from renders."),
+    "7": (36,
         "The miniature contradicts the paper: the gain shrinks. At 4 and 2 steps all pictures lose contrast (see the "
         "base's saturation), so that an inflated norm makes up for what is missing instead of adding to what is "
         "there. `--lam auto`, whose norm is lower, loses most."),
-    "8": (27,
-        "In 20 of 27 runs the first checkpoint that has the guarded model's reward is the last (in 4 of them not even "
+    "8": (36,
+        "In 24 of 36 runs the first checkpoint that has the guarded model's reward is the last (in 4 of them not even "
         "that), in the others the last but one, so that this is nearly claim 6 again. The checkpoint that the judge "
-        "likes best is the first in 22 runs and the second in 3, with 6 to 31 % of the gain in reward; but for DPO on "
-        "sd3 with pickscore it is liked even better than the guarded model. To stop early is to keep the pictures and "
-        "to give up the reward."),
+        "likes best is the first in 30 runs and the second in 4, with 3 to 31 % of the gain in reward; it is "
+        "preferred to the guarded model, but for DPO with pickscore. To stop early is to keep the pictures and to "
+        "give up the reward."),
     "9": (18,
         "lam says how much reward is given for the norm. lam 0.005 leaves most of the inflation. lam 0.5 holds every "
         "step in each of the 18 runs, for 0.03 to 0.05 less reward, and the judge prefers its pictures to the "
@@ -544,10 +546,9 @@ READING = {  # claim: how many runs had been measured, and what we made of them
         "of 5 %), with a margin of 2 %, or with a norm for each token, it lets the norm grow by up to 5 % more at the "
         "highest step, for at most 0.008 less reward; on flux, where the default's norms end up to 7 % below the "
         "reference over the trajectory and these less so, the judge prefers them in 67 to 75 % of pairs, nearly as it "
-        "does lam 0.5. --lam auto too it prefers there, in 64 %. The hinge on half of the rows or a quarter, each row "
-        "drawn for itself and weighted to the same expectation, holds the norm as on all rows, at the same reward; "
-        "but for DPO on flux, where a quarter costs 0.013 of it and the judge prefers all rows in 65 %. That is what "
-        "NFT and AWM offer as --guard-share (there a fixed number of rows, and the KL sees no others either)."),
+        "does lam 0.5. --lam auto too it prefers there, in 64 %. With --guard-share 0.25 (which NFT and AWM have) the "
+        "guard sees a random quarter of the rows, each counting four times: it holds the norm as on all of them, at "
+        "the same reward, and the judge prefers neither."),
     "10": (18,
         "A shorter step (learning rate, scaled LoRA, clipping) and the projection are far behind the guard on both "
         "corners: it is not that. Against the four KLs and the two-sided penalty the corners differ. On sd3 with "
@@ -613,8 +614,8 @@ def summary(numbers: dict) -> str:
             line = f"‖v‖ carries no first-order signal of {name.split(', ')[1]} (steps beyond chance, trained models)"
             rows.append(["3", line, f"{row['beyond']} of {row['steps']}", coherent(row["beyond"], row["steps"])])
     for corner, by_guard in numbers.get("9", {}).items():
-        if few := by_guard.get("a quarter of the rows"):
-            line = f"a quarter of the rows is enough (highest step no more than 0.01 above that with all; {corner})"
+        if few := by_guard.get("guard share 0.25"):
+            line = f"--guard-share 0.25: the highest step no more than 0.01 above that with all rows ({corner})"
             rows.append(["9", line, pm(few["highest"]), verdict(few["highest"], 0, 0.01)])
     for how in KEPT.values():
         known = [rivals for where, rivals in numbers.get("10", {}).items() if where.endswith(how)]
