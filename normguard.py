@@ -15,7 +15,7 @@ In a foreign training loop, with any velocity-local base loss:
     loss = base_loss + 0.05 * norm_hinge(v, v_ref).mean()
 
 or, for a loss of unknown scale, oppose(v, v_ref) before base_loss.backward(): a guard in units of the loss's own
-gradient, with no weight to tune (guard_gradient).
+gradient, with one number that fits any scale (guard_gradient).
 
 The idea: "NormGuard: Reward-Preserving Norm Constraints in Flow-Matching Reinforcement Learning" (arXiv 2606.27771).
 Only its abstract was at hand. The hinge's form here (linear, relative, one norm per sample) is our choice: relative to
@@ -55,15 +55,15 @@ def norm_hinge(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
 
 @torch.no_grad()
 def guard_gradient(g: Tensor, v: Tensor, v_ref: Tensor, margin: float = 0.0, c: float = 0.3) -> Tensor:
-    """The guard without a weight to tune: from g, a loss's gradient at v, the one to go on with. All (b, ...) of one
-    shape -> the same shape and dtype as g.
+    """The guard in a loss's own units: its gradient g at v -> the one to go on with. All (b, ...) of one shape.
 
     With u = v / ||v||, where ||v|| > (1 + margin) ||v_ref||:    g' = g - min(<g, u>, 0) u + c ||g|| u
     and elsewhere g' is g, exactly. As a step goes against the gradient, the second term takes out what lengthens v, and
     the third shortens it by c of what the loss does to v in all.
 
     Why it is scale-free: each term is a multiple of g, so g' of k g is k g' (k > 0), and where it acts depends on norms
-    alone. A weight lam has to know how hard the loss pushes; c is a share of that. Adam then divides k out.
+    alone; Adam then divides k out. A weight lam has to know how hard the loss pushes; c is a share of that. So a sample
+    on which the loss does not pull at all, g = 0, gets no guard, however long its v.
     """
     longer = norm_ratio(v, v_ref) > 1.0 + margin
     flat, u = g.float().flatten(1), v.float().flatten(1) / velocity_norm(v).clamp_min(EPS)[:, None]  # (b, d)

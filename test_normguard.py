@@ -1059,10 +1059,10 @@ def test_no_reference_forward_is_paid_when_none_is_needed(tmp_path, monkeypatch,
 def test_weights_of_a_share():
     rows = torch.arange(30)
     updates = (rows[:10], rows[10:])
-    weights = [flow.draws.weights_of_share(updates, 0.3, torch.Generator().manual_seed(seed)) for seed in range(400)]
+    weights = [flow.draws.weights_of_share(updates, 0.29, torch.Generator().manual_seed(seed)) for seed in range(400)]
     for w in weights:
         assert [(w[u] > 0).sum().item() for u in updates] == [3, 6]
-        torch.testing.assert_close(w[w > 0], torch.full((9,), 10 / 3))
+        torch.testing.assert_close(w[w > 0], torch.full((9,), 10 / 3))  # not 1 / 0.29: each update's mean is 1
     seen = (torch.stack(weights) > 0).float().mean(0)  # each row as often; standard error 0.023
     assert (seen - 0.3).abs().max() < 0.1
     assert torch.equal(flow.draws.weights_of_share(updates, 1.0, torch.Generator()), torch.ones(30))
@@ -1082,7 +1082,7 @@ def rows_without_gradient(monkeypatch, script) -> list[int]:
 
 
 @pytest.mark.parametrize("script", [train_nft, train_awm])
-def test_guard_share_saves_reference_forwards(tmp_path, monkeypatch, script):
+def test_guard_share_saves_reference_forwards(tmp_path, monkeypatch, capsys, script):
     """A quarter of 16 rows: one batch of four; the log still tells means. A run from before the flag had all rows."""
     sent = rows_without_gradient(monkeypatch, script)
     flags = dict(steps=3, timesteps=2, batch=4, updates=1, eval_every=0)
@@ -1092,6 +1092,7 @@ def test_guard_share_saves_reference_forwards(tmp_path, monkeypatch, script):
     args = json.loads((old / "args.json").read_text())
     del args["guard_share"]
     (old / "args.json").write_text(json.dumps(args))
+    refuses(capsys, lambda: small_run(old, script, guard_share=0.25, epochs=2, **flags), "--guard-share", "1.0 there")
     assert len(metrics(small_run(old, script, epochs=2, **flags))) == 2
 
 
@@ -1112,8 +1113,9 @@ def test_guard_share_is_the_guard_on_average(tmp_path, monkeypatch, script):
     for name, weights in {"whole": torch.ones(16), "first": 2.0 * first, "second": 2.0 * ~first}.items():
         of_epochs = iter([torch.ones(16), weights])  # in the first, the policy is the reference
         monkeypatch.setattr(script, "weights_of_share", lambda *args: next(of_epochs))
-        small_run(tmp_path / name, script, epochs=2, steps=3, timesteps=2, batch=5, updates=1, eval_every=0, lr=2e-2,
-                  lam=5.0, kl=1.0, **no_old)
+        out = small_run(tmp_path / name, script, epochs=2, steps=3, timesteps=2, batch=5, updates=1, eval_every=0,
+                        lr=2e-2, lam=5.0, kl=1.0, **no_old)
+        assert metrics(out)[-1]["active"] == pytest.approx(1)  # the guard is at work on each row, and counts as all
         sent_by[name] = sent.copy()
         sent.clear()
     assert sent_by == {"whole": [5, 5, 5, 1] * 2, "first": [5, 5, 5, 1, 5, 3], "second": [5, 5, 5, 1, 5, 3]}
@@ -1704,8 +1706,8 @@ def test_rivals_in_a_training(tmp_path, monkeypatch, script):
 
 
 def test_paired_differences_and_verdicts():
-    """Student's quantiles from a table; the variance of the cells' means; verdicts of both signs; the judge's counts
-    from either side."""
+    """Student's quantiles from a table; a seed counts once, whatever the cells; verdicts of both signs; the judge's
+    counts from either side."""
     for df, expected in ((1, 12.706), (2, 4.303), (11, 2.201), (35, 2.030)):
         assert paired.quantile(df) == pytest.approx(expected, rel=1e-3)
     g = np.random.default_rng(0)
@@ -1716,11 +1718,11 @@ def test_paired_differences_and_verdicts():
     }
     d = paired.paired(results, lambda r: r["a"], lambda r: r["b"])
     values = np.array([r["a"] - 1 for r in results.values()]).reshape(4, 3)
-    parts = values.var(1, ddof=1) / 3
     assert d["difference"] == pytest.approx(values.mean()) and (d["runs"], d["cells"]) == (12, 4)
     assert d["cells larger"] == (values.mean(1) > 0).sum() and d["runs larger"] == (values > 0).sum()
-    df = parts.sum() ** 2 / (parts**2 / 2).sum()  # Satterthwaite's
-    assert d["half"] == pytest.approx(paired.quantile(round(df, 1)) * parts.sum() ** 0.5 / 4)
+    assert d["half"] == pytest.approx(4.303 * values.mean(0).std(ddof=1) / 3**0.5, rel=1e-3)
+    twice = results | {run._replace(base=f"{run.base} again"): r for run, r in results.items()}
+    assert paired.paired(twice, lambda r: r["a"], lambda r: r["b"])["half"] == pytest.approx(d["half"])
     one = {run: r for run, r in results.items() if run.seed == 0}
     assert math.isnan(paired.paired(one, lambda r: r["a"])["half"])
     assert "no interval" in paired.verdict(paired.paired(one, lambda r: r["a"]), 1)
@@ -1813,7 +1815,7 @@ def test_results_are_what_the_report_says(tmp_path, monkeypatch):
         text = (tmp_path / "RESULTS.md").read_text().replace(os.path.relpath("assets", tmp_path), "../assets")
         return text.replace(str(tmp_path), "tiny")
 
-    assert write(found) == (ROOT / "tiny" / "RESULTS.md").read_text()
+    assert write(found) == (ROOT / "tiny" / "RESULTS.md").read_text() and "*Written of" not in write(found)
     assert (tmp_path / "results.json").read_text() == (ROOT / "tiny" / "results.json").read_text()
     monkeypatch.setitem(report.READING, "1", (len(found), "They grow."))
     assert "\n\nThey grow.\n" in write(found)

@@ -85,7 +85,7 @@ class Args:
     kl: float = 1e-4
     """weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass"""
     guard_share: float = 1.0
-    """share of an update's rows that guard and KL see, drawn at random, each counting for 1 / share: saves the
+    """share of an update's rows that guard and KL see, drawn at random and weighted by its inverse: saves the
     reference's forward pass of the others"""
     max_grad_norm: float = 1.0
     """gradient clipping"""
@@ -178,14 +178,14 @@ def main(args: Args):
                 old = v.detach() if u == 0 else v_old[b].to(pipe.device)  # on policy in the first update
                 base_loss = awm_loss(v, old, x0_b, noise_b, t_b, adv_b, args.power)
                 guard, kl = torch.zeros_like(base_loss), torch.zeros_like(base_loss)
-                some = weight[b].nonzero().flatten()  # the rows that guard and KL see
-                if len(some) and (args.lam != 0 or args.kl > 0):
+                seen = weight[b].nonzero().flatten()  # the rows that guard and KL see
+                if len(seen) and (args.lam != 0 or args.kl > 0):
                     with reference(pipe.transformer):
-                        v_ref = velocity(pipe, xt_b[some], t[b[some]], [prompts_b[i] for i in some])
-                    w = weight[b[some]].to(pipe.device)
-                    guard[some] = w * norm_hinge(v[some], v_ref, args.margin)
-                    kl[some] = w * (v[some] - v_ref).square().flatten(1).mean(1)
-                    ratio = norm_ratio(v[some].detach(), v_ref)
+                        v_ref = velocity(pipe, xt_b[seen], t[b[seen]], [prompts_b[i] for i in seen])
+                    w = weight[b[seen]].to(pipe.device)
+                    guard[seen] = w * norm_hinge(v[seen], v_ref, args.margin)
+                    kl[seen] = w * (v[seen] - v_ref).square().flatten(1).mean(1)
+                    ratio = norm_ratio(v[seen].detach(), v_ref)
                     tally(sums, norm_ratio=w * ratio, active=w * (ratio > 1 + args.margin))
                 loss = base_loss + lam * guard + args.kl * kl
                 if args.lam == "auto":

@@ -56,7 +56,8 @@ def some_steps(n: int, k: int, steps: int, g: torch.Generator) -> Tensor:
 
 def weights_of_share(updates: tuple[Tensor, ...], share: float, g: torch.Generator) -> Tensor:
     """A weight for each row of an epoch, of which `updates` hold the indices, (rows,): 0 but for a random share of each
-    update's rows, at least one, and on those one over that share, so that a weighted sum has the sum's expectation."""
+    update's rows, at least one, and on those the inverse of the share drawn, so that a weighted sum has the sum's
+    expectation."""
     weights = torch.zeros(sum(map(len, updates)))
     for update in updates:
         seen = max(1, round(share * len(update)))

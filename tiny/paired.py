@@ -39,20 +39,24 @@ def quantile(df: float) -> float:
 
 def paired(results: dict[tuple, dict], a: Callable[[dict], float],
            b: Callable[[dict], float] = lambda r: 0.0) -> dict:
-    """a - b, paired by run: the mean over cells and its 95 % interval. The cells are given, the seeds are the sample:
-    the variance is that of the cells' means, its degrees of freedom are Satterthwaite's. No interval (NaN) with one
-    seed."""
-    cells = {run.cell: [] for run in results}
+    """a - b, paired by run: the mean over cells and its 95 % interval. The cells are given, the seeds are the sample. A
+    seed's runs start from the same LoRA, with the same prompts and noise, whatever their cell, so that they err
+    together, and a seed counts once: Student's t of the seeds' means over cells (written as the cluster-robust
+    variance, which is the same thing where each cell has each seed). No interval (NaN) if a cell has one seed."""
+    cells = {run.cell: {} for run in results}
     for run, r in results.items():
-        cells[run.cell].append((a(r), b(r)))
-    cells = {cell: np.array(values) for cell, values in cells.items()}
-    differences = [v[:, 0] - v[:, 1] for v in cells.values()]
-    parts = [d.var(ddof=1) / len(d) if len(d) > 1 else math.nan for d in differences]
-    half = math.nan
-    if not math.isnan(sum(parts)):
-        df = sum(parts) ** 2 / sum(p**2 / (len(d) - 1) for p, d in zip(parts, differences)) if sum(parts) else 1
-        half = quantile(round(df, 1)) * math.sqrt(sum(parts)) / len(cells)
-    mean_a, mean_b = np.mean([v.mean(0) for v in cells.values()], axis=0)
+        cells[run.cell][run.seed] = a(r), b(r)
+    means, differences, off = [], [], {run.seed: 0.0 for run in results}  # off: by how much a seed moves the mean
+    for by_seed in cells.values():
+        values = np.array(list(by_seed.values()))
+        means.append(values.mean(0))
+        differences.append(values[:, 0] - values[:, 1])
+        for seed, own in zip(by_seed, differences[-1] - differences[-1].mean()):
+            off[seed] += own / len(by_seed) / len(cells)
+    half, seeds = math.nan, len(off)
+    if min(map(len, differences)) > 1:
+        half = quantile(seeds - 1) * math.sqrt(seeds / (seeds - 1) * sum(x**2 for x in off.values()))
+    mean_a, mean_b = np.mean(means, axis=0)
     return {
         "a": float(mean_a),
         "b": float(mean_b),
