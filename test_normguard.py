@@ -1263,6 +1263,11 @@ def test_checkpoint_of_another_run_and_broken_checkpoint(run, tmp_path, capsys):
     assert before == files()
     (copy / "checkpoint" / "state.pt").unlink()  # killed before its first checkpoint: still not another run's folder
     refuses(capsys, lambda: small_run(copy, lr=1e-5), "--lr")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "samples.jsonl").touch()  # sample.py's
+    refuses(capsys, lambda: small_run(pictures), "samples.jsonl", "another --out")
+    assert [path.name for path in pictures.iterdir()] == ["samples.jsonl"]
 
 
 def test_a_model_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys):

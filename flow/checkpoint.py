@@ -63,7 +63,7 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
     check_place(out, "--out", FILES, FOLDERS)
     check_place(out, "--out", tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*")))
     args_file, state_file, log = out / "args.json", out / "checkpoint" / "state.pt", out / "metrics.jsonl"
-    files = [path for part in (*FILES, *FOLDERS) for path in (out / part, *(out / part).rglob("*"))]
+    files = [path for part in (*FILES, *FOLDERS, "samples.jsonl") for path in (out / part, *(out / part).rglob("*"))]
     files = [path for path in files if path.is_file() and path.name != "lock"]  # left by a run killed at its start
     found = sorted({path.relative_to(out).parts[0] for path in files})
     if not found:

@@ -99,7 +99,7 @@ def draw_early(results: dict[tuple, dict], path: Path):
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
-        axis.set_xlabel("reward", fontsize=8)
+        axis.set_xlabel("reward, training prompts", fontsize=8)
     for axis in axes[:, 0]:
         axis.set_ylabel("judged good", fontsize=8)
     axes[0, 0].legend(*(x[:2] for x in axes[0, 0].get_legend_handles_labels()), fontsize=7, loc="lower left")

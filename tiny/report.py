@@ -131,7 +131,8 @@ def claim_1(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
     renders = next(iter(bases.values()))["colours"]["renders"]
     return (f"Unguarded less base; {within} of {len(shares)} runs lie within the paper's 5 to 15 %, {above} above.\n\n"
             f"{table}\n\nBase → unguarded (renders: saturation {renders['saturation']:.2f}, sharpness "
-            f"{renders['sharpness']:.4f}):\n\n{markdown(header, rows)}\n\n![norm ratios](ASSETS/inflation.png)")
+            f"{renders['sharpness']:.4f}):\n\n{markdown(header, rows)}\n\n![norm ratios](ASSETS/inflation.png)\n\n"
+            "A line is a run; the upper two rows are the training's own evaluations, at 8 steps.")
 
 
 def claim_2(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
@@ -199,7 +200,9 @@ def claim_3(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
     header = ["models", "dR/ds of", "steps beyond", "largest \\|t\\|", "same sign", "cosine of half batches",
               "no coherent signal?"]
     return (f"\\|t\\| > {limit:.2f}: by chance one step in twenty. Units are prompts; the halves of the cosine share "
-            f"no prompt; medians over models.\n\n{markdown(header, rows)}\n\n![sensitivities](ASSETS/adjoint.png)")
+            "no prompt; medians over models. No coherent signal: up to a tenth of the steps; contradicted: above half."
+            f"\n\n{markdown(header, rows)}\n\n![sensitivities](ASSETS/adjoint.png)\n\nLines are means over models, "
+            f"bands their range; grey: \\|t\\| below {limit:.2f}.")
 
 
 def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
@@ -273,7 +276,8 @@ def claim_5_and_6(results: dict[tuple, dict], bases: dict[str, dict], numbers: d
     header = ["cell", "reward", "judged good", "judged oversaturated", "P(real)", "Fréchet distance",
               "judge prefers: guarded / tie / unguarded"]
     return (f"{table}\n\n{levels(results, columns, 'guarded', 'unguarded', numbers)}\n\nUnguarded → guarded:\n\n"
-            f"{markdown(header, rows)}\n\n![paired differences](ASSETS/differences.png)")
+            f"{markdown(header, rows)}\n\n![paired differences](ASSETS/differences.png)\n\nGuarded less unguarded: "
+            "a dot a run, a tick a cell's mean, the band the interval of the mean over cells.")
 
 
 def claim_7(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
@@ -397,7 +401,8 @@ def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         tables.append(f"**{corner}**\n\n{markdown(header, rows)}")
     tables = "\n\n".join(tables)
     return (f"In brackets: less lam {LAM} with NormGuard's own hinge, the default. On training prompts, with noise "
-            f"that no training saw; the default was fixed before.\n\n{tables}\n\n![guards](ASSETS/ablation.png)")
+            "that no training saw; the default was fixed before. What has 6 runs (none of DPO) is compared with the "
+            f"default's same 6.\n\n{tables}\n\n![guards](ASSETS/ablation.png)")
 
 
 BESIDE = {"judge/overall": 3, "FD": 2, "saturation": 3}  # metrics of a rival beside the guard's, and their digits
@@ -521,12 +526,12 @@ READING = {  # claim: how many runs had been measured, and what we made of them
         "11); elsewhere it differs from model to model (t of -5 to 4)."),
     "4": (36,
         "Over the trajectory, not at each step: the guard acts on each sample's norm at a random t, so that it leaves "
-        "up to 5 % at the noisy steps, where RL pushes hardest (with DPO up to 8 %, on flux with hps 8 to 11 %), and "
+        "about 5 % at the noisy steps, where RL pushes hardest (with DPO up to 8 %, on flux with hps 8 to 11 %), and "
         "has pushed the norm under the reference elsewhere, furthest on flux. Nothing pulls it back up. With `--lam "
         "auto` the highest step is 0.9 % below the reference in the mean and 1.6 % above it at most; over the "
-        "trajectory the norm sinks further. It costs reward in 34 of 36 runs, most with DPO on flux with hps (0.021 "
-        "to 0.055), where lam 0.05 leaves half of the highest step's excess. With DPO it also changes an eighth of "
-        "the noise levels that are trained at."),
+        "trajectory the norm sinks further. `auto` costs reward in 34 of 36 runs, most with DPO on flux with hps "
+        "(0.021 to 0.055), where lam 0.05 leaves half of the highest step's excess. With DPO it also changes an "
+        "eighth of the noise levels that are trained at."),
     "5 and 6": (36,
         "The reward is preserved within the error, which is large, and the mean hides two opposite things: on sd3 "
         "each cell loses (3.2 ± 2.6 % of the gain; NFT with pickscore 7 to 10 %), on flux most gain (2.2 ± 6.6 %; one "
@@ -566,11 +571,11 @@ READING = {  # claim: how many runs had been measured, and what we made of them
         "the guard any more, and all lie nearer to the renders. On flux with hps it is the other way: at their "
         "weakest, the velocity KL, EMA-KL and the two-sided penalty lose 1.5 % of the gain, no more than the error, "
         "and are preferred to the guard in 60 to 70 % of pairs, GARDO's in half, and all lie much nearer to the "
-        "renders. (At equal reward none is told from it: there they lie between that and the unguarded model, and "
-        "with DPO are the unguarded model, which has less reward than the guarded one.) With 5 % less all are "
-        "preferred to it, GARDO's within the error; `--lam auto` gives up as much there and gains less by it. The KLs "
-        "work in another way: the norm is then still 9 to 14 % too long at the noisiest step, with the two-sided "
-        "penalty 3 to 4 %. GARDO's KL is too weak to say on sd3, for two methods."),
+        "renders. (At equal reward none is told from it: there they are about as weak as the weakest, or lie between "
+        "it and the unguarded model, and with DPO they are the unguarded model, which has less reward than the "
+        "guarded one.) With 5 % less all are preferred to it, GARDO's within the error; `--lam auto` gives up as much "
+        "there and gains less by it. The KLs work in another way: the norm is then still 9 to 14 % too long at the "
+        "highest step, with the two-sided penalty 3 to 4 %. GARDO's KL is too weak to say on sd3, for two methods."),
 }
 
 
