@@ -964,7 +964,7 @@ def test_lam_0_is_the_script_without_the_guard(tmp_path, script):
     inactive = "torch.zeros_like(base_loss)"  # what the log is told where nothing guards
     for old, new in [
         ("loss = base_loss + lam * guard + args.kl * kl", "loss = base_loss + args.kl * kl"),
-        ("                    guard[some] = w * norm_hinge(v[some], v_ref, args.margin)\n", ""),
+        ("                    guard[seen] = w * norm_hinge(v[seen], v_ref, args.margin)\n", ""),
         ('rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)', inactive),
         ("import norm_hinge, norm_ratio, oppose, reference", "import norm_ratio, reference"),
         ('                if args.lam == "auto":\n                    oppose(v, v_ref, args.margin)\n', ""),
