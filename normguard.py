@@ -55,7 +55,7 @@ def norm_hinge(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
 
 @torch.no_grad()
 def guard_gradient(g: Tensor, v: Tensor, v_ref: Tensor, margin: float = 0.0, c: float = 0.3) -> Tensor:
-    """The guard in a loss's own units: its gradient g at v -> the one to go on with. All (b, ...) of one shape.
+    """The guard in a loss's own units: its gradient g at v -> the one to go on with, like g. All (b, ...) of one shape.
 
     With u = v / ||v||, where ||v|| > (1 + margin) ||v_ref||:    g' = g - min(<g, u>, 0) u + c ||g|| u
     and elsewhere g' is g, exactly. As a step goes against the gradient, the second term takes out what lengthens v, and

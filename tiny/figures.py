@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
 import matplotlib.pyplot as plt
 from guards import LAM, RIVALS
-from paired import METRICS, cells_of, corners_of, has, has_rivals, mean_points, of, paired, points_of
+from paired import METRICS, cells_of, corners_of, has, has_any, mean_points, of, paired, points_of
 from report import corners
 
 from flow.pictures import load_pictures, read_folder
@@ -228,5 +228,5 @@ def draw_all(results: dict[tuple, dict], bases: dict[str, dict], assets: Path):
         draw_adjoint(measured, bases, assets / "adjoint.png")
     if corners(results):
         draw_ablation(results, assets / "ablation.png")
-    if rivals := has_rivals(results):
+    if rivals := has_any(done, "rival"):
         draw_rivals(rivals, assets / "rivals.png")

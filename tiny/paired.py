@@ -165,17 +165,17 @@ def has(results: dict[tuple, dict], part: str) -> dict[tuple, dict]:
     return {run: r for run, r in results.items() if part in r}
 
 
+def has_any(results: dict[tuple, dict], kind: str) -> dict[tuple, dict]:
+    """The runs that have a part of this kind: a guard, a rival."""
+    return {run: r for run, r in results.items() if any(part.startswith(kind) for part in r)}
+
+
 def read_json(path: Path) -> dict:
     """{} if it is not there."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 # ---------------------------------------------------------------- claim 10: rivals at equal reward
-
-def has_rivals(results: dict[tuple, dict]) -> dict[tuple, dict]:
-    """The runs that have any."""
-    return {run: r for run, r in has(results, "main").items() if any(part.startswith("rival") for part in r)}
-
 
 def point_of(r: dict, part: str, who: str) -> dict:
     """What a part shows of a model: each metric, how often the guarded picture is preferred to its own, less one half,

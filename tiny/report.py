@@ -15,7 +15,7 @@ from paired import (
     equal_reward,
     excess,
     has,
-    has_rivals,
+    has_any,
     highest,
     lowest,
     of,
@@ -369,11 +369,6 @@ def guards(results: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
     return {name: found[name] for name in (*by_lam, *others)}
 
 
-def has_guards(results: dict[tuple, dict]) -> dict[tuple, dict]:
-    """The runs that have any."""
-    return {run: r for run, r in results.items() if any(part.startswith("guard") for part in r)}
-
-
 def corners(results: dict[tuple, dict]) -> dict[str, dict[str, dict[tuple, dict]]]:
     """The guards of each base and reward that have any."""
     found = {corner: guards(runs) for corner, runs in corners_of(results).items()}
@@ -658,9 +653,9 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
         ("5 and 6", "It preserves the reward; judge and detector prefer it", done, claim_5_and_6),
         ("7", "Its gain grows at few steps", has(done, "few"), claim_7),
         ("8", "It is not early stopping", has(done, "early"), claim_8),
-        ("9", "Our own choices: the hinge's form, margin and lam", has_guards(results), claim_9),
+        ("9", "Our own choices: the hinge's form, margin and lam", has_any(results, "guard"), claim_9),
         ("10", "It is neither a KL nor a shorter step: the guard's rivals at equal reward",
-         has_rivals(results), claim_10))
+         has_any(done, "rival"), claim_10))
     for claim, title, measured, write in sections:
         paragraphs = [f"## {claim}. {title}", f"    python tiny/reproduce.py --only {claim.split()[0]}"]
         if measured and committed and claim in READING:
