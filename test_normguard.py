@@ -1871,7 +1871,7 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
 def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     """The smoke run of everything, killed without warning once it has a number: what it has is kept, and the report is
     of its own pictures."""
-    command = [sys.executable, "tiny/reproduce.py", "--smoke", "--jobs", "1", "--runs", str(tmp_path)]
+    command = [sys.executable, "tiny/reproduce.py", "--smoke", "--jobs", "2", "--runs", str(tmp_path)]  # a thread each
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # it sets it for its workers
     monkeypatch.setattr(sys, "argv", command[1:])
     file = tmp_path / "results" / "sd3-awm-hps-s0.json"
