@@ -95,7 +95,7 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
         print(f"{out}: this run is finished ({args.epochs} epochs); a larger --epochs goes on with it")
         sys.exit(0)
     check_log(log, state["log_bytes"])
-    rounding = [f"--{flag.replace('_', '-')}" for flag in NEARLY_FREE if theirs.get(flag) != mine[flag]]
+    rounding = [f"--{flag.replace('_', '-')}" for flag in NEARLY_FREE if theirs[flag] != mine[flag]]
     if theirs.get("processes", 1) != PROCESSES:
         rounding.append(f"the number of processes ({theirs.get('processes', 1)} there, {PROCESSES} here)")
     if rounding:

@@ -226,7 +226,7 @@ def draw_all(results: dict[tuple, dict], bases: dict[str, dict], assets: Path):
             draw(measured, assets / f"{name}.png")
     if measured := has(done, "adjoint"):
         draw_adjoint(measured, bases, assets / "adjoint.png")
-    if corners(results):
-        draw_ablation(results, assets / "ablation.png")
+    if guarded := has_any(results, "guard"):
+        draw_ablation(guarded, assets / "ablation.png")
     if rivals := has_any(done, "rival"):
         draw_rivals(rivals, assets / "rivals.png")
