@@ -21,6 +21,8 @@ The idea: "NormGuard: Reward-Preserving Norm Constraints in Flow-Matching Reinfo
 Only its abstract was at hand. The hinge's form here (linear, relative, one norm per sample) is our choice: relative to
 ||v_ref||, so that lam means the same at any resolution and latent scale.
 """
+import warnings
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -97,14 +99,18 @@ def renormalize(v: Tensor, v_ref: Tensor, cap: bool = False) -> Tensor:
 
 
 @contextmanager
-def reference(model: torch.nn.Module):
+def reference(model: torch.nn.Module, keep: tuple[str, ...] = ()):
     """Inside, `model` is the frozen base it was before RL: LoRA adapters off, eval mode, no gradient recorded.
 
-    For diffusers models with adapters and for PeftModel (LoRA and its kin). Touches nothing but two flags of each
-    module and puts both back, also after an exception and when nested: which adapter is active, which parameters train,
-    and each module's train/eval mode come out as they went in. Does the model have dropout? Then compute v in eval mode
-    too: its noise would count as excess norm.
-    Raises ValueError if the model holds no adapter (under full fine-tuning, keep a frozen copy) or a merged one.
+    For diffusers models with adapters and for PeftModel (LoRA and its kin). On exit, after an exception too, and when
+    nested, everything is as it was: the active adapters, which parameters train, and each module's train/eval mode.
+    Does the model have dropout? Then compute v in eval mode too: its noise would count as excess norm.
+
+    keep: adapters that were there before RL, such as a frozen style LoRA. They stay on, so they are part of the
+    reference. Warns once, by name, of parameters that train and are no part of an adapter that is switched off, such as
+    LoRA biases: they move the reference.
+    Raises ValueError if the model holds no adapter (under full fine-tuning, keep a frozen copy), a merged one, or none
+    of a name in `keep`, and if frozen and trained adapters are active together and `keep` does not tell them apart.
     """
     modules = list(model.modules())
     # every adapter layer of peft reads this flag in its forward; disable_adapters() would also reset requires_grad
@@ -114,17 +120,53 @@ def reference(model: torch.nn.Module):
                          "reference")
     if any(getattr(m, "merged", False) for m in layers):
         raise ValueError("reference(model): an adapter is merged (fused) into the base weights; unmerge it first")
-    disabled = [m._disable_adapters for m in layers]
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    before = [(m, m._disable_adapters, m._active_adapter) for m in layers]
+    several = any(not disabled and not isinstance(active, str) and len(active) > 1 for _, disabled, active in before)
+    if several or keep or model not in _checked:
+        _check_adapters(model, layers, keep)
     training = [m for m in modules if m.training]
     try:
-        for m in layers:
-            m._disable_adapters = True
+        for m, disabled, active in before:
+            kept = [name for name in ([active] if isinstance(active, str) else active) if name in keep]
+            m._disable_adapters = disabled or not kept
+            if kept:
+                m._active_adapter = kept
         for m in training:
             m.training = False
         with torch.no_grad():
             yield model
     finally:
-        for m, was in zip(layers, disabled):
-            m._disable_adapters = was
+        for m, disabled, active in before:
+            m._disable_adapters, m._active_adapter = disabled, active
         for m in training:
             m.training = True
+
+
+_checked = weakref.WeakSet()  # models that have been warned of, or need not be
+
+
+def _check_adapters(model: torch.nn.Module, layers: list[torch.nn.Module], keep: tuple[str, ...]):
+    """Raise ValueError, or warn, where the model without its adapters (but `keep`) is not the base before RL."""
+    weights, active = {}, set()  # each adapter's parameters; the adapters that are on
+    for layer in layers:
+        if not layer._disable_adapters:
+            active.update([layer._active_adapter] if isinstance(layer._active_adapter, str) else layer._active_adapter)
+        for part in layer.children():
+            if isinstance(part, (torch.nn.ModuleDict, torch.nn.ParameterDict)):  # keyed by adapter
+                for name, held in part.items():
+                    weights.setdefault(name, []).extend([held] if isinstance(held, Tensor) else held.parameters())
+    if unknown := sorted(set(keep) - weights.keys()):
+        raise ValueError(f"reference(model, keep=...): there is no adapter {', '.join(unknown)}")
+    trained = {name for name, held in weights.items() if any(p.requires_grad for p in held)}
+    frozen = sorted((active & weights.keys()) - trained)
+    if frozen and active & trained and not keep:
+        raise ValueError(f"reference(model): {', '.join(frozen)} (frozen) and {', '.join(sorted(active & trained))} "
+                         f"(trained) are active together; say what belongs to the reference: keep={tuple(frozen)}")
+    if model not in _checked:
+        _checked.add(model)
+        off = {id(p) for name, held in weights.items() if name not in keep for p in held}
+        moving = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in off]
+        if moving:
+            warnings.warn(f"reference(model) is not the frozen base: {len(moving)} trained parameters stay on in it "
+                          f"({', '.join(moving[:3])}{', ...' if len(moving) > 3 else ''})", stacklevel=4)

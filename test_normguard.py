@@ -382,6 +382,59 @@ def test_reference_turns_off_whole_trained_copies_too():
     assert not torch.equal(model(x), base)
 
 
+def two_adapters() -> tuple[torch.nn.Module, torch.Tensor]:
+    """A PeftModel with a frozen style LoRA and a trained one, both active, and the base's output with the style."""
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)), torch.randn(3, 4)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False), "style")
+    styled = model(x).detach()
+    model.add_adapter("default", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    model.base_model.set_adapter(["style", "default"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(".default." in name)
+    return model, x, styled
+
+
+def test_reference_keeps_what_was_there_before_rl():
+    model, x, styled = two_adapters()
+    tuned = model(x)
+    with reference(model, keep=("style",)):
+        assert torch.equal(model(x), styled)
+    assert torch.equal(model(x), tuned) and not torch.equal(tuned, styled)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(".default." in name for name in trained)
+    with pytest.raises(ValueError, match=r"style \(frozen\) and default \(trained\).*keep=\('style',\)"):
+        with reference(model):
+            pass
+    with pytest.raises(ValueError, match="there is no adapter styl"):
+        with reference(model, keep="styl"):
+            pass
+    model.base_model.set_adapter("default")  # alone, it is switched off as ever
+    with reference(model):
+        assert not torch.equal(model(x), styled)
+
+
+@pytest.mark.parametrize("moved", ["a LoRA's bias", "a base weight"])
+def test_reference_warns_once_of_a_base_that_trains(moved, recwarn):
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)), torch.randn(3, 4)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], bias="none" if "base" in moved else "lora_only"))
+    if "base" in moved:
+        model.base_model.model[1].weight.requires_grad_()
+    for _ in range(2):
+        with reference(model):
+            model(x)
+    said = [str(w.message) for w in recwarn if "not the frozen base" in str(w.message)]
+    name = "1.weight" if "base" in moved else "0.base_layer.bias"
+    assert len(said) == 1 and name in said[0]
+
+
+def test_reference_does_not_warn_of_a_frozen_base(lora_model, recwarn):
+    with reference(lora_model[0]):
+        pass
+    assert not [w for w in recwarn if "reference" in str(w.message)]
+
+
 def test_reference_refuses_a_merged_adapter(lora_model):
     model, inputs, base, _ = lora_model
     tuned = model(**inputs)[0]
