@@ -29,12 +29,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, stratified, weights_of_share
+from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, stratified
 from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, velocity
 from flow.processes import share
-from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally
+from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally, tally_by_t
 from normguard import norm_hinge, norm_ratio, oppose, reference
+
+CLIP = 1.0  # c: the likelihood ratio is clipped to 1 +- c
 
 
 @dataclass
@@ -84,9 +86,6 @@ class Args:
     """advantages are clipped to +- this many standard deviations, then scaled to +- 1"""
     kl: float = 1e-4
     """weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass"""
-    guard_share: float = 1.0
-    """share of an update's rows that guard and KL see, drawn at random and weighted by its inverse: saves the
-    reference's forward pass of the others"""
     max_grad_norm: float = 1.0
     """gradient clipping"""
     ema: float | None = None
@@ -115,19 +114,25 @@ class Args:
     """also log to this wandb project (pip install wandb)"""
 
 
-def awm_loss(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Tensor, adv: Tensor, power: float = 0.25,
-             clip: float = 1.0) -> Tensor:
-    """AWM's clipped policy loss per sample, in fp32. v (with gradient), v_old, x0, noise (b, ...); t in [0, 1] and adv
-    (b,) -> (b,).
-
-    On policy where v_old is v.detach(): the ratio is 1 and the gradient is that of -adv log p.
-    """
+def likelihood_ratio(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Tensor, power: float = 0.25) -> Tensor:
+    """r = p(x0; t, eps) under v over that under v_old, in fp32. v (with gradient), v_old, x0, noise (b, ...); t in
+    [0, 1] (b,) -> (b,)."""
     def log_prob(v):
         """log p(x0; t, eps) under the velocity v (b, ...), (b,)."""
         error = (v.float() - (noise.float() - x0.float())).square().flatten(1).mean(1)
         return -t.float() / power * (error + 1e-10) ** power
 
-    ratio = (log_prob(v) - log_prob(v_old.detach())).exp()
+    return (log_prob(v) - log_prob(v_old.detach())).exp()
+
+
+def awm_loss(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Tensor, adv: Tensor, power: float = 0.25,
+             clip: float = CLIP) -> Tensor:
+    """AWM's clipped policy loss per sample, in fp32. v (with gradient), v_old, x0, noise (b, ...); t in [0, 1] and adv
+    (b,) -> (b,).
+
+    On policy where v_old is v.detach(): the ratio is 1 and the gradient is that of -adv log p.
+    """
+    ratio = likelihood_ratio(v, v_old, x0, noise, t, power)
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip))
 
 
@@ -156,8 +161,6 @@ def main(args: Args):
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)
         t = sigmas[stratified(n, args.timesteps, usable, g).flatten()]  # (rows,)
         updates = torch.arange(len(t)).split(len(t) // args.updates)
-        weight = weights_of_share(updates, args.guard_share, g)  # (rows,) of guard and KL; all 1, by default
-        updates = [rows[weight[rows].argsort(descending=True, stable=True)] for rows in updates]  # what they see first
 
         # ---- the policy's velocities before this epoch's first update, for the updates after it
         v_old = torch.zeros(len(t) if args.updates > 1 else 0, *x0.shape[1:])
@@ -177,21 +180,23 @@ def main(args: Args):
                 v = velocity(pipe, xt_b, t[b], prompts_b)
                 old = v.detach() if u == 0 else v_old[b].to(pipe.device)  # on policy in the first update
                 base_loss = awm_loss(v, old, x0_b, noise_b, t_b, adv_b, args.power)
-                guard, kl = torch.zeros_like(base_loss), torch.zeros_like(base_loss)
-                seen = weight[b].nonzero().flatten()  # the rows that guard and KL see
-                if len(seen) and (args.lam != 0 or args.kl > 0):
+                guard = kl = torch.zeros_like(base_loss)
+                if args.lam != 0 or args.kl > 0:
                     with reference(pipe.transformer):
-                        v_ref = velocity(pipe, xt_b[seen], t[b[seen]], [prompts_b[i] for i in seen])
-                    w = weight[b[seen]].to(pipe.device)
-                    guard[seen] = w * norm_hinge(v[seen], v_ref, args.margin)
-                    kl[seen] = w * (v[seen] - v_ref).square().flatten(1).mean(1)
-                    ratio = norm_ratio(v[seen].detach(), v_ref)
-                    tally(sums, norm_ratio=w * ratio, active=w * (ratio > 1 + args.margin))
+                        v_ref = velocity(pipe, xt_b, t[b], prompts_b)
+                    guard = norm_hinge(v, v_ref, args.margin)
+                    kl = (v - v_ref).square().flatten(1).mean(1)
+                    ratio = norm_ratio(v.detach(), v_ref)
+                    tally(sums, norm_ratio=ratio, active=ratio > 1 + args.margin)
+                    tally_by_t(sums, ratio, t_b)
                 loss = base_loss + lam * guard + args.kl * kl
                 if args.lam == "auto":
                     oppose(v, v_ref, args.margin)
                 (loss.sum() / len(update)).backward()
                 tally(sums, loss=loss, base_loss=base_loss, guard=guard, kl=kl)
+                policy_ratio = likelihood_ratio(v.detach(), old, x0_b, noise_b, t_b, args.power).double()
+                tally(sums, clip_share=(policy_ratio - 1).abs() > CLIP)
+                tally(sums, policy_ratio=policy_ratio, policy_ratio_square=policy_ratio.square())
             finish_step(run, sums, len(update), reward, done=(u + 1) / args.updates)
         finish_epoch(run)
 

@@ -34,11 +34,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from flow.draws import ROLLOUT, TRAINING, noise_of, own_batches
+from flow.draws import ROLLOUT, TRAINING, noise_of, own_batches, rounding
 from flow.evaluate import score
-from flow.pipeline import add_noise, integrate, schedule, velocity
+from flow.pipeline import add_noise, integrate, training_levels, velocity
 from flow.processes import share
-from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally
+from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally, tally_by_t
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
 
@@ -118,16 +118,23 @@ class Args:
     """also log to this wandb project (pip install wandb)"""
 
 
-def dpo_loss(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor,
-             beta: float = 100.0) -> Tensor:
-    """Diffusion-DPO's loss per pair on velocities, in fp32; all (b, ...) -> (b,). Gradient to v_w and v_l."""
+def dpo_margin(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor,
+               beta: float = 100.0) -> Tensor:
+    """By how much more the model prefers w to l than its reference does (the logit of Diffusion-DPO), in fp32; all
+    (b, ...) -> (b,). Gradient to v_w and v_l."""
     def error(v, target):
         """e(v): mean squared error, (b, ...) -> (b,)."""
         return (v.float() - target.float()).square().flatten(1).mean(1)
 
     w = error(v_w, target_w) - error(v_ref_w.detach(), target_w)
     l = error(v_l, target_l) - error(v_ref_l.detach(), target_l)
-    return -F.logsigmoid(-beta / 2 * (w - l))
+    return -beta / 2 * (w - l)
+
+
+def dpo_loss(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor,
+             beta: float = 100.0) -> Tensor:
+    """Diffusion-DPO's loss per pair on velocities, in fp32; all (b, ...) -> (b,). Gradient to v_w and v_l."""
+    return -F.logsigmoid(dpo_margin(v_w, v_l, v_ref_w, v_ref_l, target_w, target_l, beta))
 
 
 def best_and_worst(reward: Tensor, group: int, pairs: int) -> tuple[Tensor, Tensor]:
@@ -150,7 +157,7 @@ def main(args: Args):
         fail(f"--updates {args.updates}: must divide the epoch's {pairs} pairs (--groups x --pairs)")
     run = start_run("dpo", args)
     pipe, sigmas, own = run.pipe, run.sigmas, share(n)  # own: this process's pictures of an epoch
-    levels = schedule(pipe, 1000)  # all noise levels that are trained at
+    levels = training_levels(pipe)  # all noise levels that are trained at
 
     for prompts, g in epochs(run):
         # ---- rollout: `group` pictures of each prompt from the policy as it stands
@@ -160,18 +167,18 @@ def main(args: Args):
         # ---- reward and pairs
         reward = score(run, x0, prompts[own])  # (n,)
         w, l = best_and_worst(reward, args.group, each)  # (pairs,) each
-        differ = (reward[w] > reward[l]).float()
+        differ = (reward[w] - reward[l] > rounding(reward)).float()  # (pairs,)
 
         # ---- training rows (pair, t): each pair, in random order, at `timesteps` moments
         pair = torch.randperm(pairs, generator=g).repeat_interleave(args.timesteps)
-        t = levels[(1000 * torch.sigmoid(torch.randn(len(pair), generator=g))).long()]  # (rows,)
+        t = levels[(len(levels) * torch.sigmoid(torch.randn(len(pair), generator=g))).long()]  # (rows,)
         if args.lam == "auto":  # what is never trained at is not held either, such as sampling's last noise level
             t[::8] = sigmas[torch.randint(args.steps, t[::8].shape, generator=g)]
         updates = torch.arange(len(t)).split(len(t) // args.updates)
 
         # ---- updates
         for u, update in enumerate(updates):
-            sums = {}
+            sums, told_apart = {}, differ[pair[update]].sum().clamp_min(1)  # rows whose pair differs in reward
             for b in own_batches(update, w[pair], own, max(1, args.batch // 2)):
                 prompts_b = [prompts[i] for i in w[pair[b]]] * 2
                 x0_b = x0[torch.cat([w[pair[b]], l[pair[b]]]) - own.start].to(pipe.device)  # (w and l, ...)
@@ -181,8 +188,10 @@ def main(args: Args):
                 v = velocity(pipe, xt_b, t_b, prompts_b)
                 with reference(pipe.transformer):
                     v_ref = velocity(pipe, xt_b, t_b, prompts_b)
-                base_loss = dpo_loss(*v.chunk(2), *v_ref.chunk(2), *(noise_b - x0_b).chunk(2), args.dpo_beta)
-                base_loss = 2 / args.dpo_beta * differ[pair[b]].to(pipe.device) * base_loss
+                pairs_b = [*v.chunk(2), *v_ref.chunk(2), *(noise_b - x0_b).chunk(2)]
+                differ_b = differ[pair[b]].to(pipe.device)
+                base_loss = dpo_loss(*pairs_b, args.dpo_beta)
+                base_loss = 2 / args.dpo_beta * differ_b * base_loss
                 guard = rearrange(norm_hinge(v, v_ref, args.margin), "(two b) -> two b", two=2).mean(0)
                 kl = rearrange((v - v_ref).square().flatten(1).mean(1), "(two b) -> two b", two=2).mean(0)
                 ratio = rearrange(norm_ratio(v.detach(), v_ref), "(two b) -> two b", two=2)
@@ -192,6 +201,10 @@ def main(args: Args):
                 (loss.sum() / len(update)).backward()
                 tally(sums, loss=loss, base_loss=base_loss, guard=guard, kl=kl)
                 tally(sums, norm_ratio=ratio.mean(0), active=(ratio > 1 + args.margin).float().mean(0))
+                tally_by_t(sums, ratio.mean(0), t[b].to(pipe.device))
+                margin = dpo_margin(*pairs_b, args.dpo_beta).detach()
+                weight = differ_b * len(update) / told_apart  # the mean over rows is that over what differs
+                tally(sums, accuracy=weight * (margin > 0), margin=weight * margin)
             finish_step(run, sums, len(update), reward, done=(u + 1) / args.updates)
         finish_epoch(run)
 

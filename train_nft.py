@@ -33,12 +33,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, some_steps, weights_of_share
+from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, some_steps
 from flow.evaluate import score
 from flow.lora import add_lora, use_adapter
 from flow.pipeline import add_noise, integrate, velocity
 from flow.processes import share
-from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally
+from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally, tally_by_t
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
 ADV_CLIP = 5.0  # advantages are clipped to +- this many standard deviations, then scaled to +- 1
@@ -91,9 +91,6 @@ class Args:
     """the old policy's EMA decay: 0 for so many optimizer steps, then growing by this at each, up to this"""
     kl: float = 1e-4
     """weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass"""
-    guard_share: float = 1.0
-    """share of an update's rows that guard and KL see, drawn at random and weighted by its inverse: saves the
-    reference's forward pass of the others"""
     max_grad_norm: float = 1.0
     """gradient clipping"""
     ema: float | None = None
@@ -186,8 +183,6 @@ def main(args: Args):
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)
         t = sigmas[some_steps(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
         updates = torch.arange(len(t)).split(len(t) // args.updates)
-        weight = weights_of_share(updates, args.guard_share, g)  # (rows,) of guard and KL; all 1, by default
-        updates = [rows[weight[rows].argsort(descending=True, stable=True)] for rows in updates]  # what they see first
 
         # ---- updates
         for u, update in enumerate(updates):
@@ -204,21 +199,21 @@ def main(args: Args):
                     with torch.no_grad(), old_policy(pipe.transformer):
                         v_old = velocity(pipe, xt_b, t[b], prompts_b)
                 base_loss = nft_loss(v, v_old, x0_b, xt_b, t_b, r_b, args.nft_beta)
-                guard, kl = torch.zeros_like(base_loss), torch.zeros_like(base_loss)
-                seen = weight[b].nonzero().flatten()  # the rows that guard and KL see
-                if len(seen) and (args.lam != 0 or args.kl > 0):
+                guard = kl = torch.zeros_like(base_loss)
+                if args.lam != 0 or args.kl > 0:
                     with reference(pipe.transformer):
-                        v_ref = velocity(pipe, xt_b[seen], t[b[seen]], [prompts_b[i] for i in seen])
-                    w = weight[b[seen]].to(pipe.device)
-                    guard[seen] = w * norm_hinge(v[seen], v_ref, args.margin)
-                    kl[seen] = w * (v[seen] - v_ref).square().flatten(1).mean(1)
-                    ratio = norm_ratio(v[seen].detach(), v_ref)
-                    tally(sums, norm_ratio=w * ratio, active=w * (ratio > 1 + args.margin))
+                        v_ref = velocity(pipe, xt_b, t[b], prompts_b)
+                    guard = norm_hinge(v, v_ref, args.margin)
+                    kl = (v - v_ref).square().flatten(1).mean(1)
+                    ratio = norm_ratio(v.detach(), v_ref)
+                    tally(sums, norm_ratio=ratio, active=ratio > 1 + args.margin)
+                    tally_by_t(sums, ratio, t_b)
                 loss = base_loss + lam * guard + args.kl * kl
                 if args.lam == "auto":
                     oppose(v, v_ref, args.margin)
                 (loss.sum() / len(update)).backward()
                 tally(sums, loss=loss, base_loss=base_loss, guard=guard, kl=kl)
+                tally(sums, old_distance=(v.detach() - v_old).square().flatten(1).mean(1))
             finish_step(run, sums, len(update), reward, done=(u + 1) / args.updates)
 
         # ---- the old policy follows

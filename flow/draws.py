@@ -36,11 +36,26 @@ def draw_prompts(args) -> tuple[list[str], list[str]]:
     return [prompts[i] for i in torch.cat(shuffles)[:n]], [held_out[i % len(held_out)] for i in range(args.eval_n)]
 
 
+def rounding(reward: Tensor) -> float:
+    """Rewards (n,) that differ by no more than this are equal: a few units in the last place of fp32."""
+    return 1e-6 * reward.abs().max().item()
+
+
 def group_advantages(reward: Tensor, group: int, clip: float) -> Tensor:
-    """Group mean, global std, clipped at +- clip and scaled to +- 1. reward (prompts * group,), groups contiguous."""
+    """Group mean, global std, clipped at +- clip and scaled to +- 1. reward (prompts * group,), groups contiguous ->
+    (prompts * group,). Independent of the reward's scale; 0 where a picture's reward is its group's mean up to
+    rounding."""
     by_group = rearrange(reward, "(p k) -> p k", k=group)
     centred = (by_group - by_group.mean(1, keepdim=True)).flatten()
-    return (centred / (reward.std(correction=0) + 1e-4)).clamp(-clip, clip) / clip
+    centred = torch.where(centred.abs() > rounding(reward), centred, 0)
+    std = reward.std(correction=0)
+    return (centred / std.clamp_min(torch.finfo(std.dtype).tiny)).clamp(-clip, clip) / clip
+
+
+def zero_std_share(reward: Tensor, group: int) -> float:
+    """Share of groups whose rewards are all equal, up to rounding: they teach nothing."""
+    by_group = rearrange(reward, "(p k) -> p k", k=group)
+    return ((by_group.amax(1) - by_group.amin(1)) <= rounding(reward)).float().mean().item()
 
 
 def stratified(n: int, strata: int, usable: int, g: torch.Generator) -> Tensor:
@@ -52,17 +67,6 @@ def stratified(n: int, strata: int, usable: int, g: torch.Generator) -> Tensor:
 def some_steps(n: int, k: int, steps: int, g: torch.Generator) -> Tensor:
     """k of the schedule's steps, all different and each as likely, for each of n pictures: (n, k) long."""
     return torch.rand(n, steps, generator=g).argsort(1)[:, :k]
-
-
-def weights_of_share(updates: tuple[Tensor, ...], share: float, g: torch.Generator) -> Tensor:
-    """A weight for each row of an epoch, of which `updates` hold the indices, (rows,): 0 but for a random share of each
-    update's rows, at least one, and on those the inverse of the share drawn, so that a weighted sum has the sum's
-    expectation."""
-    weights = torch.zeros(sum(map(len, updates)))
-    for update in updates:
-        seen = max(1, round(share * len(update)))
-        weights[update[torch.randperm(len(update), generator=g)[:seen]]] = len(update) / seen
-    return weights
 
 
 def own_batches(rows: Tensor, picture: Tensor, own: slice, batch: int) -> list[Tensor]:

@@ -12,21 +12,27 @@ from flow.processes import RANK, gather, gather_first, share
 
 
 def decoded(run, x0: Tensor, prompts: list[str]):
-    """Latents (n, ...) as pictures, their prompts and rewards, 16 megapixels at a time: (pictures, rewards)."""
+    """Latents (n, ...) as pictures and each part's rewards (parts, n), 16 megapixels at a time: (pictures, rewards)."""
     most = max(1, 16 * 3 * 2**20 // int(np.prod(run.pipe.seam.picture)))
     size = max(decode_size(run.pipe), most - most % decode_size(run.pipe))
     for i in torch.arange(len(x0)).split(size):
         pictures = decode(run.pipe, x0[i])
-        yield pictures, run.reward(pictures, [prompts[j] for j in i])
+        yield pictures, run.reward.scores_of(pictures, [prompts[j] for j in i])
     to_cpu(run.reward)
+
+
+def parts_of(run, scores: Tensor) -> dict[str, Tensor]:
+    """A summed reward's parts (n,) by their names; none of a reward that is no sum. scores (parts, n)."""
+    return dict(zip(run.reward.names, scores)) if len(scores) > 1 else {}
 
 
 def score(run, x0: Tensor, prompts: list[str]) -> Tensor:
     """The rewards (n,) of all processes' pictures: each decodes and scores those of its own latents x0 (share, ...)."""
     mark_peak(run, "rollout")
-    reward = gather(torch.cat([reward for _, reward in decoded(run, x0, prompts)]))
+    scores = gather(torch.cat([scores for _, scores in decoded(run, x0, prompts)], 1).T).T  # (parts, n)
     mark_peak(run, "reward")
-    return reward
+    run.parts = parts_of(run, scores)
+    return run.reward.weighted(scores)
 
 
 def saturation(pictures: Tensor) -> Tensor:
@@ -43,18 +49,19 @@ def evaluate(run, epoch: int):
     with swapped(run.params, run.ema):
         x0, ratios = integrate(pipe, noise, prompts, schedule(pipe, args.eval_steps or args.steps), desc="evaluate",
                                guidance=args.guidance, compare=True, batch=args.rollout_batch or args.batch)
-    parts = [(to_bytes(pictures), reward, saturation(pictures)) for pictures, reward in decoded(run, x0, prompts)]
-    pictures, reward, colour = map(torch.cat, zip(*parts))
+    chunks = [(to_bytes(pictures), scores.T, saturation(pictures)) for pictures, scores in decoded(run, x0, prompts)]
+    pictures, scores, colour = map(torch.cat, zip(*chunks))
     mark_peak(run, "evaluate")
-    pictures, reward, colour, ratios = gather_first(pictures), gather(reward), gather(colour), gather(ratios)
+    pictures, scores, colour, ratios = gather_first(pictures), gather(scores).T, gather(colour), gather(ratios)
     if RANK > 0:
         return
-    steps = ratios.mean(0)
+    reward, steps = run.reward.weighted(scores), ratios.mean(0)
+    parts = {f"eval_reward/{name}": part.mean().item() for name, part in parts_of(run, scores).items()}
     file = run.out / "samples" / f"{epoch:05d}.png"
     save_grid(file, pictures, 8, run.eval_prompts)
     log_picture(run, file)
     write_line(run, {
         "step": run.step, "epoch": epoch, "eval_reward": reward.mean().item(),
-        "eval_reward_se": (reward.std() / len(reward) ** 0.5).item(), "eval_norm_ratio": steps.mean().item(),
+        "eval_reward_se": (reward.std() / len(reward) ** 0.5).item(), **parts, "eval_norm_ratio": steps.mean().item(),
         "eval_norm_ratio_max": steps.max().item(), "eval_norm_ratio_steps": steps.tolist(),
         "eval_saturation": colour.mean().item()})

@@ -1,5 +1,6 @@
 """What a run says: metrics.jsonl, wandb if asked for, and its last line."""
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,13 @@ def write_line(run, line: dict):
         run.wandb.log(numbers, step=line["step"])
 
 
+def digits(value: float, spread: float) -> str:
+    """A number with as many decimals as are needed to see a change of `spread`: at least 3."""
+    spread = max(spread, 1e-6 * abs(value))
+    decimals = 2 - math.floor(math.log10(spread)) if 0 < spread < math.inf else 3
+    return f"{value:.{min(max(decimals, 3), 15)}f}"
+
+
 def last_line(run):
     """Print what came of the run: reward and norm ratio of held-out prompts if there are any, first against last."""
     lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
@@ -25,7 +33,9 @@ def last_line(run):
     for name in ("reward", "norm_ratio"):
         values = [line[f"eval_{name}"] for line in lines if f"eval_{name}" in line]
         values = values or [line[name] for line in lines if line.get(name) is not None]
-        said += [f"{name.replace('_', ' ')} {values[0]:.3f} -> {values[-1]:.3f}"] if values else []
+        if values:
+            first, last = (digits(value, abs(values[-1] - values[0])) for value in (values[0], values[-1]))
+            said.append(f"{name.replace('_', ' ')} {first} -> {last}")
     print(f"done: {', '.join(said)}; {run.out}/ holds lora/, samples/, curves.png and metrics.jsonl")
 
 

@@ -6,7 +6,7 @@ The phases call the project's own functions as the training scripts do. flow/bud
 flow/bench.py times them on real ones.
 """
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest import mock
 
 import torch
@@ -191,10 +191,12 @@ def count(args, dtype: torch.dtype = torch.bfloat16) -> dict:
              "together": CHUNK if pipe.seam.in_one_go else 1,
              "encode": metered(lambda: encode(pipe, args.guidance))[0]}
     found["lora"] = size_of(*blank_lora(pipe, args.rank))
-    found["merged"] = size_of(*(layer.base_layer.weight for layer in lora_layers(transformer)))
+    weights = [layer.base_layer.weight for layer in lora_layers(transformer)]
+    mergeable = [weight for weight in weights if weight.dtype == torch.float32]
+    found["merged"] = size_of(*mergeable)
     low, high = 1, max(2, args.batch)
     with as_on_cuda():
-        with reference(transformer):  # merged, a policy computes what the base does
+        with reference(transformer) if mergeable else nullcontext():  # merged, a policy computes what the base does
             run = {n: metered(lambda: rollout_step(pipe, n, args.guidance)) for n in (low, high)}
         ref = metered(lambda: reference_pass(pipe, 1))
         found |= {"rollout": {n: peak for n, (peak, _) in run.items()}, "flops": {"step": run[1][1], "row": ref[1]}}

@@ -14,6 +14,7 @@ tokens, video.
     pictures = decode(pipe, x0)                                     # (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1]
     v = velocity(pipe, add_noise(x0, noise, t), t, prompts)         # with a gradient, each sample at a t of its own
 """
+import copy
 import functools
 import inspect
 import traceback
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from flow.cli import cannot_load, check_model, fail, reason
@@ -32,7 +34,7 @@ from flow.encodings import encode_each
 from flow.lora import merged
 from flow.precision import quantization, use_autocast, use_fast_kernels
 from flow.processes import shard
-from flow.seam import Seen, call, guided, latents_of, listening, prepare, replace_scheduler, seen, telling, told
+from flow.seam import EULER, Seen, call, guided, latents_of, listening, pinned, prepare, replace_scheduler, seen, telling, told
 from flow.text import batches, own_settings, remember_prompts, same, text_encoders
 from normguard import norm_ratio, reference, renormalize
 
@@ -61,15 +63,17 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options)
     except Exception as e:  # no network, a gated repository, a broken file: each library raises its own
         cannot_load("--model", model, e)
+    probe = shallow_copy(pipe.transformer)
     if sharded:
         shard(pipe.transformer, device)
     use_autocast(pipe.transformer, device, base)
-    return prepare_pipeline(pipe, model, device, size, frames)
+    return prepare_pipeline(pipe, model, device, size, frames, probe=probe)
 
 
 def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = None, frames: int | None = None,
-                     fake: bool = False):
-    """The same for a pipeline that is there; `fake`: of fake tensors, which have shapes and no numbers."""
+                     fake: bool = False, probe: torch.nn.Module | None = None):
+    """The same for a pipeline that is there; `fake`: of fake tensors, which have shapes and no numbers. `probe`: its
+    transformer's shallow_copy, if that cannot be made any more."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     for part in parts.values():
         part.requires_grad_(False).eval()
@@ -89,7 +93,7 @@ def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = 
     pipe.seam = SimpleNamespace(
         device=device, takes=takes, settings=own_settings(pipe, takes, size, frames), encoders=encoders, fake=fake,
         scheduler=replace_scheduler(pipe, model), inverted=bool(pipe.scheduler.config.get("invert_sigmas")), clock=None,
-        in_one_go=None, one_by_one={}, rows={}, last={}, shapes={}, timesteps={}, told={}, prepared={})
+        in_one_go=None, probe=probe, one_by_one={}, rows={}, last={}, shapes={}, timesteps={}, told={}, prepared={})
     if hasattr(pipe, "encode_prompt"):
         remember_prompts(pipe)
     try:
@@ -157,25 +161,59 @@ def learn(pipe):
     seam.picture = tuple(decode_batch(pipe, x).shape[1:])
 
 
+def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
+    """An fp32 copy with one block of each list of blocks: enough to see how a transformer treats its inputs, at a small
+    part of its size. Quantized layers become random ones."""
+    repeated = {*(transformer._repeated_blocks or ()), *(transformer._no_split_modules or ())}
+    blocks = {name: part for name, part in transformer.named_children() if isinstance(part, torch.nn.ModuleList)
+              and any(type(inner).__name__ in repeated for inner in part.modules())}
+    for name, part in blocks.items():
+        setattr(transformer, name, part[:1])
+    try:
+        copied = copy.deepcopy(transformer)
+    finally:
+        for name, part in blocks.items():
+            setattr(transformer, name, part)
+    for name, layer in list(copied.named_modules()):
+        vars(layer).pop("forward", None)  # autocast's, which is the original's
+        if isinstance(layer, torch.nn.Linear) and (type(layer.weight.data) is not torch.Tensor
+                                                   or not layer.weight.is_floating_point()):
+            copied.set_submodule(name, torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None))
+    return torch.nn.Module.float(copied).requires_grad_(False).eval()
+
+
 @torch.no_grad()
 def holds_in_batches(pipe, guidance: float | None = None) -> bool:
-    """Are the velocities of two samples the same together as each alone? If they are not, batches are of one."""
+    """Are the velocities of two samples the same together as each alone? If they are not, batches are of one. Asked of
+    an fp32 copy of a few blocks, where what is not the same cannot pass for the rounding of bf16."""
     if pipe.seam.fake:
         return True  # on trust
-    x = draw_noise(pipe, 2, torch.Generator().manual_seed(0)).to(pipe.seam.device)
-    pair = PAIR if len(batches(pipe, PAIR, 2)) == 1 else PAIR[:1] * 2  # of one length
-    tolerance = 0.1 if pipe.transformer.dtype == torch.bfloat16 else 1e-3
+    device, pair = pipe.seam.device, PAIR if len(batches(pipe, PAIR, 2)) == 1 else PAIR[:1] * 2  # of one length
+    x = draw_noise(pipe, 2, torch.Generator().manual_seed(0)).to(device)
+    pipe.seam.probe = pipe.seam.probe or shallow_copy(pipe.transformer)
+
+    def in_fp32(given):
+        """What the transformer is given, in the copy's precision."""
+        given |= tree_map_only(torch.Tensor, lambda value: value.float() if value.is_floating_point() else value, given)
+
+    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     try:
-        for t in torch.tensor([[0.9, 0.4], [0.4, 0.4]]):
-            alone = torch.cat([velocity(pipe, x[i:i + 1], t[i:i + 1], pair[i:i + 1], guidance) for i in range(2)])
-            if (velocity(pipe, x, t, pair, guidance) - alone).norm() > tolerance * alone.norm():
-                raise ValueError("the samples of a batch are not as each alone")
+        with pinned(pipe, transformer=pipe.seam.probe.to(device)), pinned(pipe.seam, told={}, prepared={}):
+            with listening(pipe, in_fp32):
+                for t in torch.tensor([[0.9, 0.4], [0.4, 0.4]]):
+                    v = velocity(pipe, x, t, pair, guidance)
+                    alone = [velocity(pipe, x[i:i + 1], t[i:i + 1], pair[i:i + 1], guidance) for i in range(2)]
+                    if (v - torch.cat(alone)).norm() > 1e-4 * v.norm():
+                        raise ValueError("the samples of a batch are not as each alone")
         return True
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as e:  # what PyTorch and pipelines raise
         tqdm.write(f"note: {type(pipe).__name__} is called for one sample at a time ({reason(e)})")
         return False
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        pipe.seam.probe.to("cpu")
 
 
 # ---------------------------------------------------------------- what the scripts call
@@ -190,6 +228,7 @@ def encode_prompts(pipe, prompts: list[str], guidance: float | None = None, stor
         encode_each(pipe, ["", *PAIR, *prompts], CHUNK if pipe.seam.in_one_go else 1, guidance, store)
     if guidance is not None:
         pipe.seam.one_by_one[guidance] = not holds_in_batches(pipe, guidance)
+    pipe.seam.probe = None  # it has served
     if pipe.seam.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -198,6 +237,17 @@ def schedule(pipe, steps: int) -> Tensor:
     """The pipeline's own noise levels for so many steps, with its own shift: (steps + 1,), from 1 down to 0."""
     levels, timesteps = seen(lambda: call(pipe, [""], steps=steps))
     levels = 1 - levels if pipe.seam.inverted else levels
+    pipe.seam.timesteps.update(zip(levels.tolist(), timesteps.tolist()))
+    return levels
+
+
+def training_levels(pipe) -> Tensor:
+    """The noise levels that the model was trained at, by its scheduler: (num_train_timesteps,), from high to low. With
+    the scheduler's fixed shift; unshifted where the shift depends on the size of the picture."""
+    scheduler = EULER.from_config(pipe.scheduler.config)
+    levels, timesteps = scheduler.sigmas, scheduler.timesteps
+    if pipe.seam.inverted:
+        timesteps = scheduler.config.num_train_timesteps - timesteps
     pipe.seam.timesteps.update(zip(levels.tolist(), timesteps.tolist()))
     return levels
 

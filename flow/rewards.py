@@ -41,7 +41,7 @@ VLM_QUESTION = 'Does this picture show "{prompt}", without defects? Answer yes o
 def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False) -> Reward:
     """spec, or "spec:weight,spec:weight" -> function (images (b, 3, h, w) in [0, 1], prompts) -> (b,) fp32 on the CPU.
     Videos (b, frames, 3, h, w) get the mean over at most four evenly spaced frames. Its `models` are on `device` from a
-    call on; to make room, move them away.
+    call on; to make room, move them away. Its `names` are its parts'; reward(...) is weighted(scores_of(...)).
 
     `differentiable`: square images are resized by torch instead of PIL (equal but for its rounding to 8 bits) and keep
     the graph. Ends the process with a line that names --reward if a spec cannot be loaded, or later if it returns
@@ -65,21 +65,33 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     models = [score.model for _, _, score in parts if hasattr(score, "model")]
 
     @torch.set_grad_enabled(differentiable)
-    def reward(images: Tensor, prompts: list[str]) -> Tensor:
-        """images (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1] and n prompts -> the weighted sum, (n,) fp32."""
+    def scores_of(images: Tensor, prompts: list[str]) -> Tensor:
+        """images (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1] and n prompts -> each part's scores, (parts, n) fp32.
+        A part gets a copy of the pictures: what it does to them, no other sees."""
         if images.ndim == 5:
             frames = torch.linspace(0, images.shape[1] - 1, min(4, images.shape[1])).round().long()
-            scores = reward(images[:, frames].flatten(0, 1), [prompt for prompt in prompts for _ in frames])
-            return scores.view(len(images), len(frames)).mean(1)
+            scores = scores_of(images[:, frames].flatten(0, 1), [prompt for prompt in prompts for _ in frames])
+            return scores.view(len(parts), len(images), len(frames)).mean(2)
         for model in models:
             model.to(device)
-        total = torch.zeros(len(images))
-        for i in range(0, len(images), batch):
-            for name, weight, score in parts:
-                total[i:i + batch] += weight * checked(name, score, images[i:i + batch], prompts[i:i + batch])
+        scores = [[checked(name, score, images[i:i + batch].clone(), prompts[i:i + batch]) for name, _, score in parts]
+                  for i in range(0, len(images), batch)]
+        return torch.cat([torch.stack(chunk) for chunk in scores], 1)
+
+    def weighted(scores: Tensor) -> Tensor:
+        """The parts' scores (parts, n) -> the weighted sum (n,)."""
+        total = torch.zeros(scores.shape[1])
+        for (_, weight, _), score in zip(parts, scores):
+            total = total + weight * score
         return total
 
-    reward.models = models
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        """images (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1] and n prompts -> the weighted sum, (n,) fp32."""
+        return weighted(scores_of(images, prompts))
+
+    reward.models, reward.scores_of, reward.weighted = models, scores_of, weighted
+    short = [without_questions(name).rstrip("/").split("/")[-1] for name, _, _ in parts]
+    reward.names = short if len(set(short)) == len(short) else [name for name, _, _ in parts]
     return reward
 
 
@@ -143,18 +155,23 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
     scale = 1.0 if name in ("clipscore", "hpsv2.1") else clip.logit_scale.exp().item() / 26
     processor = AutoProcessor.from_pretrained(processor)
     prepare = processor.image_processor
+    # SigLIP was trained on padded prompts, without a mask: its score depends on how much padding there is
+    padding = "max_length" if "siglip" in clip.config.model_type else True
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         """(b, 3, h, w) in [0, 1] and b prompts -> (b,)."""
         if differentiable:
-            pixels = torch_pixels(images, prepare.crop_size["height"], prepare.image_mean, prepare.image_std)
+            side = (getattr(prepare, "crop_size", None) or prepare.size)["height"]
+            pixels = torch_pixels(images, side, prepare.image_mean, prepare.image_std)
         elif name == "hpsv2.1":
             pixels = torch.stack([hps_pixels(x) for x in images])
         else:
             pixels = prepare([to_image(x) for x in images], return_tensors="pt")["pixel_values"]
         longest = clip.config.text_config.max_position_embeddings
-        tokens = processor.tokenizer(prompts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        out = clip(pixel_values=pixels.to(device), **tokens.to(device))  # its embeddings come normalised
+        tokens = processor.tokenizer(prompts, padding=padding, truncation=True, max_length=longest, return_tensors="pt")
+        tokens = tokens if padding is True else {"input_ids": tokens["input_ids"]}
+        tokens = {name: value.to(device) for name, value in tokens.items()}
+        out = clip(pixel_values=pixels.to(device), **tokens)  # its embeddings come normalised
         return (out.image_embeds * out.text_embeds).sum(1) * scale
 
     score.model = clip

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from flow.checkpoint import find_run, open_folder, resume, save_checkpoint, unlock
 from flow.cli import check_flags, fail
-from flow.draws import EPOCH, draw_prompts, rng
+from flow.draws import EPOCH, draw_prompts, rng, zero_std_share
 from flow.evaluate import evaluate
-from flow.log import check_wandb, last_line, start_wandb, write_line
+from flow.log import check_wandb, digits, last_line, start_wandb, write_line
 from flow.lora import add_lora
 from flow.memory import mark_peak, to_cpu
 from flow.pipeline import encode_prompts, load_pipeline, schedule
@@ -35,12 +35,6 @@ def check_numbers(args):
         fail(f"--lam {args.lam}: must be at least 0, or auto")
     if args.ema is not None and not 0 < args.ema < 1:
         fail(f"--ema {args.ema}: must be above 0 and below 1")
-    guarded = getattr(args, "guard_share", 1.0)
-    if not 0 < guarded <= 1:
-        fail(f"--guard-share {guarded}: must be above 0 and at most 1")
-    if guarded < 1 and (args.lam == "auto" or args.shard):
-        fail(f"--guard-share {guarded}: takes neither --lam auto, which opposes the loss in each row, nor --shard, "
-             "whose processes make the same calls")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
         fail(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must be a multiple "
              "of that and the second no less")
@@ -64,9 +58,11 @@ def start_run(name: str, args) -> SimpleNamespace:
     out, state = find_run(name, args)
     began = (out / "args.json").exists()
     reward = load_reward(args.reward, device)
-    reward(torch.zeros(2, 3, 64, 64), prompts[:1] * 2)  # does it work?
-    to_cpu(reward)
+    if early := args.size and not args.frames:
+        try_reward(reward, (3, args.size, args.size), prompts)  # before minutes of loading
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
+    if not early:
+        try_reward(reward, pipe.seam.picture, prompts)
     tell_misfits(pipe, prompts + eval_prompts, args.size)
     model = pipe.transformer
     params = add_lora(model, args.rank, args.seed)
@@ -74,7 +70,8 @@ def start_run(name: str, args) -> SimpleNamespace:
     ema = [p.detach().clone() for p in params] if args.ema else None
     run = SimpleNamespace(name=name, args=args, out=out, began=began, pipe=pipe, reward=reward, prompts=prompts,
                           eval_prompts=eval_prompts, sigmas=schedule(pipe, args.steps), params=params, opt=opt, ema=ema,
-                          state=state, step=0, epoch=state["epoch"] if state else 0, skipped=0, bad=0, peaks={})
+                          state=state, step=0, epoch=state["epoch"] if state else 0, skipped=0, bad=0, peaks={},
+                          parts={})
     resume(run)
     meet(epoch=run.epoch, step=run.step)
     if RANK == 0:
@@ -95,6 +92,12 @@ def start_run(name: str, args) -> SimpleNamespace:
     if run.epoch == 0 and args.eval_every:
         evaluate(run, 0)
     return run
+
+
+def try_reward(reward, picture: tuple[int, ...], prompts: list[str]):
+    """End the process, naming --reward, if the reward fails on random pictures of this shape."""
+    reward(torch.rand(2, *picture, generator=torch.Generator().manual_seed(0)), prompts[:1] * 2)
+    to_cpu(reward)
 
 
 def own_prompts(run) -> list[str]:
@@ -120,13 +123,24 @@ def epochs(run):
     part_ways()
 
 
-LOGGED = ["loss", "base_loss", "guard", "kl", "norm_ratio", "active"]  # the last two only where there is a reference
+# means over an update's rows; norm_ratio and active only where there is a reference, the last line of one method each
+LOGGED = ["loss", "base_loss", "guard", "kl", "norm_ratio", "active"]
+OF_METHOD = ["old_distance", "clip_share", "accuracy", "margin"]
+BINS = 5  # equal parts of [0, 1], of the noise level t, in norm_ratio_by_t
 
 
 def tally(sums: dict, **values: Tensor):
     """Add each value's sum over a micro-batch (b,) to `sums`; nothing waits for the GPU."""
     for name, value in values.items():
-        sums[name] = sums.get(name, 0) + value.detach().float().sum()
+        value = value.detach()
+        sums[name] = sums.get(name, 0) + (value if value.dtype == torch.float64 else value.float()).sum()
+
+
+def tally_by_t(sums: dict, ratio: Tensor, t: Tensor):
+    """Add norm ratios (b,) to `sums` by their noise level t (b,)."""
+    place = (t * BINS).long().clamp_max(BINS - 1)
+    for k in range(BINS):
+        tally(sums, **{f"ratio_at_{k}": ratio * (place == k), f"rows_at_{k}": place == k})
 
 
 def finish_step(run, sums: dict, rows: int, reward: Tensor, done: float):
@@ -135,8 +149,8 @@ def finish_step(run, sums: dict, rows: int, reward: Tensor, done: float):
     share has been trained on. Ten skipped steps in a row end the process."""
     own = dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}
     totals = gathered(own)  # of each process
-    means = {name: sum(total[name] for total in totals if name in total) / rows for name in LOGGED
-             if any(name in total for total in totals)}
+    names = dict.fromkeys(name for total in totals for name in total)
+    means = {name: sum(total[name] for total in totals if name in total) / rows for name in names}
     sum_gradients(run.params)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.params, run.args.max_grad_norm).item()
     finite = bool(np.isfinite([means["loss"], grad_norm]).all())
@@ -148,10 +162,19 @@ def finish_step(run, sums: dict, rows: int, reward: Tensor, done: float):
     run.step += 1
     run.skipped += not finite
     run.bad = 0 if finite else run.bad + 1
-    if reward.std() == 0 and done == 1:
-        tqdm.write(f"note: epoch {run.epoch}: the reward of all pictures is {reward[0]:g}; there is nothing to learn")
+    flat = zero_std_share(reward, run.args.group)
+    if flat == 1 and done == 1:
+        tqdm.write(f"note: epoch {run.epoch}: all pictures of a prompt have the same reward ({reward[0]:g}, ...); "
+                   "there is nothing to learn")
     line = {"step": run.step, "epoch": run.epoch, "reward": reward.mean().item(), "reward_std": reward.std().item()}
-    line |= {name: means.get(name) for name in LOGGED}
+    for name, part in run.parts.items():
+        line |= {f"reward/{name}": part.mean().item(), f"reward/{name}_std": part.std().item()}
+    line |= {"zero_std_share": flat, **{name: means.get(name) for name in LOGGED}}
+    line |= {name: means[name] for name in OF_METHOD if name in means}
+    if "policy_ratio" in means:
+        line["ratio_std"] = max(0, means["policy_ratio_square"] - means["policy_ratio"] ** 2) ** 0.5
+    by_t = [(means.get(f"ratio_at_{k}", 0), means.get(f"rows_at_{k}", 0)) for k in range(BINS)]
+    line["norm_ratio_by_t"] = [ratio / count if count else None for ratio, count in by_t]
     line |= {"grad_norm": grad_norm, "skipped": run.skipped,
              "img_per_s": done * len(reward) / (time.time() - run.start)}
     mark_peak(run, "update")
@@ -163,7 +186,7 @@ def finish_step(run, sums: dict, rows: int, reward: Tensor, done: float):
              "another --out")
     ratio = "-" if line["norm_ratio"] is None else f"{line['norm_ratio']:.3f}"
     skipped = {"skipped": run.skipped} if run.skipped else {}
-    run.bar.set_postfix(reward=f"{line['reward']:.3f}", norm_ratio=ratio, **skipped)
+    run.bar.set_postfix(reward=digits(line["reward"], line["reward_std"]), norm_ratio=ratio, **skipped)
 
 
 def finish_epoch(run, **state):

@@ -164,7 +164,9 @@ def told(pipe, level: float) -> dict:
     seam = pipe.seam
     if level not in seam.told:
         with listening(pipe, see):
-            given = seen(lambda: call(pipe, [""], levels=torch.tensor([level, 0.0])))
+            # latents of our own, in fp32 as in a rollout: the pipeline's would round the time to the base's bf16
+            x = torch.zeros(1, *seam.latents, device=seam.device)
+            given = seen(lambda: call(pipe, [""], x, torch.tensor([level, 0.0])))
         if seam.clock is None:
             return given
         seam.told[level] = {name: given[name].reshape(1, *given[name].shape[1:]) for name in seam.clock}

@@ -37,8 +37,8 @@ def text_encoders(pipe):
 
 def remember_prompts(pipe):
     """Make pipe.encode_prompt encode each prompt once, and put batches together from what it remembers. Prompts are
-    encoded one by one, or in one go if the pipeline's encoding of a batch is found to be that of each prompt alone: no
-    padding to the longest."""
+    encoded one by one, or in one go if that is the same: if in a batch the text encoders are given the very tokens and
+    masks that they are given for each prompt alone (so no padding to the longest), and what comes out has one shape."""
     encode, seam, rows = pipe.encode_prompt, pipe.seam, pipe.seam.rows
     signature = inspect.signature(encode)
 
@@ -49,6 +49,22 @@ def remember_prompts(pipe):
             bound = inspect.BoundArguments(signature, asked)
             encoded = encode(*bound.args, **bound.kwargs)
         return moved(encoded if isinstance(encoded, tuple) else (encoded,), "cpu")
+
+    def run_heard(asked: dict) -> tuple[tuple, list]:
+        """The same, and the tokens and masks (prompts, length) that the text encoders were given, in their order."""
+        heard, handles = [], []
+        for encoder in seam.encoders.values():
+            def hear(module, args, kwargs):
+                """All batches of whole numbers."""
+                for value in (*args, *kwargs.values()):
+                    if torch.is_tensor(value) and value.ndim == 2 and not value.is_floating_point():
+                        heard.append(value.cpu())
+            handles.append(encoder.register_forward_pre_hook(hear, with_kwargs=True))
+        try:
+            return run(asked), heard
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @functools.lru_cache(2)
     def batch(keys: tuple) -> tuple:
@@ -66,25 +82,37 @@ def remember_prompts(pipe):
         asked.update({name: value for name, value in (("device", seam.device), ("batch_size", 1)) if name in asked})
         each = {"prompt": prompts} | {name: value for name, value in asked.items() if "prompt" in name
                                       and isinstance(value, list) and len(value) == n}
-        rest = repr([value for name, value in asked.items() if name not in {*each, "device"}])
+        rest = repr([value for name, value in asked.items() if name not in {*each, "device", "dtype"}])
         keys = tuple((rest, *one) for one in zip(*each.values()))
         together = {**asked, **each} | ({"batch_size": n} if "batch_size" in asked else {})
         missing = [key for key in dict.fromkeys(keys) if key not in rows]
         if seam.in_one_go and len(missing) > 1:
             found = zip(keys, split(run(together), n))
         else:
-            found = ((key, run({**asked, **{name: [value] for name, value in zip(each, key[1:])}})) for key in missing)
+            found = ((key, run(by_itself(asked, each, key))) for key in missing)
         for key, row in found:
             if key not in rows:
                 known = [*seam.last.get(rest, ()), *seam.last.get(key[1], ())]  # what is equal is kept once
                 remember(seam, key, tuple(next((x for x in known if same(x, value)), value) for value in row))
         if seam.in_one_go is None and n > 1:
-            seam.in_one_go = all(alike(rows[key], row) for key, row in zip(keys, split(run(together), n)))
+            alone = {key: run_heard(by_itself(asked, each, key)) for key in dict.fromkeys(keys)}
+            whole, heard = run_heard(together)
+            same_tokens = bool(heard) and all(len(tokens) == n for tokens in heard) and all(
+                len(heard) == len(alone[key][1])
+                and all(torch.equal(tokens[i], own[0]) for tokens, own in zip(heard, alone[key][1]))
+                for i, key in enumerate(keys))
+            same_encoding = all(alike(alone[key][0], row) for key, row in zip(keys, split(whole, n)))
+            seam.in_one_go = same_tokens and same_encoding
             raise Seen(None)
         encoded = batch(keys)
         return encoded if len(encoded) > 1 else encoded[0]
 
     pipe.encode_prompt = encode_prompt
+
+
+def by_itself(asked: dict, each: dict, key: tuple) -> dict:
+    """The arguments of encode_prompt for one prompt of several; `each` has one value a prompt, `key` holds the one's."""
+    return {**asked, **{name: [value] for name, value in zip(each, key[1:])}}
 
 
 def remember(seam, key: tuple, row: tuple):
@@ -161,7 +189,8 @@ def own_settings(pipe, takes, size: int | None, frames: int | None) -> dict:
         if isinstance(made_for, int) and made_for < pipe.default_sample_size * pipe.vae_scale_factor:
             size = made_for
     settings = {"height": size, "width": size, "num_frames": frames, "frames": frames, "max_sequence_length": most,
-                "enable_prompt_rewrite": False}  # a reward is asked about the prompt that was given
+                "enable_prompt_rewrite": False,  # a reward is asked about the prompt that was given
+                "use_resolution_binning": False}  # the transformer draws the size that was given
     return {name: value for name, value in settings.items() if value is not None and name in takes}
 
 
