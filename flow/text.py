@@ -97,9 +97,9 @@ def remember_prompts(pipe):
         if seam.in_one_go is None and n > 1:
             alone = {key: run_heard(by_itself(asked, each, key)) for key in dict.fromkeys(keys)}
             whole, heard = run_heard(together)
-            same_tokens = bool(heard) and all(len(tokens) == n for tokens in heard) and all(
+            same_tokens = bool(heard) and all(  # a call of 2 n rows has n negative prompts, too
                 len(heard) == len(alone[key][1])
-                and all(torch.equal(tokens[i], own[0]) for tokens, own in zip(heard, alone[key][1]))
+                and all(torch.equal(tokens[i::n], own) for tokens, own in zip(heard, alone[key][1]))
                 for i, key in enumerate(keys))
             same_encoding = all(alike(alone[key][0], row) for key, row in zip(keys, split(whole, n)))
             seam.in_one_go = same_tokens and same_encoding
