@@ -12,7 +12,9 @@ a tie. judge/<dimension> is the mean P(yes) of a question about one picture, for
 detector (Organika/sdxl-detector, ...). An answer that cannot be read is counted under nan, never scored. Scores are
 kept in OUT/scores.jsonl: run again, nothing is asked twice.
 """
-from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "300")  # OpenMP threads that wait must not hold a core that is busy elsewhere
 
 import contextlib
 import functools
@@ -27,17 +29,28 @@ from itertools import chain, combinations, permutations
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import torch
+import transformers
 import tyro
 from einops import rearrange
+from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
-from flow.cli import check_flags, check_model, check_place, make_dir, reason
+from flow.cli import (
+    check_flags,
+    check_model,
+    check_place,
+    fail,
+    make_dir,
+    parse,
+    progress,
+    quiet_libraries,
+    reason,
+)
 from flow.files import append, json_text, write_files
-from flow.judge import http_judge, local_judge, read_answer
+from flow.judge import http_judge, judge_dtype, local_judge, read_answer
 from flow.pictures import load_pictures, png, read_folder
 from flow.realism import embed_images, frechet_distance, load_embed, load_forensic
 from flow.rewards import load_reward, without_questions
@@ -54,6 +67,7 @@ SINGLE = {
     "overall": "Is this picture, all in all, of good quality, natural and free of defects? Answer yes or no.",
 }
 
+SERVERS = ("http://", "https://")
 Folders = dict[str, list[dict]]  # the rows of each
 Load = Callable[[], Callable]  # a model, when it is needed
 # a line of scores.jsonl, whole or cut short by a kill
@@ -118,11 +132,14 @@ def pair_folders(dirs: tuple[str, ...]) -> Folders:
     return folders
 
 
-def identity(name: str) -> str:
-    """What a score depends on besides the picture: a model's name and, of a folder or file, its sizes and times."""
+def identity(name: str, device: torch.device) -> str:
+    """What a score depends on besides the picture: a model's name; of a folder or file, its sizes and times; and of a
+    model that runs here, the device, its precision and the libraries."""
+    here = f"{device.type} {judge_dtype(device)} torch {torch.__version__} transformers {transformers.__version__}"
     paths = [Path(part.split(":")[0]) for part in without_questions(name).split(",")]
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-    return " ".join([name, *(f"{f.stat().st_size}-{f.stat().st_mtime_ns}" for f in files)])
+    known = [name, *(f"{f.stat().st_size}-{f.stat().st_mtime_ns}" for f in files)]
+    return " ".join(known if name.startswith(SERVERS) else [*known, here])
 
 
 def check_out(out: Path):
@@ -161,7 +178,7 @@ def cached(out: Path, jobs: dict[str, object], load: Load, batch: int, desc: str
     missing = sorted(key for key in jobs if key not in known)
     score = load() if missing else None  # a model is loaded where a score is missing, and let go after
     end = "" if text.endswith("\n") or not text else "\n"  # of a line that was cut short
-    for i in tqdm(range(0, len(missing), batch), desc=desc, leave=False, disable=not missing):
+    for i in progress(range(0, len(missing), batch), desc=desc, leave=False) if missing else ():
         keys = missing[i:i + batch]
         scores = dict(zip(keys, score([jobs[k] for k in keys])))
         known |= scores
@@ -249,12 +266,12 @@ def draw_report(folders: Folders, metrics: dict, pairs: dict, columns: int = 12)
     verdicts."""
     dirs, prompts = list(folders), [row["prompt"] for row in next(iter(folders.values()))]
     names = dict(zip(dirs, short_names(dirs)))
-    colour = {d: plt.cm.tab10.colors[i % 10] for i, d in enumerate(dirs)}
+    colour = {d: matplotlib.colormaps["tab10"](i % 10) for i, d in enumerate(dirs)}
     first = [prompts.index(p) for p in list(dict.fromkeys(prompts))[:columns]]
     wide = min(5, len(metrics))
     rows = -(-len(metrics) // wide)
     high = [1.02 * len(dirs), rows * (0.22 * len(dirs) + 0.6)] + ([0.3 * len(pairs) + 0.4] if pairs else [])
-    figure = plt.figure(figsize=(max(len(first), 8) + 1.2, sum(high) + 0.3), layout="constrained")
+    figure = Figure(figsize=(max(len(first), 8) + 1.2, sum(high) + 0.3), layout="constrained")
     strip, bars, *verdicts = figure.subfigures(len(high), 1, height_ratios=high)
     tiles = torch.stack([load_pictures([folders[d][i]["file"] for i in first]) for d in dirs])
     h, w = tiles.shape[-2:]
@@ -264,7 +281,7 @@ def draw_report(folders: Folders, metrics: dict, pairs: dict, columns: int = 12)
     axis = strip.subplots()
     axis.imshow(sheet.numpy())
     axis.set_yticks([i * (h + gap) + h / 2 for i in range(len(dirs))], list(names.values()), fontsize=9)
-    titles = ["\n".join(textwrap.wrap(prompts[i], 16)[:2]) for i in first]
+    titles = ["\n".join(textwrap.wrap(prompts[i], 16)[:2]).replace("$", r"\$") for i in first]
     axis.set_xticks([i * (w + gap) + w / 2 for i in range(len(first))], titles, fontsize=7)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
 
@@ -348,8 +365,8 @@ def distance_of(args: Args, folders: Folders, real_rows: list[dict], device: tor
     def features(rows: list[dict]) -> Tensor:
         """Of pictures that may differ in size: (n, d)."""
         parts = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)]
-        images = ([load_pictures([row["file"]])[0] for row in part] for part in tqdm(parts, "features", leave=False))
-        return torch.cat([embed_images(embed, part) for part in images])
+        parts = progress(parts, desc="features", leave=False)
+        return torch.cat([embed_images(embed, [load_pictures([row["file"]])[0] for row in part]) for part in parts])
 
     real = features(real_rows)
     return lambda dirs: [frechet_distance(features(folders[d]), real) for d in dirs]
@@ -357,6 +374,7 @@ def distance_of(args: Args, folders: Folders, real_rows: list[dict], device: tor
 
 def main(args: Args):
     """Compare folders."""
+    quiet_libraries()
     check_flags(args, {"bootstrap": 1, "batch": 1, "judge_concurrency": 1, "judge_retries": 0, "judge_timeout": 1e-3})
     check_place(args.out, "--out", ("scores.jsonl", "report.json", "report.png"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -369,7 +387,7 @@ def main(args: Args):
     args.judge = None if args.judge in (None, "none", "None") else args.judge
     if not (args.reward or args.forensic or args.judge or args.real):
         fail("nothing to compare by: give --reward, --judge, --forensic or --real")
-    server = bool(args.judge) and args.judge.startswith(("http://", "https://"))
+    server = bool(args.judge) and args.judge.startswith(SERVERS)
     if args.judge and not server:
         check_model("--judge", args.judge, "http://HOST:PORT/v1, ")
     if server and not args.judge_model:
@@ -388,12 +406,12 @@ def main(args: Args):
     judge = functools.cache(judge)  # ask(question, pictures), loaded once
     for spec, short in zip(args.reward, short_names(args.reward)):
         name, load = f"reward/{short}", functools.partial(reward_of, spec, device)
-        values[name] = score_rows(out, folders, identity(spec), load, args.batch, name)
+        values[name] = score_rows(out, folders, identity(spec, device), load, args.batch, name)
     for spec, short in zip(args.forensic, short_names(args.forensic)):
         name, load = f"forensic/{short}", functools.partial(realism_of, spec, args.real_label, device)
-        values[name] = score_rows(out, folders, f"{identity(spec)} {args.real_label}", load, args.batch, name)
+        values[name] = score_rows(out, folders, f"{identity(spec, device)} {args.real_label}", load, args.batch, name)
     if args.judge:
-        who = f"{identity(args.judge)} {args.judge_model}"
+        who = f"{identity(args.judge, device)} {args.judge_model}"
         batch = args.batch * (args.judge_concurrency if server else 1)
         for short, question in SINGLE.items():
             name, load = f"judge/{short}", functools.partial(margin_of, judge, question)
@@ -408,7 +426,7 @@ def main(args: Args):
             metrics[name][d]["diff"] = {k: diff[k] for k in ("mean", "lo", "hi")}
     if args.real:
         name, real_hashes = f"fd/{short_names((args.embed,))[0]}", sorted(row["hash"] for row in real_rows)
-        who = identity(args.embed)
+        who = identity(args.embed, device)
         keys = {d: key(who, sorted(row["hash"] for row in rows), real_hashes) for d, rows in folders.items()}
         load = functools.partial(distance_of, args, folders, real_rows, device)
         fd = cached(out, {k: d for d, k in keys.items()}, load, len(keys), name)

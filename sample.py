@@ -16,18 +16,19 @@ in fp32; with --renorm, which diffusers cannot do, row["pipe"] is null):
         pipe.set_adapters(pipe.get_active_adapters(), row["lora_scale"])
     pipe(prompt=row["prompt"], generator=torch.Generator("cpu").manual_seed(row["seed"]), **row["pipe"])
 """
-from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "300")  # OpenMP threads that wait must not hold a core that is busy elsewhere
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
-from flow.cli import MOST, check_flags, check_place, read_prompts
+from flow.cli import MOST, check_flags, check_place, fail, parse, progress, read_prompts
 from flow.files import json_text, write_files
 from flow.lora import check_lora, load_lora
 from flow.pictures import earlier_samples, png, save_samples
@@ -101,7 +102,7 @@ def adjoint(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, rewards: li
     graph is held at a time, so its memory is that of one training step. """
     out, dts = [[] for _ in rewards], sigmas.diff().tolist()
     last = len(rewards) - 1
-    for i in tqdm(range(0, len(noise), batch), desc="adjoint", leave=False):
+    for i in progress(range(0, len(noise), batch), desc="adjoint", leave=False):
         chunk, path = prompts[i:i + batch], [noise[i:i + batch].to(pipe.device)]
         t = sigmas[:-1, None].expand(-1, len(chunk))  # (steps, b)
         for k, dt in enumerate(dts):
@@ -130,7 +131,8 @@ def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
     rows = {"t": t, "mean": ratios.mean(0).tolist(), "std": ratios.std(0, correction=0).tolist(),
             "min": ratios.amin(0).tolist(), "max": ratios.amax(0).tolist(), "n": len(ratios),
             "overall": ratios.mean().item()}
-    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
     axis.axhline(1, color="gray", linewidth=0.8)
     axis.plot(t, rows["mean"], marker="o", markersize=3, label="mean")
     low, high = ratios.quantile(torch.tensor([0.05, 0.95]), 0).tolist()
@@ -151,7 +153,8 @@ def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor], pro
     units = prompts if len(set(prompts)) > 1 else range(len(prompts))
     unit_of = torch.tensor([list(dict.fromkeys(units)).index(unit) for unit in units])
     rows = {"t": sigmas[:-1].tolist(), "n": len(prompts), "units": int(unit_of.max()) + 1}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
     for name, s in sensitivity.items():
         s = s.double()
         mean, std = s.mean(0), s.std(0)

@@ -21,7 +21,9 @@ of the weights but with --ema, and no second KL to such an EMA.
 
 To resume, run the same command again.
 """
-from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "300")  # OpenMP threads that wait must not hold a core that is busy elsewhere
 
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flow.cli import fail, parse
 from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, stratified
 from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, velocity

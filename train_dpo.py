@@ -24,7 +24,9 @@ all but leaves out the last, and a guard holds only where it sees.
 
 To resume, run the same command again.
 """
-from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "300")  # OpenMP threads that wait must not hold a core that is busy elsewhere
 
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +36,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from flow.cli import fail, parse
 from flow.draws import ROLLOUT, TRAINING, noise_of, own_batches, rounding
 from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, training_levels, velocity

@@ -24,7 +24,9 @@ max_grad_norm do, and are a fifth of the official ones in the command above.
 
 To resume, run the same command again.
 """
-from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "300")  # OpenMP threads that wait must not hold a core that is busy elsewhere
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flow.cli import fail, parse
 from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, some_steps
 from flow.evaluate import score
 from flow.lora import add_lora, use_adapter

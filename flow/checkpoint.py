@@ -4,11 +4,14 @@ import fcntl
 import io
 import json
 import sys
+import uuid
 import zipfile
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from flow.card import write_card
@@ -16,6 +19,7 @@ from flow.cli import check_place, fail, make_dir, reason
 from flow.files import fingerprint, json_text, write_files
 from flow.lora import save_lora, swapped
 from flow.pictures import plot_curves
+from flow.precision import base_dtype
 from flow.processes import PROCESSES, RANK
 from flow.rewards import without_questions
 
@@ -28,12 +32,30 @@ FILES = ("args.json", "metrics.jsonl", "curves.png", "lora/pytorch_lora_weights.
          "checkpoint/state.pt", "checkpoint/lock")
 
 
+def machine(device: torch.device) -> dict:
+    """What a run's last bits depend on besides its flags, as args.json records it."""
+    cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+            "dtype": str(base_dtype(device)).removeprefix("torch."), "threads": torch.get_num_threads(),
+            "processes": PROCESSES,
+            "versions": {library: version(library) for library in ("torch", "diffusers", "transformers", "peft")}}
+
+
+def revision(model: str) -> str | None:
+    """The commit of a hub model in the local cache; None of a folder, and of what is not there yet."""
+    if Path(model).is_dir():
+        return None
+    file = try_to_load_from_cache(model, "model_index.json")
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
 def inputs_of(args) -> dict[str, str | None]:
-    """Fingerprints of what the run reads, by flag."""
+    """Fingerprints of what the run reads, by flag; None of what cannot be known."""
     rewards = [part.rpartition(".py:")[0] + ".py" if ".py:" in part else part.split(":")[0]
                for part in without_questions(args.reward).split(",")]
     return {"prompts": fingerprint(args.prompts), "eval_prompts": fingerprint(args.eval_prompts),
-            "model": fingerprint(args.model), "reward": " ".join(str(fingerprint(part)) for part in rewards)}
+            "model": fingerprint(args.model) or revision(args.model),
+            "reward": " ".join(str(fingerprint(part)) for part in rewards)}
 
 
 def lock(out: Path):
@@ -53,7 +75,7 @@ def unlock():
         HELD.pop().close()
 
 
-def find_run(name: str, args) -> tuple[Path, dict | None]:
+def find_run(name: str, args, device: torch.device) -> tuple[Path, dict | None]:
     """The run's folder and the state to resume from, if any. Whatever is no unfinished run of this command ends the
     process before anything is touched."""
     rewards = without_questions(args.reward).split(",")
@@ -79,7 +101,7 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
         fail(f"--out {out}: holds a run with other args: {', '.join(differ)}; give another --out, or the same args "
              "to resume it")
     changed = [f"--{flag.replace('_', '-')} {mine[flag]}" for flag, value in inputs_of(args).items()
-               if theirs["inputs"].get(flag) != value]
+               if value is not None and theirs["inputs"].get(flag) not in (value, None)]
     if changed:
         fail(f"--out {out}: {' and '.join(changed)} changed since the run began; restore it, or give another --out")
     if not (out / "checkpoint").is_dir() or not state_file.exists() and last_epoch(log) >= theirs["save_every"]:
@@ -96,8 +118,12 @@ def find_run(name: str, args) -> tuple[Path, dict | None]:
         sys.exit(0)
     check_log(log, state["log_bytes"])
     rounding = [f"--{flag.replace('_', '-')}" for flag in NEARLY_FREE if theirs[flag] != mine[flag]]
-    if theirs.get("processes", 1) != PROCESSES:
-        rounding.append(f"the number of processes ({theirs.get('processes', 1)} there, {PROCESSES} here)")
+    here = machine(device)
+    there = {what: theirs.get(what, value) for what, value in here.items()}  # an older run does not say
+    rounding += [f"{what} ({there[what]} there, {here[what]} here)" for what in here
+                 if what != "versions" and there[what] != here[what]]
+    rounding += [f"{library} ({there['versions'].get(library)} there, {here['versions'][library]} here)"
+                 for library in here["versions"] if there["versions"].get(library) != here["versions"][library]]
     if rounding:
         print(f"{out}: {', '.join(rounding)} changed: from here on equal to an uninterrupted run but for rounding")
     return out, state
@@ -173,8 +199,12 @@ def open_folder(run):
     make_dir(run.out / "samples", "--out")
     lock(run.out)
     args = {flag: value for flag, value in asdict(run.args).items() if flag != "out"}
-    recorded = {"script": f"train_{run.name}.py", **args, "processes": PROCESSES, "inputs": inputs_of(run.args),
+    recorded = {"script": f"train_{run.name}.py", **args, **machine(run.pipe.seam.device),
+                "inputs": inputs_of(run.args),
                 "max_sequence_length": run.pipe.seam.settings.get("max_sequence_length")}
+    if run.args.wandb:
+        known = json.loads(args_file.read_text()) if run.began else {}
+        recorded["wandb_id"] = run.wandb_id = known.get("wandb_id") or uuid.uuid4().hex[:8]
     write_files({args_file: json.dumps(recorded, indent=2) + "\n"})
     with open(run.out / "metrics.jsonl", "a") as log:
         log.truncate(run.state["log_bytes"] if run.state else 0)
@@ -207,7 +237,7 @@ def save_checkpoint(run, epoch: int, **state):
     with swapped(run.params, run.ema):
         save_lora(run.pipe, run.out / "lora")
     write_card(run)
-    plot_curves(run.out)
+    plot_curves(run.out, run.args.guidance)
     content = io.BytesIO()  # torch itself does not say that a disk is full
     torch.save({"lora": get_peft_model_state_dict(run.pipe.transformer), "opt": run.opt.state_dict(), "epoch": epoch,
                 "step": run.step, "skipped": run.skipped, "bad": run.bad, "ema": run.ema, **state,

@@ -1,64 +1,18 @@
-"""The command line and its errors: flags and files read, files written, and one line where something is wrong.
-
-Each script imports this before torch and diffusers, which take seconds: from here on Ctrl-C is one line, and --help is
-answered without them.
-"""
-import contextlib
+"""The command line and its errors: flags and files read, files written, and one line where something is wrong."""
 import errno
-import io
 import math
 import os
 import re
 import signal
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what keeps a disk from taking more
-
-
-RESUMES = "; the same command resumes from the last checkpoint"
-
-
-def training() -> bool:
-    """Is it a training script that runs?"""
-    return Path(sys.argv[0]).name.startswith("train_")
-
-
-def last_words(kind, error, trace):
-    """The interpreter's excepthook, but for Ctrl-C, a full disk and a GPU out of memory: they are one line."""
-    if issubclass(kind, KeyboardInterrupt):
-        interrupted()
-    elif kind.__name__ == "OutOfMemoryError":
-        lower = "--batch or --rollout-batch" + RESUMES if training() else "--batch or --size"
-        fail(f"the GPU is out of memory; lower {lower} ({reason(error)})")
-    elif issubclass(kind, OSError) and error.errno in FULL:
-        fail(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); what was saved before is whole")
-    elif re.search("inline_container|No space left|File too large", str(error)):  # torch, safetensors
-        fail(f"a file cannot be written: the disk is full ({reason(error)[:80]}); what was saved before is whole")
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-def interrupted(*_):
-    """Say so, and die of SIGINT, which a shell shows as 130."""
-    from tqdm import tqdm  # it clears a progress bar; this may be called before the import below
-    tqdm.write("interrupted" + (RESUMES if training() else ""), file=sys.stderr)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-sys.excepthook = last_words
-
+import tyro
 from tqdm import tqdm
 
-from flow.help import script_that_runs, show_help
-
-if script_that_runs():
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        show_help(script_that_runs())
-    signal.signal(signal.SIGINT, interrupted)  # until `parse`: libraries that are imported swallow KeyboardInterrupt
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what keeps a disk from taking more
+RESUMES = "; the same command resumes from the last checkpoint"
 
 # more than this is a slip of the keyboard, which would take all memory or days before it shows
 MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, "steps": 1_000, "timesteps": 1_000,
@@ -84,34 +38,43 @@ def reason(error: Exception) -> str:
 # ---------------------------------------------------------------- flags
 
 def parse(args_class, doc: str):
-    """tyro, with its framed errors turned into one line."""
-    import tyro  # not needed for --help
+    """A script's Args from the command line, by tyro: its help, its errors, its exit codes. For a script's last lines:
+    from here on Ctrl-C, a full disk and a GPU out of memory end this process with a line of advice."""
+    sys.excepthook = excepthook
+    return tyro.cli(args_class, description=doc, config=(tyro.conf.DisallowNone,))
 
-    if signal.getsignal(signal.SIGINT) is interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        show_help(sys.modules[args_class.__module__].__file__)
-    switches = {f"--{x.name.replace('_', '-')}" for x in fields(args_class) if x.type in (bool, bool | None)}
-    given = []
-    for word in sys.argv[1:]:  # --compile True is --compile, too
-        if word in ("True", "False") and given and given[-1] in switches:
-            given[-1] = given[-1] if word == "True" else "--no-" + given[-1][2:]
-        else:
-            given.append(word)
-    framed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(framed):
-            args, unknown = tyro.cli(args_class, args=given, description=doc, return_unknown_args=True,
-                                     config=(tyro.conf.DisallowNone,))
-    except SystemExit as end:
-        if not end.code:
-            raise
-        said = " ".join(framed.getvalue().translate(str.maketrans("", "", "╭╮╰╯─│")).split())
-        wrong = re.search(r"Error parsing (--\S+): (.*?)(?: Got errors.*?)? Argument helptext: --\S+ (\S+)", said)
-        fail("{0}: {1}; it takes {2}".format(*wrong.groups())[:150] if wrong else said[:150])
-    if unknown:
-        fail(f"unknown flag {unknown[0]}; --help lists them all")
-    return args
+
+def training() -> bool:
+    """Is it a training script that runs?"""
+    return Path(sys.argv[0]).name.startswith("train_")
+
+
+def excepthook(kind, error, trace):
+    """The interpreter's, but Ctrl-C and a full disk are one line, and after a GPU out of memory there is advice."""
+    if issubclass(kind, KeyboardInterrupt):
+        tqdm.write("interrupted" + (RESUMES if training() else ""), file=sys.stderr)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)  # a shell shows that as 130
+    elif issubclass(kind, OSError) and error.errno in FULL:
+        fail(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); what was saved before is whole")
+    else:
+        sys.__excepthook__(kind, error, trace)
+    if kind.__name__ == "OutOfMemoryError":
+        lower = "--batch or --rollout-batch" + RESUMES if training() else "--batch or --size"
+        tqdm.write(f"error: the GPU is out of memory; lower {lower}", file=sys.stderr)
+
+
+def progress(items=None, **options) -> tqdm:
+    """tqdm's bar, silent where stderr is no terminal and on all processes but the first."""
+    return tqdm(items, disable=None if os.environ.get("RANK", "0") == "0" else True, **options)
+
+
+def quiet_libraries():
+    """diffusers and transformers, as far as they are imported, give no warnings and show no bars of their own."""
+    for name in ("diffusers", "transformers"):
+        if library := sys.modules.get(name):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
 
 
 def check_flags(args, least: dict[str, float]):

@@ -12,8 +12,8 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from tqdm import tqdm
 
+from flow.cli import progress
 from flow.files import write_files
 from flow.seam import call
 from flow.text import remember, text_encoders
@@ -24,7 +24,7 @@ def encode_each(pipe, prompts: list[str], size: int, guidance: float | None, sto
     `store` keeps them, and what it has kept is not encoded again. The text encoders are gone after that."""
     unique = list(dict.fromkeys(prompts))
     with ExitStack() as stack:
-        for i in tqdm(range(0, len(unique), size), desc="encode prompts", leave=False):
+        for i in progress(range(0, len(unique), size), desc="encode prompts", leave=False):
             chunk = (unique[i:i + size] + [""] * size)[:size]
             if store is not None and recall(pipe.seam, store, chunk, guidance):
                 continue
@@ -38,8 +38,11 @@ def encode_each(pipe, prompts: list[str], size: int, guidance: float | None, sto
 
 
 def file_of(seam, store: Path, prompts: list[str], guidance: float | None) -> Path:
-    """Where the encodings of these prompts are, if they have been kept: by these settings and libraries."""
-    settings = prompts, guidance, sorted(seam.settings.items()), diffusers.__version__, transformers.__version__
+    """Where the encodings of these prompts are, if they have been kept: by these settings, in this precision, on this
+    kind of device, by these libraries."""
+    precision = [str(encoder.dtype) for encoder in seam.encoders.values()], seam.device.type
+    libraries = torch.__version__, diffusers.__version__, transformers.__version__
+    settings = prompts, guidance, sorted(seam.settings.items()), precision, libraries
     return store / (hashlib.sha256(repr(settings).encode()).hexdigest()[:16] + ".safetensors")
 
 

@@ -61,7 +61,7 @@ def evaluate(run, epoch: int):
     save_grid(file, pictures, 8, run.eval_prompts)
     log_picture(run, file)
     write_line(run, {
-        "step": run.step, "epoch": epoch, "eval_reward": reward.mean().item(),
+        "step": run.step, "epoch": epoch, "eval_guidance": args.guidance, "eval_reward": reward.mean().item(),
         "eval_reward_se": (reward.std() / len(reward) ** 0.5).item(), **parts, "eval_norm_ratio": steps.mean().item(),
         "eval_norm_ratio_max": steps.max().item(), "eval_norm_ratio_steps": steps.tolist(),
         "eval_saturation": colour.mean().item()})

@@ -39,13 +39,17 @@ def read_answer(top: Answer, first: str, second: str) -> float:
     return math.log(a or rest) - math.log(b or rest)
 
 
+def judge_dtype(device: torch.device) -> torch.dtype:
+    """Of a judge in this process: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Callable:
     """A judge in this process, a batch in one forward pass. A model that cannot be loaded ends it, naming `flag`."""
     check_model(flag, name, "http://HOST:PORT/v1, " if flag == "--judge" else "")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=judge_dtype(device))
     except Exception as e:  # no network, another model class, a broken file: each raises its own
         cannot_load(flag, name, e)
     if not processor.chat_template:

@@ -34,8 +34,8 @@ def last_line(run):
         values = [line[f"eval_{name}"] for line in lines if f"eval_{name}" in line]
         values = values or [line[name] for line in lines if line.get(name) is not None]
         if values:
-            first, last = (digits(value, abs(values[-1] - values[0])) for value in (values[0], values[-1]))
-            said.append(f"{name.replace('_', ' ')} {first} -> {last}")
+            change = abs(values[-1] - values[0]) if name == "reward" else 0.1
+            said.append(f"{name.replace('_', ' ')} {digits(values[0], change)} -> {digits(values[-1], change)}")
     print(f"done: {', '.join(said)}; {run.out}/ holds lora/, samples/, curves.png and metrics.jsonl")
 
 
@@ -48,12 +48,13 @@ def check_wandb(args):
         fail("--wandb: needs a package that is not installed: pip install wandb")
 
 
-def start_wandb(args, out: Path):
+def start_wandb(run):
     """A wandb run that goes on when the training does, or None without --wandb."""
-    if not args.wandb or RANK > 0:
+    if not run.args.wandb or RANK > 0:
         return None
     import wandb  # it is there
-    return wandb.init(project=args.wandb, name=out.name, id=out.name, resume="allow", config=asdict(args))
+    return wandb.init(project=run.args.wandb, name=run.out.name, id=run.wandb_id, resume="allow",
+                      config=asdict(run.args))
 
 
 def log_picture(run, file: Path):

@@ -20,8 +20,6 @@ from flow.files import write_files
 
 NAME = "pytorch_lora_weights.safetensors"  # diffusers'
 
-warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT has two adapters and means it
-
 
 def lora_targets(model: torch.nn.Module) -> list[str]:
     """The linear layers of a transformer's attentions, whatever their names; but not of an attn2 beside an attn:
@@ -47,10 +45,12 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default"
 
 def inject(model: torch.nn.Module, name: str, config: LoraConfig):
     """Put an adapter into a transformer, by diffusers' own means if it has them."""
-    if hasattr(model, "add_adapter"):
-        model.add_adapter(config, name)
-    else:
-        inject_adapter_in_model(config, model, name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT has two adapters and means it
+        if hasattr(model, "add_adapter"):
+            model.add_adapter(config, name)
+        else:
+            inject_adapter_in_model(config, model, name)
 
 
 def lora_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:

@@ -10,16 +10,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
-from flow.cli import fail, make_dir, reason
+from flow.cli import fail, make_dir, progress, reason
 from flow.files import json_text, write_files
-
-matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
-import matplotlib.pyplot as plt  # noqa: E402
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # a folder's files that are pictures
 
@@ -96,7 +92,7 @@ def save_samples(out: str, pictures: Tensor, rows: list[dict]):
     old = {path for path in earlier_samples(out) if path.stem != "grid"}
     lines = [json_text({"file": f"{i:05d}.png", **row}) + "\n" for i, row in enumerate(rows)]
     files = {folder / "samples.jsonl": "".join(lines)}  # first: what follows is known to be ours
-    for i in tqdm(range(len(pictures)), desc="save", leave=False):
+    for i in progress(range(len(pictures)), desc="save", leave=False):
         files |= grid_files(folder / f"{i:05d}", pictures[i:i + 1], 1)
     write_files(files | grid_files(folder / "grid", pictures[:64], min(8, len(pictures))))
     for path in old - files.keys():
@@ -141,39 +137,52 @@ def load_pictures(files: list[str]) -> Tensor:
     return torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
 
 
-def plot_curves(out: Path):
-    """curves.png from metrics.jsonl: reward, norm ratio and guard over the steps, and each evaluation's norm ratio over
-    t."""
+def plot_curves(out: Path, guidance: float | None = None):
+    """curves.png from metrics.jsonl: reward, norm ratio and guard over the steps, the norm ratio of training batches by
+    noise level, and each evaluation's norm ratio along its trajectory. Training sees the conditional velocity,
+    evaluations that with `guidance`."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     panels = {"reward": ["reward", "eval_reward"],
               "norm ratio to the reference": ["norm_ratio", "eval_norm_ratio", "eval_norm_ratio_max"],
               "guard: share of samples over the reference": ["active"]}
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3.4))
-    figure.subplots_adjust(0.03, 0.14, 0.99, 0.91, 0.2)  # to find a layout takes as long as to draw it
+    figure = Figure(figsize=(21, 3.4))
+    axes = figure.subplots(1, 5)
+    figure.subplots_adjust(0.025, 0.14, 0.995, 0.91, 0.18)  # to find a layout takes as long as to draw it
     for axis, (title, keys) in zip(axes, panels.items()):
         for key in keys:
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             marker = "o" if key.startswith("eval") else None
-            axis.plot(*zip(*points) if points else ([], []), label=key, marker=marker, markersize=3, linewidth=1)
+            guided = f" (guidance {guidance:g})" if guidance is not None and key.startswith("eval_norm") else ""
+            label = f"{key} (conditional)" if guidance is not None and key == "norm_ratio" else key + guided
+            axis.plot(*zip(*points) if points else ([], []), label=label, marker=marker, markersize=3, linewidth=1)
         axis.set_title(title, y=1)  # where it stands anyway: to look for a place takes a quarter of the time
         axis.set_xlabel("optimizer step")
         axis.legend(fontsize=8)
+    steps = [line for line in lines if "norm_ratio_by_t" in line]
+    bins = len(steps[0]["norm_ratio_by_t"]) if steps else 0
+    for k in range(bins):
+        points = [(line["step"], line["norm_ratio_by_t"][k]) for line in steps]
+        points = [point for point in points if point[1] is not None]
+        label, colour = f"t {k / bins:.1f} to {(k + 1) / bins:.1f}", matplotlib.colormaps["plasma"](k / bins)
+        axes[3].plot(*zip(*points) if points else ([], []), color=colour, label=label, linewidth=1)
+    axes[3].set_title("norm ratio by noise level, training", y=1)
+    axes[3].set_xlabel("optimizer step")
     evals = [line for line in lines if "eval_norm_ratio_steps" in line]
     for i, line in enumerate(evals):
-        colour = plt.cm.viridis(i / max(len(evals) - 1, 1))
-        axes[3].plot(line["eval_norm_ratio_steps"], color=colour, label=f"epoch {line['epoch']}", linewidth=1)
-    axes[3].set_title("norm ratio along the trajectory", y=1)
-    axes[3].set_xlabel("sampling step (0 is noise)")
-    if evals:
-        axes[3].legend(fontsize=7)
+        colour = matplotlib.colormaps["viridis"](i / max(len(evals) - 1, 1))
+        axes[4].plot(line["eval_norm_ratio_steps"], color=colour, label=f"epoch {line['epoch']}", linewidth=1)
+    axes[4].set_title("norm ratio along the trajectory", y=1)
+    axes[4].set_xlabel("sampling step (0 is noise)")
+    for axis in axes[3:]:
+        if axis.lines:
+            axis.legend(fontsize=7)
     for axis in axes:
         axis.grid(alpha=0.3)
     write_files({out / "curves.png": png(figure)})
 
 
 def png(figure, dpi: int = 110) -> bytes:
-    """A figure as a PNG file; the figure is closed."""
+    """A figure as a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format="png")
-    plt.close(figure)
     return content.getvalue()

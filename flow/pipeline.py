@@ -24,23 +24,31 @@ from types import SimpleNamespace
 import diffusers
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from flow.cli import cannot_load, check_model, fail, reason
+from flow.cli import cannot_load, check_model, fail, progress, quiet_libraries, reason
 from flow.encodings import encode_each
 from flow.lora import merged
-from flow.precision import quantization, use_autocast, use_fast_kernels
+from flow.precision import base_dtype, quantization, use_autocast, use_fast_kernels
 from flow.processes import shard
-from flow.seam import EULER, Seen, call, guided, latents_of, listening, pinned, prepare, replace_scheduler, seen, telling, told
+from flow.seam import (
+    EULER,
+    Seen,
+    call,
+    guided,
+    latents_of,
+    listening,
+    pinned,
+    prepare,
+    replace_scheduler,
+    seen,
+    telling,
+    told,
+)
 from flow.text import batches, own_settings, remember_prompts, same, text_encoders
 from normguard import norm_ratio, reference, renormalize
-
-for library in (diffusers, transformers):
-    library.utils.logging.set_verbosity_error()
-    library.utils.logging.disable_progress_bar()
 
 PAIR = ["a grey cat", "a grey dog"]  # prompts of one length, to try a pipeline on
 CHUNK = 16  # prompts that are encoded in one go; always so many, since their number can change last bits
@@ -55,8 +63,9 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
     frames (None: its own). Transformer and VAE on `device`; the transformer in `base` (bf16 on a GPU) or quantized, the
     VAE in fp32; text encoders wait on the CPU. Ends the process, naming --model, if it cannot be loaded or is no flow
     that draws from a prompt alone."""
+    quiet_libraries()
     check_model("--model", model)
-    base = base or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    base = base or base_dtype(device)
     options = {"dtype": {"default": base, "vae": torch.float32}, "quantization_config": quantization(quantize)}
     try:
         check_parts(model, diffusers.DiffusionPipeline.load_config(model))
@@ -308,7 +317,7 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
     out, dts = torch.empty_like(noise), sigmas.diff().tolist()
     ratios = torch.empty(len(noise), len(dts)) if compare or renorm != "none" else None
     with merged(pipe.transformer):
-        for rows in tqdm(batches(pipe, prompts, batch, guidance), desc=desc, leave=False):
+        for rows in progress(batches(pipe, prompts, batch, guidance), desc=desc, leave=False):
             some = [prompts[i] for i in rows]
 
             def step(v, x, i):
@@ -341,7 +350,7 @@ def decode_size(pipe) -> int:
 @torch.no_grad()
 def decode(pipe, x0: Tensor) -> Tensor:
     """The same for latents (n, ...) anywhere, on the CPU, a few at a time. Ends the process if it gives a NaN."""
-    chunks = tqdm(x0.split(decode_size(pipe)), desc="decode", leave=False)
+    chunks = progress(x0.split(decode_size(pipe)), desc="decode", leave=False)
     pictures = torch.cat([decode_batch(pipe, z.to(pipe.seam.device)).cpu() for z in chunks])
     if not (x0.isfinite().all() and pictures.isfinite().all()):
         fail("the model draws pictures that are not finite (NaN): a damaged model or LoRA, or too high an --lr")

@@ -28,6 +28,11 @@ def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
     return diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": config})
 
 
+def base_dtype(device: torch.device) -> torch.dtype:
+    """Of the frozen transformer and the text encoders: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def use_autocast(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype):
     """An fp32 LoRA on a bf16 base: products in bf16. What diffusers keeps in fp32 stays out of it."""
     if dtype == torch.float32:

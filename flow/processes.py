@@ -6,7 +6,6 @@ Every process draws the same random numbers and takes its share of an epoch's pr
 summed. The first process alone writes files, prints and shows bars. One that fails says why and ends, and torchrun then
 ends the others."""
 import atexit
-import functools
 import os
 import sys
 import time
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from tqdm import tqdm
 
 from flow.cli import fail
 
@@ -28,7 +26,6 @@ def own_device() -> torch.device:
     """This process's GPU, or the CPU. All processes but the first fall silent, but for their errors."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

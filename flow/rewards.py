@@ -16,17 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from flow.cli import cannot_load, check_model, fail, reason
+from flow.cli import cannot_load, check_model, fail, quiet_libraries, reason
 from flow.hps import hps_pixels, load_hps, torch_pixels
 from flow.judge import http_judge, local_judge, read_answer
 from flow.pictures import to_image
-
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
 
 Reward = Callable[[Tensor, list[str]], Tensor]
 
@@ -47,6 +43,7 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     the graph. Ends the process with a line that names --reward if a spec cannot be loaded, or later if it returns
     anything but one finite number a picture.
     """
+    quiet_libraries()
     parts = []
     for part in re.split(r",(?![^[]*\])", spec):  # but for the commas of a [question]
         name, _, weight = part.rpartition(":")

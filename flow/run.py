@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flow.checkpoint import find_run, open_folder, resume, save_checkpoint, unlock
-from flow.cli import check_flags, fail
+from flow.cli import check_flags, fail, progress
 from flow.draws import EPOCH, draw_prompts, rng, zero_std_share
 from flow.evaluate import evaluate
 from flow.log import check_wandb, digits, last_line, start_wandb, write_line
@@ -55,7 +55,7 @@ def start_run(name: str, args) -> SimpleNamespace:
     quantization(args.quantize)
     check_wandb(args)
     prompts, eval_prompts = draw_prompts(args)
-    out, state = find_run(name, args)
+    out, state = find_run(name, args, device)
     began = (out / "args.json").exists()
     reward = load_reward(args.reward, device)
     if early := args.size and not args.frames:
@@ -77,7 +77,7 @@ def start_run(name: str, args) -> SimpleNamespace:
     if RANK == 0:
         open_folder(run)
     meet()
-    run.wandb = start_wandb(args, out)
+    run.wandb = start_wandb(run)
     own = own_prompts(run)
     mark_peak(run, "load")
     encode_prompts(pipe, own, args.guidance, out / "checkpoint" / "prompts")
@@ -112,7 +112,7 @@ def own_prompts(run) -> list[str]:
 def epochs(run):
     """The epochs that are left, on a bar: (its prompts with each `group` times, its generator)."""
     args = run.args
-    run.bar = tqdm(range(run.epoch, args.epochs), desc="train", initial=run.epoch, total=args.epochs)
+    run.bar = progress(range(run.epoch, args.epochs), desc="train", initial=run.epoch, total=args.epochs)
     for run.epoch in run.bar:
         run.start = time.time()
         prompts = run.prompts[run.epoch * args.groups:(run.epoch + 1) * args.groups]
@@ -156,8 +156,9 @@ def finish_step(run, sums: dict, rows: int, reward: Tensor, done: float):
     finite = bool(np.isfinite([means["loss"], grad_norm]).all())
     if finite:
         run.opt.step()
+        decay = run.ema and min((2 + run.step) / (11 + run.step), run.args.ema)  # this is step run.step + 1
         for average, p in zip(run.ema or (), run.params):
-            average.lerp_(p.detach(), 1 - run.args.ema)
+            average.lerp_(p.detach(), 1 - decay)
     run.opt.zero_grad()
     run.step += 1
     run.skipped += not finite

@@ -111,7 +111,7 @@ def remember_prompts(pipe):
 
 
 def by_itself(asked: dict, each: dict, key: tuple) -> dict:
-    """The arguments of encode_prompt for one prompt of several; `each` has one value a prompt, `key` holds the one's."""
+    """The arguments of encode_prompt for one prompt of several. `each` has one value a prompt, `key` that one's."""
     return {**asked, **{name: [value] for name, value in zip(each, key[1:])}}
 
 
