@@ -46,7 +46,7 @@ import numpy as np
 import torch
 import tyro
 from figures import draw_all, draw_front
-from guards import GUARDS, LAM, RIVALS, SHARE, Other, instead_of_hinge, squared_error
+from guards import GUARDS, LAM, RIVALS, Other, instead_of_hinge, squared_error
 from paired import read_json
 from report import rounded, write_report, write_text
 from tqdm import tqdm
@@ -451,7 +451,7 @@ GRID = {  # of every run: a part's name, what measures it, the claims that it se
     "early": (early_part, (8,)),
 }
 CORNERS, TRAININGS = {}, {}  # of a base and a reward to look at, and others to confirm it; and how they train
-METHODS = {f"guard: {SHARE}": ["nft", "awm"]}  # those that have a part, where not all do
+METHODS = {}  # those that have a part, where not all do
 for _name, _other in GUARDS.items():
     TRAININGS[f"guard: {_name}"] = _other
     CORNERS[f"guard: {_name}"] = (partial(guard_part, name=_name), (9,))
