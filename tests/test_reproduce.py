@@ -1,0 +1,340 @@
+"""Tests of the miniature's reproduction (tiny/): other guards and rivals, differences and verdicts, the report, and
+reproduce.py from end to end."""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+import guards  # noqa: E402
+import paired  # noqa: E402
+import report  # noqa: E402
+import reproduce  # noqa: E402
+
+import flow.cli  # noqa: E402
+import flow.pipeline  # noqa: E402
+import flow.rewards  # noqa: E402
+import train_awm  # noqa: E402
+import train_dpo  # noqa: E402
+from normguard import norm_hinge  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    """Defaults like tiny/sd3 are relative to the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+def random_pair(b=5, scale=1.2, seed=0, dtype=torch.float64):
+    """A velocity and its reference, with norm ratios from 0.7 to `scale`."""
+    g = torch.Generator().manual_seed(seed)
+    v_ref = torch.randn(b, 4, 3, 2, generator=g, dtype=dtype)
+    scales = torch.linspace(0.7, scale, b, dtype=dtype).view(-1, 1, 1, 1)
+    v = v_ref * scales + 0.1 * torch.randn(v_ref.shape, generator=g, dtype=dtype)
+    return v, v_ref
+
+
+def lora_bytes(out: Path) -> bytes:
+    """A training's LoRA."""
+    return (out / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def pixels(path) -> np.ndarray:
+    """A picture (h, w, 3), 0 to 255."""
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def refuses(capsys, call, *words):
+    """One line on stderr that has these words, and exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call()
+    error = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert end.value.code == 2 and len(error) == 1, error
+    assert all(word in error[0] for word in words), error[0]
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.02])
+def test_other_guards(margin):
+    """Claim 9's hinges against numpy in float64, their slopes against finite differences, and no pull where all norms
+    are small."""
+    v, v_ref = (F.interpolate(x, (4, 2)) for x in random_pair(scale=1.6))  # (5, 4, 4, 2): two tokens a sample
+    a, b = v.numpy(), v_ref.numpy()
+    norms = [np.sqrt((x**2).sum((1, 2, 3))) for x in (a, b)]
+    tokens = [np.sqrt(np.stack([(x[:, :, :2] ** 2).sum((1, 2, 3)), (x[:, :, 2:] ** 2).sum((1, 2, 3))])) for x in (a, b)]
+    ratio = norms[0] / norms[1]
+    assert ratio.max() > 1 + margin and ratio.min() < 1
+    for hinge, expected in (
+        (guards.squared, np.maximum(ratio - 1 - margin, 0) ** 2),
+        (guards.absolute, np.maximum(norms[0] - norms[1] - margin, 0)),
+        (guards.per_token, np.maximum(tokens[0] / tokens[1] - 1 - margin, 0).mean(0)),
+    ):
+        np.testing.assert_allclose(hinge(v, v_ref, margin).numpy(), expected, rtol=1e-5, atol=1e-6)
+        longer = v.clone().requires_grad_()
+        hinge(longer, v_ref, margin).sum().backward()
+        h = 1e-2 * v  # norms are fp32: a coarse step, along the radius
+        slope = (hinge(v + h, v_ref, margin) - hinge(v - h, v_ref, margin)).sum().item() / 2
+        assert slope > 0 and (longer.grad * h).sum().item() == pytest.approx(slope, rel=0.02)
+        shorter = (0.5 * v_ref).requires_grad_()
+        hinge(shorter, v_ref, margin).sum().backward()
+        assert shorter.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("script", [train_awm, train_dpo])
+def test_rivals_in_a_training(tmp_path, monkeypatch, script):
+    """Claim 10's guards that follow their training, all in one of three epochs in several batches: which pictures the
+    rows are, what their rewards are, what they are kept close to. The script comes out as it went in."""
+    seen, noised, before = [], [], dict(vars(script))
+    add_noise = script.add_noise
+    monkeypatch.setattr(script, "add_noise", lambda *given: noised.append(given[0]) or add_noise(*given))
+    makers = {"ema": guards.ema_kl, "gardo": guards.gardo, "crd": guards.crd}
+
+    def make(training):
+        own = {name: maker(training) for name, maker in makers.items()}
+        hps = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))
+
+        def guard(v, v_ref, margin=0.0):
+            pictures = flow.pipeline.decode(training.run.pipe, training.x0)
+            now = {name: guard(v, v_ref, margin).detach() for name, guard in own.items()}
+            now |= {"x0": training.x0, "rows": training.rows, "reward": training.reward, "epoch": training.run.epoch}
+            now |= {"hps": hps(pictures, training.prompts)}
+            seen.append({**now, "kl": (v - v_ref).square().mean((1, 2, 3)).detach()})
+            return norm_hinge(v, v_ref)
+        return guard
+
+    args = script.Args(epochs=3, group=4, groups=3, timesteps=2, lr=5e-3, batch=16, eval_every=0,
+                       out=str(tmp_path / "run"))
+    with guards.instead_of_hinge(script, guards.Other("", make, made=True)):
+        script.main(args)
+    assert all(value is before[name] for name, value in vars(script).items() if name != "add_noise")
+    assert len(seen) == len(noised) > 3
+    for now, x0 in zip(seen, noised):
+        rows, gated = now["rows"], now["gardo"] > 0
+        assert torch.equal(now["x0"][rows], x0)
+        torch.testing.assert_close(now["crd"], (0.1 + 0.9 * now["reward"].clamp(0, 1)[rows]) * now["kl"])
+        rank_gap = now["reward"].argsort().argsort() - now["hps"].argsort().argsort()
+        gate = rank_gap[rows] >= rank_gap.sort().values[10]  # a tenth of 12: two
+        assert torch.equal(gated, gate & (now["epoch"] > 0))  # at first the policy is its reference
+        if gated.any():  # weighted to the KL's mean
+            torch.testing.assert_close(now["gardo"].sum() / len(rows), now["kl"][gated].mean())
+    assert any((now["gardo"] > 0).any() for now in seen)
+    assert all(now["ema"].max() == 0 for now in seen if now["epoch"] == 0)  # the policy is its own average
+    for now in (now for now in seen if now["epoch"] == 1):  # of the way from the base, a tenth: the rest is left
+        assert (now["ema"] / now["kl"]).mean().item() == pytest.approx(0.81, abs=0.05)
+
+
+def test_paired_differences_and_verdicts():
+    """Student's quantiles from a table; a seed counts once, whatever the cells; verdicts of both signs; the judge's
+    counts from either side."""
+    for df, expected in ((1, 12.706), (2, 4.303), (11, 2.201), (35, 2.030)):
+        assert paired.quantile(df) == pytest.approx(expected, rel=1e-3)
+    g = np.random.default_rng(0)
+    results = {
+        reproduce.Run(f"b{cell}", "awm", "hps", seed): {"a": cell + g.normal(), "b": 1.0}
+        for cell in range(4)
+        for seed in range(3)
+    }
+    d = paired.paired(results, lambda r: r["a"], lambda r: r["b"])
+    values = np.array([r["a"] - 1 for r in results.values()]).reshape(4, 3)
+    assert d["difference"] == pytest.approx(values.mean()) and (d["runs"], d["cells"]) == (12, 4)
+    assert d["cells larger"] == (values.mean(1) > 0).sum() and d["runs larger"] == (values > 0).sum()
+    assert d["half"] == pytest.approx(4.303 * values.mean(0).std(ddof=1) / 3**0.5, rel=1e-3)
+    twice = results | {run._replace(base=f"{run.base} again"): r for run, r in results.items()}
+    assert paired.paired(twice, lambda r: r["a"], lambda r: r["b"])["half"] == pytest.approx(d["half"])
+    one = {run: r for run, r in results.items() if run.seed == 0}
+    assert math.isnan(paired.paired(one, lambda r: r["a"])["half"])
+    assert "no interval" in paired.verdict(paired.paired(one, lambda r: r["a"]), 1)
+    for difference, half, claimed, said in (
+        (1, 0.5, 1, "holds"),
+        (1, 0.5, -1, "**contradicted**"),
+        (-1, 0.5, -1, "holds"),
+        (-1, 0.5, 1, "**contradicted**"),
+        (1, 2, 1, "not resolved"),
+        (1, 0.5, 0, "**contradicted**"),
+        (-1, 0.5, 0, "holds"),
+        (0, 0.5, 0, "not resolved"),
+    ):
+        assert paired.verdict({"difference": difference, "half": half}, claimed) == said
+    assert paired.verdict({"difference": 0.01, "half": 0.02}, 0, at_most=0.05) == "holds"
+    part = {"p": {"verdicts": {"a vs b": [6, 2, 2, 5]}}}  # of 10 that could be read, 6 won, 2 tied
+    assert paired.rate("p", "a vs b")(part) == pytest.approx(0.2)
+    assert paired.rate("p", "b vs a")(part) == pytest.approx(-0.2)
+
+
+def test_rivals_at_equal_reward(monkeypatch):
+    """Between two strengths interpolated, never beyond what was measured; the strength is chosen by the mean of the
+    cell's seeds on training prompts, the metrics are the held-out pictures'."""
+    assert paired.at_reward([0.9, 0.7, 0.5], 0.6) == pytest.approx((1, 0.5, True))
+    assert paired.at_reward([0.9, 0.5, 0.7], 0.6) == (2, 0.0, False)  # it comes back: where it ends is not known
+    assert paired.at_reward([0.9, 0.7, 0.5], 0.5) == (2, 0.0, False)
+    assert paired.at_reward([0.9, 0.7], 0.95) == (0, 0.0, True)
+    assert paired.excess({"mean": [0.9, 0.97]}) == 1.0 and paired.excess({"mean": [0.9, 1.02]}) == 1.02
+
+    def part(quality, training, step, **verdicts):
+        means = {who: {"reward": 0.5, "judge/overall": value} for who, value in quality.items()}
+        norms = {who: {"mean": [1.0, step]} for who in quality}
+        return {"means": means, "ratio": norms, "training reward": training, "verdicts": verdicts, "of": {"code": "a"}}
+
+    strengths, runs = (0.03, 0.1), {}
+    monkeypatch.setitem(guards.RIVALS, "velocity KL", guards.Rival(strengths, dpo=(0.1, 0.3)))
+    for seed, shift in enumerate((-0.1, 0.1)):  # the seeds' rewards differ, their mean chooses
+        main = part({"base": 0.8, "unguarded": 0.5, "guarded": 0.8},
+                    {"base": 0.4, "unguarded": 0.9 + shift, "guarded": 1.0 + shift}, 1.2)
+        run = runs[reproduce.Run("sd3", "awm", "hps", seed)] = {"main": main}
+        main["verdicts"], main["means"]["base"]["reward"] = {"unguarded vs guarded": [2, 0, 8, 0]}, 0.3
+        for strength, reward, quality in zip(strengths, (0.85, 0.75), (0.6, 0.7)):
+            assert paired.equal_reward(runs, "velocity KL")[0].keys() < runs.keys()  # a strength is not measured yet
+            rival = run[f"rival: velocity KL {strength:g}"] = part({"rival": quality + seed}, {"rival": reward}, 1.1)
+            rival["verdicts"] = {"guarded vs rival": [6, 2, 2, 0]}
+    met, strength = paired.equal_reward(runs, "velocity KL")  # the unguarded gain, 0.5, is the lesser one
+    assert strength == 0 and [m["rival"]["judge/overall"] for m in met.values()] == [0.5, 0.5]  # the unguarded model
+    met, strength = paired.equal_reward(runs, "velocity KL", keep=0.95)
+    share = (0.9 - 0.875) / (0.9 - 0.85)  # 95 % of it is at 0.875
+    assert list(met) == list(runs) and strength == pytest.approx(share * strengths[0])
+    for seed, (shift, found) in enumerate(zip((-0.1, 0.1), met.values())):
+        missed = 0.4 + 0.95 * (0.5 + shift) - (0.9 + shift + share * (0.85 - 0.9 - shift))  # by its own reward
+        moved = missed / (0.85 - 0.9)  # and so much further along the seeds' mean curve
+        assert found["guarded"]["judge/overall"] == 0.8
+        assert found["rival"]["judge/overall"] == pytest.approx(0.5 + share * (0.1 + seed) + moved * 0.6)
+        assert found["rival"]["preferred"] == pytest.approx(0.3 + (share + moved) * (0.2 - 0.3))
+        assert found["rival"]["highest"] == pytest.approx(1.2 - (share + moved) * 0.1)
+        assert found["rival"]["training reward"] == pytest.approx(0.4 + 0.95 * (0.5 + shift))  # its own target
+    assert np.mean([found["rival"]["preferred"] for found in met.values()]) == pytest.approx(0.3 - share * 0.1)
+    assert paired.equal_reward(runs, "velocity KL", keep=0.5)[1] is None  # the strengths end before that
+    met, strength = paired.equal_reward(runs, "velocity KL", keep=None)  # the weakest, as it is
+    assert strength == strengths[0] and [m["rival"]["preferred"] for m in met.values()] == pytest.approx([0.2, 0.2])
+    assert [m["rival"]["judge/overall"] for m in met.values()] == [0.6, 1.6]
+    assert paired.equal_reward({key._replace(method="dpo"): r for key, r in runs.items()}, "velocity KL")[0] == {}
+    run[f"rival: velocity KL {strengths[1]:g}"]["of"] = {"code": "b"}  # measured beside other code
+    assert len(paired.equal_reward(runs, "velocity KL")[0]) == 1
+    for preferred, half, said in ((0.2, 0.1, "the guard"), (-0.2, 0.1, "**the rival**"), (0.1, 0.2, "not resolved")):
+        assert report.preferred_side({"difference": preferred, "half": half}) == said
+
+    run["auto"] = {**part({"auto": 0.75}, {}, 0.99), "verdicts": {"guarded vs auto": [3, 2, 5, 0]}}
+    run["auto"]["means"]["auto"]["reward"] = 0.4
+    monkeypatch.setattr(report, "BESIDE", {"judge/overall": 3})
+    rows = report.rivals_of(runs, None)
+    assert list(rows) == ["velocity KL", report.AUTO] and rows[report.AUTO]["verdict"] == "one seed: no interval"
+    row = rows[report.AUTO]  # of the one run that has it
+    assert row["highest step"] == 1.0 and row["preferred"]["difference"] == pytest.approx(-0.1)
+    assert row["reward"]["difference"] == pytest.approx(-0.5)
+    assert row["judge/overall"]["difference"] == pytest.approx(-0.05)
+
+
+def test_results_are_what_the_report_says(tmp_path, monkeypatch):
+    """RESULTS.md and results.json are what report.py makes of tiny/results; a text that was written of other runs says
+    so."""
+    monkeypatch.chdir(ROOT)
+    found, bases = reproduce.gathered(ROOT / "tiny" / "results")
+
+    def write(runs: dict) -> str:
+        """What it writes, as if it were in tiny/."""
+        report.write_report(runs, bases, reproduce.Size(), {}, tmp_path, Path("assets"))
+        text = (tmp_path / "RESULTS.md").read_text().replace(os.path.relpath("assets", tmp_path), "../assets")
+        return text.replace(str(tmp_path), "tiny")
+
+    assert write(found) == (ROOT / "tiny" / "RESULTS.md").read_text() and "*Written of" not in write(found)
+    assert (tmp_path / "results.json").read_text() == (ROOT / "tiny" / "results.json").read_text()
+    monkeypatch.setitem(report.READING, "1", (len(found), "They grow."))
+    assert "\n\nThey grow.\n" in write(found)
+    monkeypatch.setitem(report.READING, "1", (len(found) - 1, "They grow."))
+    assert f"\n\n*Written of {len(found) - 1} runs:* They grow.\n" in write(found)
+
+
+def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
+    """Numbers know the weights, the code and the flags they come from; a comment changes none of it. What other weights
+    or code made is not used again, and what is not reproduce.py's is not deleted."""
+    run, size = reproduce.Run("sd3", "awm", "hps", 0), reproduce.Size()
+    numbers = {part: {"of": reproduce.depends(run, size, part)} for part in ("main", "guard: per token")}
+    assert reproduce.stale_parts({run: numbers}, {}, size) == {}
+    stale = reproduce.stale_parts({run: numbers}, {}, size._replace(steps=4))
+    assert stale == {"flags": [f"{run.name}: main", f"{run.name}: guard: per token"]}
+    numbers["main"] = {}  # from before there were hashes
+    bases = {"sd3": {"colours": {"of": {"weights": "other"}}}}
+    stale = reproduce.stale_parts({run: numbers}, bases, size)
+    assert set(stale) == {"weights", "code", "flags"} and "sd3: colours" in stale["weights"]
+    others = (guards.GUARDS["squared, lam 0.5"], guards.RIVALS["EMA-KL"].training, guards.GUARDS["lam 0.5"])
+    codes = [reproduce.guard_code(other) for other in others]
+    assert len(set(codes)) == 3 and codes[2] == ""
+
+    tree = reproduce.ast.parse("def f(): pass")  # which has more fields in a later Python
+    assert reproduce.written(tree) == "Module(body=[FunctionDef(name='f', args=arguments(), body=[Pass()])])"
+    (tmp_path / "flow").mkdir()
+    for file in ("normguard.py", "train_awm.py", "flow/draws.py", "flow/pipeline.py", "flow/seam.py"):
+        shutil.copy(file, tmp_path / file)
+    monkeypatch.chdir(tmp_path)
+    text, same = Path("normguard.py").read_text(), reproduce.code.__wrapped__("awm")
+    for change, alike in ((("EPS = 1e-6", "EPS = 1e-5"), False), (("# floor", "# the floor"), True),
+                          (('"""The guard: relu', '"""The hinge: relu'), True)):
+        assert change[0] in text
+        Path("normguard.py").write_text(text.replace(*change))
+        assert (reproduce.code.__wrapped__("awm") == same) is alike
+
+    (tmp_path / "home").mkdir()
+    home = reproduce.fresh_folder(tmp_path / "home", {"code": "a"})
+    (home / "commands.txt").touch()
+    assert reproduce.fresh_folder(home, {"code": "a"}).joinpath("commands.txt").exists()
+    assert not reproduce.fresh_folder(home, {"code": "b"}).joinpath("commands.txt").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").touch()
+    refuses(capsys, lambda: reproduce.fresh_folder(tmp_path / "mine", {"code": "a"}), "--runs", "mine")
+    assert (tmp_path / "mine" / "thesis").exists()
+
+
+def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    """The smoke run of everything, killed without warning once it has a number: what it has is kept, and the report is
+    of its own pictures."""
+    command = [sys.executable, "tiny/reproduce.py", "--smoke", "--jobs", "2", "--runs", str(tmp_path)]  # a thread each
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # it sets it for its workers
+    monkeypatch.setattr(sys, "argv", command[1:])
+    file = tmp_path / "results" / "sd3-awm-hps-s0.json"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    home, kept = tmp_path / "sd3-awm-hps-s0", json.loads(file.read_text())
+    trained = (home / "lam0" / "checkpoint" / "state.pt").stat().st_mtime_ns
+    assert "main" in kept and len(kept) < len(reproduce.PARTS)
+    reproduce.main(flow.cli.parse(reproduce.Args, reproduce.__doc__))
+    done = json.loads(file.read_text())
+    assert set(done) == {*reproduce.GRID, *reproduce.SMOKE.only}
+    assert all(done[part] == kept[part] for part in kept)  # to the second
+    assert (home / "lam0" / "checkpoint" / "state.pt").stat().st_mtime_ns == trained
+
+    for name, folder in (("unguarded", "awm"), ("guarded", "awm+normguard")):
+        rows = [json.loads(line) for line in (home / folder / "samples.jsonl").read_text().splitlines()]
+        arrays = [pixels(home / folder / row["file"]) for row in rows]
+        pictures = torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
+        score = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))(pictures, [row["prompt"] for row in rows])
+        assert done["main"]["means"][name]["reward"] == pytest.approx(score.mean().item(), rel=1e-4)
+    assert lora_bytes(home / "guards" / "per-token") != lora_bytes(home / "lam0.05")  # the other hinge was in place
+    assert lora_bytes(home / "rivals" / "EMA-KL-0.3") != lora_bytes(home / "lam0")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("\n## ") == 9 and "Not measured" not in text and "Stale" not in text
+    assert set(json.loads((tmp_path / "results.json").read_text())) >= set("123478")
+    graphs = {"inflation.png", "differences.png", "adjoint.png", "ablation.png", "early.png", "rivals.png", "front.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == graphs
+    before = (home / "commands.txt").read_text()
+    reproduce.main(flow.cli.parse(reproduce.Args, reproduce.__doc__))  # there is nothing to do: it starts no worker
+    assert (home / "commands.txt").read_text() == before
+
+
+def test_reproduce_refuses(capsys):
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(bases=("sdxl",))), "--bases", "sdxl", "flux")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(only=11)), "--only")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(seeds=())), "--seeds")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(jobs=0)), "--jobs")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(runs="a b")), "--runs", "a b")
