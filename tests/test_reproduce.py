@@ -3,7 +3,6 @@ reproduce.py from end to end."""
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -240,7 +239,7 @@ def test_results_are_what_the_report_says(tmp_path, monkeypatch):
 
     def write(runs: dict) -> str:
         """What it writes, as if it were in tiny/."""
-        report.write_report(runs, bases, reproduce.Size(), {}, tmp_path, Path("assets"))
+        report.write_report(runs, bases, reproduce.Size(), tmp_path, Path("assets"))
         text = (tmp_path / "RESULTS.md").read_text().replace(os.path.relpath("assets", tmp_path), "../assets")
         return text.replace(str(tmp_path), "tiny")
 
@@ -270,16 +269,18 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
 
     tree = reproduce.ast.parse("def f(): pass")  # which has more fields in a later Python
     assert reproduce.written(tree) == "Module(body=[FunctionDef(name='f', args=arguments(), body=[Pass()])])"
-    (tmp_path / "flow").mkdir()
-    for file in ("normguard.py", "train_awm.py", "flow/draws.py", "flow/pipeline.py", "flow/seam.py"):
-        shutil.copy(file, tmp_path / file)
     monkeypatch.chdir(tmp_path)
-    text, same = Path("normguard.py").read_text(), reproduce.code.__wrapped__("awm")
-    for change, alike in ((("EPS = 1e-6", "EPS = 1e-5"), False), (("# floor", "# the floor"), True),
-                          (('"""The guard: relu', '"""The hinge: relu'), True)):
-        assert change[0] in text
-        Path("normguard.py").write_text(text.replace(*change))
-        assert (reproduce.code.__wrapped__("awm") == same) is alike
+    counted = ("normguard.py", "train_awm.py", "sample.py", "eval_judge.py", "flow/pictures.py")
+    others = ("train_nft.py", "flow/test_pictures.py", "flow/cost/budget.py")
+    text, code = 'class Args:\n    x: int = 1\n    """words"""\n', reproduce.code.__wrapped__
+    for file in (*counted, *others):
+        report.write_text(Path(file), text)
+    for file in (*counted, *others):
+        before = code("train_awm.py")
+        Path(file).write_text(text.replace("words", "others") + "# and more\n")
+        assert code("train_awm.py") == before
+        Path(file).write_text(text.replace("1", "2"))
+        assert (code("train_awm.py") != before) is (file in counted)
 
     (tmp_path / "home").mkdir()
     home = reproduce.fresh_folder(tmp_path / "home", {"code": "a"})

@@ -630,10 +630,8 @@ def summary(numbers: dict) -> str:
     return markdown(["claim", "what it says", "measured", "verdict"], rows)
 
 
-def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale: dict[str, list[str]], home: Path,
-                 assets: Path):
-    """home/RESULTS.md and home/results.json of all numbers that there are; `stale` names those that depend on something
-    that is not as it was."""
+def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home: Path, assets: Path):
+    """home/RESULTS.md and home/results.json of all numbers that there are."""
     done, numbers, text = has(results, "main"), {}, []
     committed = assets == Path("assets")
     sections = (  # claim, title, whose numbers, text
@@ -657,14 +655,15 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
             paragraphs.append(reading if len(measured) == runs else f"*Written of {runs} runs:* {reading}")
         body = write(measured, bases, numbers.setdefault(claim, {})) if measured else "Not measured yet."
         text += [*paragraphs, body]
-    first, won = [], []
+    commits = sorted({part.get("of", {}).get("commit") or "unknown"
+                      for numbers in (*results.values(), *bases.values()) for part in numbers.values()})
+    first, won = [f"Measured at commit {', '.join(commits)}. Each part keeps a hash of its code: `python "
+                  "tiny/reproduce.py` says how many parts are of other code than today's."], []
     for where, rivals in numbers.get("10", {}).items():
         if names := [rival for rival, row in rivals.items() if row["verdict"] == "**the rival**"]:
             won.append(f"{where}: {', '.join(names)}")
     if won:
         first.append(f"**Rivals whose pictures the judge prefers to the guard's.** {'; '.join(won)}.")
-    for what, parts in stale.items():
-        first.append(f"**Stale: {len(parts)} parts were measured with other {what} than those that lie here.**")
     head = (
         f"Written by `python tiny/reproduce.py`; the numbers are in `{home}/results.json`, what they come from in "
         f"`{home}/results/`. {len(done)} runs of\n"

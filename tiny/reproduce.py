@@ -8,8 +8,8 @@
 A run is a base, a method, a reward and a seed, trained with --lam 0 ("unguarded") and --lam 0.05 ("guarded"), the
 scripts' defaults otherwise. Trainings, pictures and their scores come from the project's own scripts, carried out in
 this process; their commands stand in RUNS/<run>/commands.txt. A run's numbers go to RESULTS/<run>.json part by part as
-they come, each with a hash of what it depends on (weights, code, flags), and are not computed again. A number whose
-hash is another today is stale: it is named at the end and in RESULTS.md; to measure it anew, delete it. Killed at any
+they come, each with its commit and a hash of what it depends on (weights, code, flags), and are not computed again. A
+number whose hash is another today is stale: the end says how many are; to measure one anew, delete it. Killed at any
 moment, the same command goes on. Writes RESULTS.md and results.json beside RESULTS, the figures to assets/.
 
 Pictures that are judged show held-out prompts. What is chosen (claim 8: a checkpoint; claim 9: a guard; claim 10: the
@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -136,12 +137,16 @@ def written(tree) -> str:
     return f"{type(tree).__name__}({', '.join(fields)})"
 
 
+COSTS = {"cost", "bench.py", "blank.py", "budget.py", "meter.py"}  # what of flow/ only estimates costs
+
+
 @functools.cache
-def code(method: str) -> str:
-    """A hash of the code that decides a training's numbers: the guard, the script, what is drawn and how velocities are
-    computed; comments, docstrings and helps left out."""
+def code(*scripts: str) -> str:
+    """A hash of the code that numbers come from: the guard, the training's script if there is one, pictures, judging,
+    and flow/ without tests and costs; comments, docstrings and helps left out."""
+    flow = [file for file in Path("flow").rglob("*.py") if not (file.name.startswith("test_") or COSTS & {*file.parts})]
     digest = hashlib.sha256()
-    for file in ("normguard.py", f"train_{method}.py", "flow/draws.py", "flow/pipeline.py", "flow/seam.py"):
+    for file in ("normguard.py", *scripts, "sample.py", "eval_judge.py", *sorted(flow)):
         tree = ast.parse(Path(file).read_text())
         for node in ast.walk(tree):
             if isinstance(body := getattr(node, "body", None), list):
@@ -149,6 +154,16 @@ def code(method: str) -> str:
                              or not isinstance(line, ast.Expr)]
         digest.update(written(tree).encode())
     return digest.hexdigest()[:8]
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit that lies here, None outside git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def guard_code(other: Other) -> str:
@@ -159,11 +174,16 @@ def guard_code(other: Other) -> str:
     return f"{zlib.crc32(''.join(map(inspect.getsource, (other.guard, *helpers))).encode()):08x}"
 
 
+def made_with(base: str, method: str | None = None) -> dict[str, str]:
+    """The weights and the code of a base's runs of a method; or of what all of its runs share."""
+    return {"weights": weights(base), "code": code(*[f"train_{method}.py"] if method else ())}
+
+
 def depends(run: Run, size: Size, part: str) -> dict[str, str]:
     """What a part's numbers depend on: another of these is another number."""
     other = TRAININGS.get(part, Other(""))
     flags = zlib.crc32(f"{part} {LAM} {size._replace(only=None)} {other.flags} {guard_code(other)}".encode())
-    return {"weights": weights(run.base), "code": code(run.method), "flags": f"{flags:08x}"}
+    return {**made_with(run.base, run.method), "flags": f"{flags:08x}"}
 
 
 def fresh_folder(home: Path, of: dict[str, str]) -> Path:
@@ -471,14 +491,14 @@ def add(file: Path, part: str, of: dict[str, str], numbers: Callable[[], dict]):
     known = read_json(file)
     if part not in known:
         start = time.time()
-        known[part] = rounded({**numbers(), "of": of, "seconds": time.time() - start})
+        known[part] = rounded({**numbers(), "of": {**of, "commit": commit()}, "seconds": time.time() - start})
         lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()]  # a part a line
         write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def work_on_base(base: str, args: Args, size: Size):
     """What the runs of a base share: its pictures, and its sensitivities."""
-    root, file, of = Path(args.runs), Path(args.results) / f"{base}.json", {"weights": weights(base)}
+    root, file, of = Path(args.runs), Path(args.results) / f"{base}.json", made_with(base)
     home = fresh_folder(root / base, of)
     for name, steps in (("base", size.steps), *((f"base-{steps}", steps) for steps in size.few)):
         sample(home, base, home / name, f"--n {size.n} --steps {steps} --seed 1000")
@@ -490,7 +510,7 @@ def work_on_base(base: str, args: Args, size: Size):
 def work_on_run(run: Run, parts: list[str], args: Args, size: Size):
     """A run's parts, one after the other."""
     root, file = Path(args.runs), Path(args.results) / f"{run.name}.json"
-    fresh_folder(root / run.name, {"weights": weights(run.base), "code": code(run.method)})
+    fresh_folder(root / run.name, made_with(run.base, run.method))
     for part in parts:
         measure, _ = PARTS[part]
         add(file, part, depends(run, size, part), partial(measure, root, run, size))
@@ -532,7 +552,7 @@ def stale_parts(found: dict[Run, dict], bases: dict[str, dict], size: Size) -> d
     """The measured parts that depend on something that is not as it was: {what: [run: part, ...]}."""
     parts = [(run.name, part, numbers[part], depends(run, size, part))
              for run, numbers in found.items() for part in PARTS if part in numbers]
-    parts += [(base, part, numbers, {"weights": weights(base)}) for base, of_base in bases.items()
+    parts += [(base, part, numbers, made_with(base)) for base, of_base in bases.items()
               for part, numbers in of_base.items()]
     stale = {}
     for name, part, numbers, now in parts:
@@ -628,15 +648,14 @@ def work_and_report(args: Args, size: Size, root: Path, results: Path):
         pool.shutdown()
 
     found, bases = gathered(results)
-    stale = stale_parts(found, bases, size)
-    write_report(found, bases, size, stale, results.parent, assets)
+    write_report(found, bases, size, results.parent, assets)
     draw_all(found, bases, assets)
     front = next((run for run in found if run.method == "awm"), None)
     folders = front and {"base": root / front.base / "base", "unguarded": root / front.name / front.method,
                          "guarded": root / front.name / f"{front.method}+normguard"}
     if folders and all(map(Path.exists, folders.values())):
         draw_front(found[front], folders, assets / "front.png")
-    for what, parts in stale.items():
+    for what, parts in stale_parts(found, bases, size).items():
         print(f"note: {len(parts)} parts were measured with other {what} than today's ({parts[0]}, ...); to measure "
               f"them anew, delete them in {results}")
     print(f"{len(found)} runs: {results.parent}/RESULTS.md, {results.parent}/results.json and figures in {assets}/")
