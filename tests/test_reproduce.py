@@ -171,66 +171,50 @@ def test_paired_differences_and_verdicts():
     part = {"p": {"verdicts": {"a vs b": [6, 2, 2, 5]}}}  # of 10 that could be read, 6 won, 2 tied
     assert paired.rate("p", "a vs b")(part) == pytest.approx(0.2)
     assert paired.rate("p", "b vs a")(part) == pytest.approx(-0.2)
+    assert [paired.excess({"mean": [0.9, step]}) for step in (0.97, 1.02)] == [1, 1.02]
 
 
 def test_rivals_at_equal_reward(monkeypatch):
-    """Between two strengths interpolated, never beyond what was measured; the strength is chosen by the mean of the
-    cell's seeds on training prompts, the metrics are the held-out pictures'."""
-    assert paired.at_reward([0.9, 0.7, 0.5], 0.6) == pytest.approx((1, 0.5, True))
-    assert paired.at_reward([0.9, 0.5, 0.7], 0.6) == (2, 0.0, False)  # it comes back: where it ends is not known
-    assert paired.at_reward([0.9, 0.7, 0.5], 0.5) == (2, 0.0, False)
-    assert paired.at_reward([0.9, 0.7], 0.95) == (0, 0.0, True)
-    assert paired.excess({"mean": [0.9, 0.97]}) == 1.0 and paired.excess({"mean": [0.9, 1.02]}) == 1.02
+    """Between two strengths interpolated, each run at its own target; never beyond what was measured. At strength s
+    all here is linear: reward 1 - s, judged good 0.5 + s, the guard preferred by 0.3 - s, the highest step 1.3 - s."""
+    def part(strength: float, who: str, **more) -> dict:
+        """Numbers of a model at a strength."""
+        means = {"reward": 1 - strength, "judge/overall": 0.5 + strength}
+        won = round(8 - 10 * strength)
+        return {"means": {who: means, **more}, "ratio": {who: {"mean": [0.9, 1.3 - strength]}}, "of": {"code": "a"},
+                "training reward": {who: 1 - strength}, "verdicts": {f"guarded vs {who}": [won, 0, 10 - won, 0]}}
 
-    def part(quality, training, step, **verdicts):
-        means = {who: {"reward": 0.5, "judge/overall": value} for who, value in quality.items()}
-        norms = {who: {"mean": [1.0, step]} for who in quality}
-        return {"means": means, "ratio": norms, "training reward": training, "verdicts": verdicts, "of": {"code": "a"}}
+    monkeypatch.setitem(guards.RIVALS, "velocity KL", guards.Rival((0.2, 0.4), dpo=(0.1, 0.3)))
+    runs = {}
+    for seed, base in enumerate((0.0, 0.2)):
+        other = {"reward": base, "judge/overall": 0.8}
+        main = part(0, "unguarded", base=other, guarded=other)
+        main["training reward"] |= {"base": base, "guarded": 1.5}  # the unguarded gain is the lesser one
+        runs[reproduce.Run("sd3", "awm", "hps", seed)] = {"main": main, "rival: velocity KL 0.2": part(0.2, "rival")}
+    assert paired.equal_reward(runs, "velocity KL")[0] == {}  # a strength is missing
+    for r in runs.values():
+        r["rival: velocity KL 0.4"] = part(0.4, "rival")
+    for keep, strength, own in ((1, 0, (0, 0)), (0.9, 0.09, (0.1, 0.08)), (0.7, 0.27, (0.3, 0.24)),
+                                (None, 0.2, (0.2, 0.2))):  # the weakest, as it is
+        met, chosen = paired.equal_reward(runs, "velocity KL", keep)
+        assert list(met) == list(runs) and chosen == pytest.approx(strength)
+        for s, found in zip(own, met.values()):
+            known = {"reward": 1 - s, "judge/overall": 0.5 + s, "training reward": 1 - s, "preferred": 0.3 - s,
+                     "highest": 1.3 - s}
+            assert found["rival"] == pytest.approx(known) and found["guarded"]["judge/overall"] == 0.8
+    assert paired.equal_reward(runs, "velocity KL", 0.5)[1] is None  # the strengths end before that
+    assert not paired.at_reward([0.9, 0.5, 0.7], 0.6)[2]  # it comes back: where it ends is not known
+    assert paired.equal_reward({run._replace(method="dpo"): r for run, r in runs.items()}, "velocity KL")[0] == {}
+    r["main"]["of"] = {"code": "b"}
+    assert len(paired.equal_reward(runs, "velocity KL")[0]) == 1  # measured beside other code: not compared
 
-    strengths, runs = (0.03, 0.1), {}
-    monkeypatch.setitem(guards.RIVALS, "velocity KL", guards.Rival(strengths, dpo=(0.1, 0.3)))
-    for seed, shift in enumerate((-0.1, 0.1)):  # the seeds' rewards differ, their mean chooses
-        main = part({"base": 0.8, "unguarded": 0.5, "guarded": 0.8},
-                    {"base": 0.4, "unguarded": 0.9 + shift, "guarded": 1.0 + shift}, 1.2)
-        run = runs[reproduce.Run("sd3", "awm", "hps", seed)] = {"main": main}
-        main["verdicts"], main["means"]["base"]["reward"] = {"unguarded vs guarded": [2, 0, 8, 0]}, 0.3
-        for strength, reward, quality in zip(strengths, (0.85, 0.75), (0.6, 0.7)):
-            assert paired.equal_reward(runs, "velocity KL")[0].keys() < runs.keys()  # a strength is not measured yet
-            rival = run[f"rival: velocity KL {strength:g}"] = part({"rival": quality + seed}, {"rival": reward}, 1.1)
-            rival["verdicts"] = {"guarded vs rival": [6, 2, 2, 0]}
-    met, strength = paired.equal_reward(runs, "velocity KL")  # the unguarded gain, 0.5, is the lesser one
-    assert strength == 0 and [m["rival"]["judge/overall"] for m in met.values()] == [0.5, 0.5]  # the unguarded model
-    met, strength = paired.equal_reward(runs, "velocity KL", keep=0.95)
-    share = (0.9 - 0.875) / (0.9 - 0.85)  # 95 % of it is at 0.875
-    assert list(met) == list(runs) and strength == pytest.approx(share * strengths[0])
-    for seed, (shift, found) in enumerate(zip((-0.1, 0.1), met.values())):
-        missed = 0.4 + 0.95 * (0.5 + shift) - (0.9 + shift + share * (0.85 - 0.9 - shift))  # by its own reward
-        moved = missed / (0.85 - 0.9)  # and so much further along the seeds' mean curve
-        assert found["guarded"]["judge/overall"] == 0.8
-        assert found["rival"]["judge/overall"] == pytest.approx(0.5 + share * (0.1 + seed) + moved * 0.6)
-        assert found["rival"]["preferred"] == pytest.approx(0.3 + (share + moved) * (0.2 - 0.3))
-        assert found["rival"]["highest"] == pytest.approx(1.2 - (share + moved) * 0.1)
-        assert found["rival"]["training reward"] == pytest.approx(0.4 + 0.95 * (0.5 + shift))  # its own target
-    assert np.mean([found["rival"]["preferred"] for found in met.values()]) == pytest.approx(0.3 - share * 0.1)
-    assert paired.equal_reward(runs, "velocity KL", keep=0.5)[1] is None  # the strengths end before that
-    met, strength = paired.equal_reward(runs, "velocity KL", keep=None)  # the weakest, as it is
-    assert strength == strengths[0] and [m["rival"]["preferred"] for m in met.values()] == pytest.approx([0.2, 0.2])
-    assert [m["rival"]["judge/overall"] for m in met.values()] == [0.6, 1.6]
-    assert paired.equal_reward({key._replace(method="dpo"): r for key, r in runs.items()}, "velocity KL")[0] == {}
-    run[f"rival: velocity KL {strengths[1]:g}"]["of"] = {"code": "b"}  # measured beside other code
-    assert len(paired.equal_reward(runs, "velocity KL")[0]) == 1
+    monkeypatch.setattr(report, "BESIDE", {"judge/overall": 3})
+    r["auto"] = part(0.1, "auto")
+    auto = report.rivals_of(runs, None)[report.AUTO]  # of the one run that has it
+    assert auto["preferred"]["difference"] == pytest.approx(0.2) and auto["verdict"] == "one seed: no interval"
+    assert auto["judge/overall"]["difference"] == pytest.approx(-0.2)
     for preferred, half, said in ((0.2, 0.1, "the guard"), (-0.2, 0.1, "**the rival**"), (0.1, 0.2, "not resolved")):
         assert report.preferred_side({"difference": preferred, "half": half}) == said
-
-    run["auto"] = {**part({"auto": 0.75}, {}, 0.99), "verdicts": {"guarded vs auto": [3, 2, 5, 0]}}
-    run["auto"]["means"]["auto"]["reward"] = 0.4
-    monkeypatch.setattr(report, "BESIDE", {"judge/overall": 3})
-    rows = report.rivals_of(runs, None)
-    assert list(rows) == ["velocity KL", report.AUTO] and rows[report.AUTO]["verdict"] == "one seed: no interval"
-    row = rows[report.AUTO]  # of the one run that has it
-    assert row["highest step"] == 1.0 and row["preferred"]["difference"] == pytest.approx(-0.1)
-    assert row["reward"]["difference"] == pytest.approx(-0.5)
-    assert row["judge/overall"]["difference"] == pytest.approx(-0.05)
 
 
 def test_results_are_what_the_report_says(tmp_path):
