@@ -276,43 +276,45 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
 
 
 def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    """The smoke run of everything, killed without warning once it has a number: what it has is kept, and the report is
-    of its own pictures."""
-    command = [sys.executable, "tiny/reproduce.py", "--smoke", "--jobs", "2", "--runs", str(tmp_path)]  # a thread each
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # it sets it for its workers
-    monkeypatch.setattr(sys, "argv", command[1:])
-    file = tmp_path / "results" / "sd3-awm-hps-s0.json"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not file.exists():
+    """The smoke run of two parts, killed without warning in its second training: what it has is kept, nothing is
+    computed again, and the report is of its own pictures. A rival and another guard are really in place."""
+    command = [sys.executable, "tiny/reproduce.py", "--smoke", "--jobs", "1", "--runs", str(tmp_path)]
+    parts = "main", "rival: EMA-KL 0.3"
+    home, state = tmp_path / "sd3-awm-hps-s0", tmp_path / "sd3-awm-hps-s0" / "lam0" / "checkpoint" / "state.pt"
+    process = subprocess.Popen([*command, "--only", "10"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (home / "commands.txt").exists() or "--lam 0.05" not in (home / "commands.txt").read_text():
         assert process.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.05)
     process.kill()
     process.wait()
-    home, kept = tmp_path / "sd3-awm-hps-s0", json.loads(file.read_text())
-    trained = (home / "lam0" / "checkpoint" / "state.pt").stat().st_mtime_ns
-    assert "main" in kept and len(kept) < len(reproduce.PARTS)
+    kept, trained = paired.read_json(tmp_path / "results" / "sd3.json"), state.stat().st_mtime_ns
+    assert kept["colours"]["of"]["commit"] == reproduce.commit()
+    monkeypatch.setattr(reproduce, "SMOKE", reproduce.SMOKE._replace(only=parts))
+    monkeypatch.setattr(sys, "argv", command[1:])
     reproduce.main(flow.cli.parse(reproduce.Args, reproduce.__doc__))
-    done = json.loads(file.read_text())
-    assert set(done) == {*reproduce.GRID, *reproduce.SMOKE.only}
-    assert all(done[part] == kept[part] for part in kept)  # to the second
-    assert (home / "lam0" / "checkpoint" / "state.pt").stat().st_mtime_ns == trained
+    done = paired.read_json(tmp_path / "results" / "sd3-awm-hps-s0.json")
+    assert tuple(done) == parts and paired.read_json(tmp_path / "results" / "sd3.json") == kept  # to the second
+    assert state.stat().st_mtime_ns == trained
+    commands = [line for file in tmp_path.rglob("commands.txt") for line in file.read_text().splitlines()]
+    again = {line for line in commands if commands.count(line) > 1}
+    assert len(again) == 1 and "--lam 0.05" in again.pop()  # the one that was killed
 
+    hps = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))
     for name, folder in (("unguarded", "awm"), ("guarded", "awm+normguard")):
         rows = [json.loads(line) for line in (home / folder / "samples.jsonl").read_text().splitlines()]
         arrays = [pixels(home / folder / row["file"]) for row in rows]
         pictures = torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
-        score = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))(pictures, [row["prompt"] for row in rows])
+        score = hps(pictures, [row["prompt"] for row in rows])
         assert done["main"]["means"][name]["reward"] == pytest.approx(score.mean().item(), rel=1e-4)
-    assert lora_bytes(home / "guards" / "per-token") != lora_bytes(home / "lam0.05")  # the other hinge was in place
+    guarded = reproduce.with_guard(home, reproduce.Run("sd3", "awm", "hps", 0), reproduce.SMOKE, "per token")
+    assert lora_bytes(guarded) != lora_bytes(home / "lam0.05")  # the other hinge was in place
     assert lora_bytes(home / "rivals" / "EMA-KL-0.3") != lora_bytes(home / "lam0")
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.count("\n## ") == 9 and "Not measured" not in text and "Stale" not in text
-    assert set(json.loads((tmp_path / "results.json").read_text())) >= set("123478")
-    graphs = {"inflation.png", "differences.png", "adjoint.png", "ablation.png", "early.png", "rivals.png", "front.png"}
+    assert text.count("\n## ") == 9 and text.count("Not measured yet") == 5
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"1", "4", "5 and 6", "10"}
+    graphs = {"inflation.png", "differences.png", "rivals.png", "front.png"}
     assert {p.name for p in tmp_path.glob("*.png")} == graphs
-    before = (home / "commands.txt").read_text()
-    reproduce.main(flow.cli.parse(reproduce.Args, reproduce.__doc__))  # there is nothing to do: it starts no worker
-    assert (home / "commands.txt").read_text() == before
 
 
 def test_reproduce_refuses(capsys):

@@ -111,11 +111,17 @@ class Size(NamedTuple):
     n_guard: int = 3  # and for a guard
     renders: int = 1024
     prompts: str = "tiny/prompts.txt"  # of choices
-    only: tuple[str, ...] | None = None  # of the guards and rivals
+    only: tuple[str, ...] | None = None  # of the parts
+
+    @property
+    def shown(self) -> str:
+        """Flags for pictures of held-out prompts; the smoke test has one short list for all."""
+        return f"--n {self.n}" + (f" --prompts {self.prompts}" if self.only else "")
 
 
-SMOKE = Size("--epochs 2 --group 2 --groups 2 --eval-n 2 --save-every 1", 4, (2,), 1, 1, 1, 1, 32,
-             "tiny/eval_prompts.txt", only=("guard: per token", "rival: EMA-KL 0.3", "rival: projected 1"))
+SMOKE = Size("--epochs 2 --group 2 --groups 2 --steps 4 --eval-n 2 --save-every 2", 4, (2,), 1, 1, 1, 1, 32,
+             "tiny/smoke_prompts.txt", only=("main", "auto", "renorm", "adjoint", "few", "early", "guard: per token",
+                                             "rival: EMA-KL 0.3", "rival: projected 1"))
 
 
 # ---------------------------------------------------------------- what numbers depend on
@@ -259,7 +265,7 @@ def held_out(home: Path, run: Run, size: Size, name: str, lora: Path, steps: int
              flags: str = "--norms") -> Path:
     """Pictures home/name of held-out prompts, their noise the same for every run."""
     steps = steps or size.steps
-    return sample(home, run.base, home / name, f"--lora {lora} --n {size.n} --steps {steps} --seed 1000 {flags}")
+    return sample(home, run.base, home / name, f"--lora {lora} {size.shown} --steps {steps} --seed 1000 {flags}")
 
 
 def rewards_in_training(home: Path, run: Run, size: Size, name: str, flags: str) -> tuple[Path, np.ndarray]:
@@ -496,14 +502,21 @@ def add(file: Path, part: str, of: dict[str, str], numbers: Callable[[], dict]):
         write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def asked(args: Args, size: Size, parts: dict) -> list[str]:
+    """Those of the parts that are asked for."""
+    return [part for part, (_, claims) in parts.items()
+            if (args.only is None or args.only in claims) and (size.only is None or part in size.only)]
+
+
 def work_on_base(base: str, args: Args, size: Size):
     """What the runs of a base share: its pictures, and its sensitivities."""
     root, file, of = Path(args.runs), Path(args.results) / f"{base}.json", made_with(base)
-    home = fresh_folder(root / base, of)
-    for name, steps in (("base", size.steps), *((f"base-{steps}", steps) for steps in size.few)):
-        sample(home, base, home / name, f"--n {size.n} --steps {steps} --seed 1000")
+    home, wanted = fresh_folder(root / base, of), asked(args, size, GRID)
+    few = size.few if "few" in wanted else ()
+    for name, steps in (("base", size.steps), *((f"base-{steps}", steps) for steps in few)):
+        sample(home, base, home / name, f"{size.shown} --steps {steps} --seed 1000")
     add(file, "colours", of, lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
-    for reward in args.rewards if args.only in (None, 3) else ():
+    for reward in args.rewards if "adjoint" in wanted else ():
         add(file, f"adjoint {reward}", of, partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}"))
 
 
@@ -530,11 +543,9 @@ def start_worker(threads: int):
 
 def todo(args: Args, size: Size, runs: list[Run], parts: dict) -> dict[Run, list[str]]:
     """Those of the parts that are asked for and not there, of each run."""
-    asked = [part for part, (_, claims) in parts.items() if args.only is None or args.only in claims]
-    if parts is CORNERS and size.only is not None:
-        asked = [part for part in asked if part in size.only]
     left = {run: read_json(Path(args.results) / f"{run.name}.json") for run in runs}
-    left = {run: [part for part in asked if part not in known and run.method in METHODS.get(part, args.methods)]
+    left = {run: [part for part in asked(args, size, parts)
+                  if part not in known and run.method in METHODS.get(part, args.methods)]
             for run, known in left.items()}
     return {run: parts for run, parts in left.items() if parts}
 
@@ -605,6 +616,28 @@ def locked(flag: str, folder: Path):
         os.close(lock)  # which frees it
 
 
+def work_through(tasks: list[Callable], jobs: int, threads: int, progress: Callable):
+    """All tasks: in this process if there is one job, else spread over several."""
+    if jobs == 1:
+        for task in tasks:
+            task()
+            progress()
+        return
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
+    try:
+        pending = {pool.submit(task) for task in tasks}
+        while pending:
+            done, pending = wait(pending, timeout=5, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises what it raised
+            progress()
+    except BaseException:
+        for process in multiprocessing.active_children():  # they have more tasks in their queue
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
 def work_and_report(args: Args, size: Size, root: Path, results: Path):
     """What is missing, spread over processes; then the report of all that there is."""
     assets = Path("assets") if args.results == Args.results else results.parent
@@ -632,20 +665,8 @@ def work_and_report(args: Args, size: Size, root: Path, results: Path):
     for phase in work:
         phases.append([partial(work_on_run, run, parts, args, size) for run, parts in phase.items()])
     with tqdm(total=total, desc="reproduce", unit="part") as bar:
-        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
-        try:
-            for tasks in phases:
-                pending = {pool.submit(task) for task in tasks}
-                while pending:
-                    done, pending = wait(pending, timeout=5, return_when=FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()  # raises what it raised
-                    bar.update(total - left() - bar.n)
-        except BaseException:
-            for process in multiprocessing.active_children():  # they have more tasks in their queue
-                process.terminate()
-            raise
-        pool.shutdown()
+        for tasks in phases:
+            work_through(tasks, jobs, threads, lambda: bar.update(total - left() - bar.n))
 
     found, bases = gathered(results)
     write_report(found, bases, size, results.parent, assets)
