@@ -18,7 +18,6 @@ from flow.rewards import load_reward
 from normguard import norm_ratio, velocity_norm
 
 LAM = 0.05  # the default that is put to the test
-SHARE = "guard share 0.25"  # the one of GUARDS that only NFT and AWM have
 
 
 # ---------------------------------------------------------------- claim 9: other forms of the hinge
@@ -192,7 +191,6 @@ GUARDS = {
     "per token": Other(f"--lam {LAM}", per_token),
     "margin 0.02": Other(f"--lam {LAM} --margin 0.02"),
     "auto": Other("--lam auto"),
-    SHARE: Other(f"--lam {LAM} --guard-share 0.25"),
 }
 
 

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from guards import GUARDS, LAM, RIVALS, SHARE
+from guards import GUARDS, LAM, RIVALS
 from paired import (
     METRICS,
     cells_of,
@@ -28,6 +28,7 @@ from paired import (
     raw,
     verdict,
 )
+from reading import reading
 
 from flow.files import write_files
 
@@ -396,8 +397,8 @@ def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         tables.append(f"**{corner}**\n\n{markdown(header, rows)}")
     tables = "\n\n".join(tables)
     return (f"In brackets: less lam {LAM} with NormGuard's own hinge, the default. On training prompts, with noise "
-            "that no training saw; the default was fixed before. What has 6 runs (none of DPO) is compared with the "
-            f"default's same 6.\n\n{tables}\n\n![guards](ASSETS/ablation.png)")
+            "that no training saw; the default was fixed before."
+            f"\n\n{tables}\n\n![guards](ASSETS/ablation.png)")
 
 
 BESIDE = {"judge/overall": 3, "FD": 2, "saturation": 3}  # metrics of a rival beside the guard's, and their digits
@@ -499,81 +500,6 @@ def preferred_side(preferred: dict) -> str:
 
 # ---------------------------------------------------------------- the report
 
-READING = {  # claim: how many runs had been measured, and what we made of them
-    "1": (36,
-        "As the paper says, and beyond its range in 16 runs, 13 of them on flux; but for over-sharpening, of which "
-        "there is next to nothing: colours turn loud, edges only a little harder. These pictures have no fine texture "
-        "that could be over-sharpened. Inflation is largest at the noisy steps (on flux up to half as long again). "
-        "DPO inflates least, and the judge minds its pictures least."),
-    "2": (36,
-        "The miniature contradicts the paper: rescaling makes good more than half of what the judge sees and two "
-        "fifths of the distance, for 9 % of the reward's gain. We think that the damage here is mostly loud colours, "
-        "and that in whitened latents of smooth pictures the velocity's norm is nearly their contrast: to shrink it "
-        "while sampling is to turn the colours down. What is co-adapted into the weights remains: the guarded model "
-        "has more reward in every cell, it is nearer to the renders except with DPO, and it is preferred except for "
-        "DPO on flux with hps."),
-    "3": (36,
-        "The base gains to first order from longer velocities at most steps. Once trained, models come near to the "
-        "paper's claim with pickscore on sd3 (11 of 72 steps beyond chance), less so on flux (28 of 72), not with hps "
-        "(7 of 10 steps, on sd3 9 of 10); the signal is far weaker than the control's in all. At the noisiest step, "
-        "where RL inflates most, a longer velocity would gain by its sign in all 36 models, beyond chance in 22. At "
-        "the other steps the sign is the same in all models of sd3 with hps and of DPO on flux with hps (t of 1 to "
-        "11); elsewhere it differs from model to model (t of -5 to 4)."),
-    "4": (36,
-        "Over the trajectory, not at each step: the guard acts on each sample's norm at a random t, so that it leaves "
-        "about 5 % at the noisy steps, where RL pushes hardest (with DPO up to 8 %, on flux with hps 8 to 11 %), and "
-        "has pushed the norm under the reference elsewhere, furthest on flux. Nothing pulls it back up. With `--lam "
-        "auto` the highest step is 0.9 % below the reference in the mean and 1.6 % above it at most; over the "
-        "trajectory the norm sinks further. `auto` costs reward in 34 of 36 runs, most with DPO on flux with hps "
-        "(0.021 to 0.055), where lam 0.05 leaves half of the highest step's excess. With DPO it also changes an "
-        "eighth of the noise levels that are trained at."),
-    "5 and 6": (36,
-        "The reward is preserved within the error, which is large, and the mean hides two opposite things: on sd3 "
-        "each cell loses (3.2 ± 2.6 % of the gain; NFT with pickscore 7 to 10 %), on flux most gain (2.2 ± 6.6 %; one "
-        "run of DPO 17 %). The judge agrees with the paper, most clearly where the unguarded pictures are bad; least "
-        "with DPO, which spoils them least; there the distance hardly gains from the guard, on flux it loses. The "
-        "detector contradicts: it takes loud pictures for real. It knows samples by their softness (tiny/README.md) "
-        "and has never seen loud colours among them, so on them its word is worth little. The base's pictures are "
-        "preferred to the guarded model's in 62 % of pairs (not with DPO and pickscore), and are nearer to renders."),
-    "7": (36,
-        "The miniature contradicts the paper: the gain shrinks. At 4 and 2 steps all pictures lose contrast (see the "
-        "base's saturation), so that an inflated norm makes up for what is missing instead of adding to what is "
-        "there. `--lam auto`, whose norm is lower, loses most."),
-    "8": (36,
-        "In 24 of 36 runs the first checkpoint that has the guarded model's reward is the last (in 4 of them not even "
-        "that), in the others the last but one: to stop early gives up the reward. For the same reason the comparison "
-        "at equal reward is nearly claim 6 again. The checkpoint that the judge likes best is the first in 30 runs "
-        "and the second in 4, with 3 to 31 % of the gain in reward (in the other two with 39 and 100 %); it is "
-        "preferred to the guarded model, but for DPO with pickscore."),
-    "9": (18,
-        "lam says how much reward is given for the norm. lam 0.005 leaves most of the inflation. lam 0.5 holds every "
-        "step in each of the 18 runs, for 12 % of the gain in reward with NFT and AWM on sd3 and 5 to 9 % on flux, "
-        "and the judge prefers its pictures to the default's in 69 to 84 % of pairs; with DPO on sd3 it costs "
-        "nothing, and 39 % are preferred. The form hardly changes the reward. Measured in the latent's own units "
-        "(absolute) the guard is nearly the same here, where all latents have one scale, a little stronger. Squared "
-        "(with the linear one's pull at an excess of 5 %), with a margin of 2 %, or with a norm for each token, it "
-        "lets the highest step grow by up to 6 % more, for at most 2 % of the gain; on flux, where the default's "
-        "norms end up to 7 % below the reference over the trajectory and these less so, the judge prefers them in 58 "
-        "to 81 % of pairs, --lam auto in 57 to 68 %. With --guard-share 0.25 (which NFT and AWM have) the guard sees "
-        "a random quarter of the rows, weighted by the inverse: it holds the norm as on all of them, at the same "
-        "reward, and the judge prefers neither."),
-    "10": (18,
-        "A shorter step (learning rate, scaled LoRA, clipping) and the projection are far behind the guard on both "
-        "corners: it is not that. Against the four KLs and the two-sided penalty the corners differ. On sd3 with "
-        "pickscore, at its own reward, the guard is preferred to EMA-KL, to GARDO's KL and to the two-sided penalty, "
-        "to the velocity KL and CRD's within the error, but by little, and not by the distance: they lie as near to "
-        "the renders or nearer. Where they may lose 5 % of the gain (on held-out prompts 5 to 7 %), none is told from "
-        "the guard any more, and all lie nearer to the renders. On flux with hps it is the other way: at their "
-        "weakest, the velocity KL, EMA-KL and the two-sided penalty lose 1.5 % of the gain, no more than the error, "
-        "and are preferred to the guard in 60 to 70 % of pairs, GARDO's in half, and all lie much nearer to the "
-        "renders. (At equal reward none is told from it: there they are about as weak as the weakest, or lie between "
-        "it and the unguarded model, and with DPO they are the unguarded model, which has less reward than the "
-        "guarded one.) With 5 % less all are preferred to it, GARDO's within the error; `--lam auto` gives up as much "
-        "there and gains less by it. The KLs work in another way: the norm is then still 9 to 14 % too long at the "
-        "highest step, with the two-sided penalty 3 to 4 %. GARDO's KL is too weak to say on sd3, for two methods."),
-}
-
-
 def write_text(path: Path, text: str):
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -621,10 +547,6 @@ def summary(numbers: dict) -> str:
         if name.startswith("unguarded") and name.endswith("reward"):
             line = f"‖v‖ carries no first-order signal of {name.split(', ')[1]} (steps beyond chance, trained models)"
             rows.append(["3", line, f"{row['beyond']} of {row['steps']}", coherent(row["beyond"], row["steps"])])
-    for corner, by_guard in numbers.get("9", {}).items():
-        if few := by_guard.get(SHARE):
-            line = f"--guard-share 0.25: the highest step no more than 0.01 above that with all rows ({corner})"
-            rows.append(["9", line, pm(few["highest"]), verdict(few["highest"], 0, 0.01)])
     for how in KEPT.values():
         known = [rivals for where, rivals in numbers.get("10", {}).items() if where.endswith(how)]
         if verdicts := [row["verdict"] for rivals in known for row in rivals.values()]:
@@ -636,10 +558,8 @@ def summary(numbers: dict) -> str:
     return markdown(["claim", "what it says", "measured", "verdict"], rows)
 
 
-def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale: dict[str, list[str]], home: Path,
-                 assets: Path):
-    """home/RESULTS.md and home/results.json of all numbers that there are; `stale` names those that depend on something
-    that is not as it was."""
+def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home: Path, assets: Path):
+    """home/RESULTS.md and home/results.json of all numbers that there are."""
     done, numbers, text = has(results, "main"), {}, []
     committed = assets == Path("assets")
     sections = (  # claim, title, whose numbers, text
@@ -658,19 +578,19 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, stale
          has_any(done, "rival"), claim_10))
     for claim, title, measured, write in sections:
         paragraphs = [f"## {claim}. {title}", f"    python tiny/reproduce.py --only {claim.split()[0]}"]
-        if measured and committed and claim in READING:
-            runs, reading = READING[claim]
-            paragraphs.append(reading if len(measured) == runs else f"*Written of {runs} runs:* {reading}")
         body = write(measured, bases, numbers.setdefault(claim, {})) if measured else "Not measured yet."
+        if committed and (said := reading(claim, measured, numbers)):
+            paragraphs.append(said)
         text += [*paragraphs, body]
-    first, won = [], []
+    commits = sorted({part.get("of", {}).get("commit") or "unknown"
+                      for numbers in (*results.values(), *bases.values()) for part in numbers.values()})
+    first, won = [f"Measured at commit {', '.join(commits)}. Each part keeps a hash of its code: `python "
+                  "tiny/reproduce.py` says how many parts are of other code than today's."], []
     for where, rivals in numbers.get("10", {}).items():
         if names := [rival for rival, row in rivals.items() if row["verdict"] == "**the rival**"]:
             won.append(f"{where}: {', '.join(names)}")
     if won:
         first.append(f"**Rivals whose pictures the judge prefers to the guard's.** {'; '.join(won)}.")
-    for what, parts in stale.items():
-        first.append(f"**Stale: {len(parts)} parts were measured with other {what} than those that lie here.**")
     head = (
         f"Written by `python tiny/reproduce.py`; the numbers are in `{home}/results.json`, what they come from in "
         f"`{home}/results/`. {len(done)} runs of\n"

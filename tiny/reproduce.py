@@ -8,8 +8,8 @@
 A run is a base, a method, a reward and a seed, trained with --lam 0 ("unguarded") and --lam 0.05 ("guarded"), the
 scripts' defaults otherwise. Trainings, pictures and their scores come from the project's own scripts, carried out in
 this process; their commands stand in RUNS/<run>/commands.txt. A run's numbers go to RESULTS/<run>.json part by part as
-they come, each with a hash of what it depends on (weights, code, flags), and are not computed again. A number whose
-hash is another today is stale: it is named at the end and in RESULTS.md; to measure it anew, delete it. Killed at any
+they come, each with its commit and a hash of what it depends on (weights, code, flags), and are not computed again. A
+number whose hash is another today is stale: the end says how many are; to measure one anew, delete it. Killed at any
 moment, the same command goes on. Writes RESULTS.md and results.json beside RESULTS, the figures to assets/.
 
 Pictures that are judged show held-out prompts. What is chosen (claim 8: a checkpoint; claim 9: a guard; claim 10: the
@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -46,7 +47,7 @@ import numpy as np
 import torch
 import tyro
 from figures import draw_all, draw_front
-from guards import GUARDS, LAM, RIVALS, SHARE, Other, instead_of_hinge, squared_error
+from guards import GUARDS, LAM, RIVALS, Other, instead_of_hinge, squared_error
 from paired import read_json
 from report import rounded, write_report, write_text
 from tqdm import tqdm
@@ -110,11 +111,17 @@ class Size(NamedTuple):
     n_guard: int = 3  # and for a guard
     renders: int = 1024
     prompts: str = "tiny/prompts.txt"  # of choices
-    only: tuple[str, ...] | None = None  # of the guards and rivals
+    only: tuple[str, ...] | None = None  # of the parts
+
+    @property
+    def shown(self) -> str:
+        """Flags for pictures of held-out prompts; the smoke test has one short list for all."""
+        return f"--n {self.n}" + (f" --prompts {self.prompts}" if self.only else "")
 
 
-SMOKE = Size("--epochs 2 --group 2 --groups 2 --eval-n 2 --save-every 1", 4, (2,), 1, 1, 1, 1, 32,
-             "tiny/eval_prompts.txt", only=("guard: per token", "rival: EMA-KL 0.3", "rival: projected 1"))
+SMOKE = Size("--epochs 2 --group 2 --groups 2 --steps 4 --eval-n 2 --save-every 2", 4, (2,), 1, 1, 1, 1, 32,
+             "tiny/smoke_prompts.txt", only=("main", "auto", "renorm", "adjoint", "few", "early", "guard: per token",
+                                             "rival: EMA-KL 0.3", "rival: projected 1"))
 
 
 # ---------------------------------------------------------------- what numbers depend on
@@ -136,12 +143,16 @@ def written(tree) -> str:
     return f"{type(tree).__name__}({', '.join(fields)})"
 
 
+COSTS = {"cost", "bench.py", "blank.py", "budget.py", "meter.py"}  # what of flow/ only estimates costs
+
+
 @functools.cache
-def code(method: str) -> str:
-    """A hash of the code that decides a training's numbers: the guard, the script, what is drawn and how velocities are
-    computed; comments, docstrings and helps left out."""
+def code(*scripts: str) -> str:
+    """A hash of the code that numbers come from: the guard, the training's script if there is one, pictures, judging,
+    and flow/ without tests and costs; comments, docstrings and helps left out."""
+    flow = [file for file in Path("flow").rglob("*.py") if not (file.name.startswith("test_") or COSTS & {*file.parts})]
     digest = hashlib.sha256()
-    for file in ("normguard.py", f"train_{method}.py", "flow/draws.py", "flow/pipeline.py", "flow/seam.py"):
+    for file in ("normguard.py", *scripts, "sample.py", "eval_judge.py", *sorted(flow)):
         tree = ast.parse(Path(file).read_text())
         for node in ast.walk(tree):
             if isinstance(body := getattr(node, "body", None), list):
@@ -149,6 +160,16 @@ def code(method: str) -> str:
                              or not isinstance(line, ast.Expr)]
         digest.update(written(tree).encode())
     return digest.hexdigest()[:8]
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit that lies here, None outside git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def guard_code(other: Other) -> str:
@@ -159,11 +180,16 @@ def guard_code(other: Other) -> str:
     return f"{zlib.crc32(''.join(map(inspect.getsource, (other.guard, *helpers))).encode()):08x}"
 
 
+def made_with(base: str, method: str | None = None) -> dict[str, str]:
+    """The weights and the code of a base's runs of a method; or of what all of its runs share."""
+    return {"weights": weights(base), "code": code(*[f"train_{method}.py"] if method else ())}
+
+
 def depends(run: Run, size: Size, part: str) -> dict[str, str]:
     """What a part's numbers depend on: another of these is another number."""
     other = TRAININGS.get(part, Other(""))
     flags = zlib.crc32(f"{part} {LAM} {size._replace(only=None)} {other.flags} {guard_code(other)}".encode())
-    return {"weights": weights(run.base), "code": code(run.method), "flags": f"{flags:08x}"}
+    return {**made_with(run.base, run.method), "flags": f"{flags:08x}"}
 
 
 def fresh_folder(home: Path, of: dict[str, str]) -> Path:
@@ -239,7 +265,7 @@ def held_out(home: Path, run: Run, size: Size, name: str, lora: Path, steps: int
              flags: str = "--norms") -> Path:
     """Pictures home/name of held-out prompts, their noise the same for every run."""
     steps = steps or size.steps
-    return sample(home, run.base, home / name, f"--lora {lora} --n {size.n} --steps {steps} --seed 1000 {flags}")
+    return sample(home, run.base, home / name, f"--lora {lora} {size.shown} --steps {steps} --seed 1000 {flags}")
 
 
 def rewards_in_training(home: Path, run: Run, size: Size, name: str, flags: str) -> tuple[Path, np.ndarray]:
@@ -451,7 +477,7 @@ GRID = {  # of every run: a part's name, what measures it, the claims that it se
     "early": (early_part, (8,)),
 }
 CORNERS, TRAININGS = {}, {}  # of a base and a reward to look at, and others to confirm it; and how they train
-METHODS = {f"guard: {SHARE}": ["nft", "awm"]}  # those that have a part, where not all do
+METHODS = {}  # those that have a part, where not all do
 for _name, _other in GUARDS.items():
     TRAININGS[f"guard: {_name}"] = _other
     CORNERS[f"guard: {_name}"] = (partial(guard_part, name=_name), (9,))
@@ -471,26 +497,33 @@ def add(file: Path, part: str, of: dict[str, str], numbers: Callable[[], dict]):
     known = read_json(file)
     if part not in known:
         start = time.time()
-        known[part] = rounded({**numbers(), "of": of, "seconds": time.time() - start})
+        known[part] = rounded({**numbers(), "of": {**of, "commit": commit()}, "seconds": time.time() - start})
         lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()]  # a part a line
         write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def asked(args: Args, size: Size, parts: dict) -> list[str]:
+    """Those of the parts that are asked for."""
+    return [part for part, (_, claims) in parts.items()
+            if (args.only is None or args.only in claims) and (size.only is None or part in size.only)]
+
+
 def work_on_base(base: str, args: Args, size: Size):
     """What the runs of a base share: its pictures, and its sensitivities."""
-    root, file, of = Path(args.runs), Path(args.results) / f"{base}.json", {"weights": weights(base)}
-    home = fresh_folder(root / base, of)
-    for name, steps in (("base", size.steps), *((f"base-{steps}", steps) for steps in size.few)):
-        sample(home, base, home / name, f"--n {size.n} --steps {steps} --seed 1000")
+    root, file, of = Path(args.runs), Path(args.results) / f"{base}.json", made_with(base)
+    home, wanted = fresh_folder(root / base, of), asked(args, size, GRID)
+    few = size.few if "few" in wanted else ()
+    for name, steps in (("base", size.steps), *((f"base-{steps}", steps) for steps in few)):
+        sample(home, base, home / name, f"{size.shown} --steps {steps} --seed 1000")
     add(file, "colours", of, lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
-    for reward in args.rewards if args.only in (None, 3) else ():
+    for reward in args.rewards if "adjoint" in wanted else ():
         add(file, f"adjoint {reward}", of, partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}"))
 
 
 def work_on_run(run: Run, parts: list[str], args: Args, size: Size):
     """A run's parts, one after the other."""
     root, file = Path(args.runs), Path(args.results) / f"{run.name}.json"
-    fresh_folder(root / run.name, {"weights": weights(run.base), "code": code(run.method)})
+    fresh_folder(root / run.name, made_with(run.base, run.method))
     for part in parts:
         measure, _ = PARTS[part]
         add(file, part, depends(run, size, part), partial(measure, root, run, size))
@@ -510,11 +543,9 @@ def start_worker(threads: int):
 
 def todo(args: Args, size: Size, runs: list[Run], parts: dict) -> dict[Run, list[str]]:
     """Those of the parts that are asked for and not there, of each run."""
-    asked = [part for part, (_, claims) in parts.items() if args.only is None or args.only in claims]
-    if parts is CORNERS and size.only is not None:
-        asked = [part for part in asked if part in size.only]
     left = {run: read_json(Path(args.results) / f"{run.name}.json") for run in runs}
-    left = {run: [part for part in asked if part not in known and run.method in METHODS.get(part, args.methods)]
+    left = {run: [part for part in asked(args, size, parts)
+                  if part not in known and run.method in METHODS.get(part, args.methods)]
             for run, known in left.items()}
     return {run: parts for run, parts in left.items() if parts}
 
@@ -532,7 +563,7 @@ def stale_parts(found: dict[Run, dict], bases: dict[str, dict], size: Size) -> d
     """The measured parts that depend on something that is not as it was: {what: [run: part, ...]}."""
     parts = [(run.name, part, numbers[part], depends(run, size, part))
              for run, numbers in found.items() for part in PARTS if part in numbers]
-    parts += [(base, part, numbers, {"weights": weights(base)}) for base, of_base in bases.items()
+    parts += [(base, part, numbers, made_with(base)) for base, of_base in bases.items()
               for part, numbers in of_base.items()]
     stale = {}
     for name, part, numbers, now in parts:
@@ -585,6 +616,28 @@ def locked(flag: str, folder: Path):
         os.close(lock)  # which frees it
 
 
+def work_through(tasks: list[Callable], jobs: int, threads: int, progress: Callable):
+    """All tasks: in this process if there is one job, else spread over several."""
+    if jobs == 1:
+        for task in tasks:
+            task()
+            progress()
+        return
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
+    try:
+        pending = {pool.submit(task) for task in tasks}
+        while pending:
+            done, pending = wait(pending, timeout=5, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises what it raised
+            progress()
+    except BaseException:
+        for process in multiprocessing.active_children():  # they have more tasks in their queue
+            process.terminate()
+        raise
+    pool.shutdown()
+
+
 def work_and_report(args: Args, size: Size, root: Path, results: Path):
     """What is missing, spread over processes; then the report of all that there is."""
     assets = Path("assets") if args.results == Args.results else results.parent
@@ -612,31 +665,18 @@ def work_and_report(args: Args, size: Size, root: Path, results: Path):
     for phase in work:
         phases.append([partial(work_on_run, run, parts, args, size) for run, parts in phase.items()])
     with tqdm(total=total, desc="reproduce", unit="part") as bar:
-        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
-        try:
-            for tasks in phases:
-                pending = {pool.submit(task) for task in tasks}
-                while pending:
-                    done, pending = wait(pending, timeout=5, return_when=FIRST_EXCEPTION)
-                    for future in done:
-                        future.result()  # raises what it raised
-                    bar.update(total - left() - bar.n)
-        except BaseException:
-            for process in multiprocessing.active_children():  # they have more tasks in their queue
-                process.terminate()
-            raise
-        pool.shutdown()
+        for tasks in phases:
+            work_through(tasks, jobs, threads, lambda: bar.update(total - left() - bar.n))
 
     found, bases = gathered(results)
-    stale = stale_parts(found, bases, size)
-    write_report(found, bases, size, stale, results.parent, assets)
+    write_report(found, bases, size, results.parent, assets)
     draw_all(found, bases, assets)
     front = next((run for run in found if run.method == "awm"), None)
     folders = front and {"base": root / front.base / "base", "unguarded": root / front.name / front.method,
                          "guarded": root / front.name / f"{front.method}+normguard"}
     if folders and all(map(Path.exists, folders.values())):
         draw_front(found[front], folders, assets / "front.png")
-    for what, parts in stale.items():
+    for what, parts in stale_parts(found, bases, size).items():
         print(f"note: {len(parts)} parts were measured with other {what} than today's ({parts[0]}, ...); to measure "
               f"them anew, delete them in {results}")
     print(f"{len(found)} runs: {results.parent}/RESULTS.md, {results.parent}/results.json and figures in {assets}/")

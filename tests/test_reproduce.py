@@ -1,0 +1,325 @@
+"""Tests of the miniature's reproduction (tiny/): other guards and rivals, differences and verdicts, the report, and
+reproduce.py from end to end."""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+import guards  # noqa: E402
+import paired  # noqa: E402
+import reading  # noqa: E402
+import report  # noqa: E402
+import reproduce  # noqa: E402
+
+import flow.cli  # noqa: E402
+import flow.pipeline  # noqa: E402
+import flow.rewards  # noqa: E402
+import train_awm  # noqa: E402
+import train_dpo  # noqa: E402
+from normguard import norm_hinge  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    """Defaults like tiny/sd3 are relative to the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+def random_pair(b=5, scale=1.2, seed=0, dtype=torch.float64):
+    """A velocity and its reference, with norm ratios from 0.7 to `scale`."""
+    g = torch.Generator().manual_seed(seed)
+    v_ref = torch.randn(b, 4, 3, 2, generator=g, dtype=dtype)
+    scales = torch.linspace(0.7, scale, b, dtype=dtype).view(-1, 1, 1, 1)
+    v = v_ref * scales + 0.1 * torch.randn(v_ref.shape, generator=g, dtype=dtype)
+    return v, v_ref
+
+
+def lora_bytes(out: Path) -> bytes:
+    """A training's LoRA."""
+    return (out / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+
+
+def pixels(path) -> np.ndarray:
+    """A picture (h, w, 3), 0 to 255."""
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def refuses(capsys, call, *words):
+    """One line on stderr that has these words, and exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call()
+    error = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert end.value.code == 2 and len(error) == 1, error
+    assert all(word in error[0] for word in words), error[0]
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.02])
+def test_other_guards(margin):
+    """Claim 9's hinges against numpy in float64, their slopes against finite differences, and no pull where all norms
+    are small."""
+    v, v_ref = (F.interpolate(x, (4, 2)) for x in random_pair(scale=1.6))  # (5, 4, 4, 2): two tokens a sample
+    a, b = v.numpy(), v_ref.numpy()
+    norms = [np.sqrt((x**2).sum((1, 2, 3))) for x in (a, b)]
+    tokens = [np.sqrt(np.stack([(x[:, :, :2] ** 2).sum((1, 2, 3)), (x[:, :, 2:] ** 2).sum((1, 2, 3))])) for x in (a, b)]
+    ratio = norms[0] / norms[1]
+    assert ratio.max() > 1 + margin and ratio.min() < 1
+    for hinge, expected in (
+        (guards.squared, np.maximum(ratio - 1 - margin, 0) ** 2),
+        (guards.absolute, np.maximum(norms[0] - norms[1] - margin, 0)),
+        (guards.per_token, np.maximum(tokens[0] / tokens[1] - 1 - margin, 0).mean(0)),
+    ):
+        np.testing.assert_allclose(hinge(v, v_ref, margin).numpy(), expected, rtol=1e-5, atol=1e-6)
+        longer = v.clone().requires_grad_()
+        hinge(longer, v_ref, margin).sum().backward()
+        h = 1e-2 * v  # norms are fp32: a coarse step, along the radius
+        slope = (hinge(v + h, v_ref, margin) - hinge(v - h, v_ref, margin)).sum().item() / 2
+        assert slope > 0 and (longer.grad * h).sum().item() == pytest.approx(slope, rel=0.02)
+        shorter = (0.5 * v_ref).requires_grad_()
+        hinge(shorter, v_ref, margin).sum().backward()
+        assert shorter.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("script", [train_awm, train_dpo])
+def test_rivals_in_a_training(tmp_path, monkeypatch, script):
+    """Claim 10's guards that follow their training, all in one of three epochs in several batches: which pictures the
+    rows are, what their rewards are, what they are kept close to. The script comes out as it went in."""
+    seen, noised, before = [], [], dict(vars(script))
+    add_noise = script.add_noise
+    monkeypatch.setattr(script, "add_noise", lambda *given: noised.append(given[0]) or add_noise(*given))
+    makers = {"ema": guards.ema_kl, "gardo": guards.gardo, "crd": guards.crd}
+
+    def make(training):
+        own = {name: maker(training) for name, maker in makers.items()}
+        hps = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))
+
+        def guard(v, v_ref, margin=0.0):
+            pictures = flow.pipeline.decode(training.run.pipe, training.x0)
+            now = {name: guard(v, v_ref, margin).detach() for name, guard in own.items()}
+            now |= {"x0": training.x0, "rows": training.rows, "reward": training.reward, "epoch": training.run.epoch}
+            now |= {"hps": hps(pictures, training.prompts)}
+            seen.append({**now, "kl": (v - v_ref).square().mean((1, 2, 3)).detach()})
+            return norm_hinge(v, v_ref)
+        return guard
+
+    args = script.Args(epochs=3, group=4, groups=3, timesteps=2, lr=5e-3, batch=16, eval_every=0,
+                       out=str(tmp_path / "run"))
+    with guards.instead_of_hinge(script, guards.Other("", make, made=True)):
+        script.main(args)
+    assert all(value is before[name] for name, value in vars(script).items() if name != "add_noise")
+    assert len(seen) == len(noised) > 3
+    for now, x0 in zip(seen, noised):
+        rows, gated = now["rows"], now["gardo"] > 0
+        assert torch.equal(now["x0"][rows], x0)
+        torch.testing.assert_close(now["crd"], (0.1 + 0.9 * now["reward"].clamp(0, 1)[rows]) * now["kl"])
+        rank_gap = now["reward"].argsort().argsort() - now["hps"].argsort().argsort()
+        gate = rank_gap[rows] >= rank_gap.sort().values[10]  # a tenth of 12: two
+        assert torch.equal(gated, gate & (now["epoch"] > 0))  # at first the policy is its reference
+        if gated.any():  # weighted to the KL's mean
+            torch.testing.assert_close(now["gardo"].sum() / len(rows), now["kl"][gated].mean())
+    assert any((now["gardo"] > 0).any() for now in seen)
+    assert all(now["ema"].max() == 0 for now in seen if now["epoch"] == 0)  # the policy is its own average
+    for now in (now for now in seen if now["epoch"] == 1):  # of the way from the base, a tenth: the rest is left
+        assert (now["ema"] / now["kl"]).mean().item() == pytest.approx(0.81, abs=0.05)
+
+
+def test_paired_differences_and_verdicts():
+    """Student's quantiles from a table; a seed counts once, whatever the cells; verdicts of both signs; the judge's
+    counts from either side."""
+    for df, expected in ((1, 12.706), (2, 4.303), (11, 2.201), (35, 2.030)):
+        assert paired.quantile(df) == pytest.approx(expected, rel=1e-3)
+    g = np.random.default_rng(0)
+    results = {
+        reproduce.Run(f"b{cell}", "awm", "hps", seed): {"a": cell + g.normal(), "b": 1.0}
+        for cell in range(4)
+        for seed in range(3)
+    }
+    d = paired.paired(results, lambda r: r["a"], lambda r: r["b"])
+    values = np.array([r["a"] - 1 for r in results.values()]).reshape(4, 3)
+    assert d["difference"] == pytest.approx(values.mean()) and (d["runs"], d["cells"]) == (12, 4)
+    assert d["cells larger"] == (values.mean(1) > 0).sum() and d["runs larger"] == (values > 0).sum()
+    assert d["half"] == pytest.approx(4.303 * values.mean(0).std(ddof=1) / 3**0.5, rel=1e-3)
+    twice = results | {run._replace(base=f"{run.base} again"): r for run, r in results.items()}
+    assert paired.paired(twice, lambda r: r["a"], lambda r: r["b"])["half"] == pytest.approx(d["half"])
+    one = {run: r for run, r in results.items() if run.seed == 0}
+    assert math.isnan(paired.paired(one, lambda r: r["a"])["half"])
+    assert "no interval" in paired.verdict(paired.paired(one, lambda r: r["a"]), 1)
+    for difference, half, claimed, said in (
+        (1, 0.5, 1, "holds"),
+        (1, 0.5, -1, "**contradicted**"),
+        (-1, 0.5, -1, "holds"),
+        (-1, 0.5, 1, "**contradicted**"),
+        (1, 2, 1, "not resolved"),
+        (1, 0.5, 0, "**contradicted**"),
+        (-1, 0.5, 0, "holds"),
+        (0, 0.5, 0, "not resolved"),
+    ):
+        assert paired.verdict({"difference": difference, "half": half}, claimed) == said
+    assert paired.verdict({"difference": 0.01, "half": 0.02}, 0, at_most=0.05) == "holds"
+    part = {"p": {"verdicts": {"a vs b": [6, 2, 2, 5]}}}  # of 10 that could be read, 6 won, 2 tied
+    assert paired.rate("p", "a vs b")(part) == pytest.approx(0.2)
+    assert paired.rate("p", "b vs a")(part) == pytest.approx(-0.2)
+    assert [paired.excess({"mean": [0.9, step]}) for step in (0.97, 1.02)] == [1, 1.02]
+
+
+def test_rivals_at_equal_reward(monkeypatch):
+    """Between two strengths interpolated, each run at its own target; never beyond what was measured. At strength s
+    all here is linear: reward 1 - s, judged good 0.5 + s, the guard preferred by 0.3 - s, the highest step 1.3 - s."""
+    def part(strength: float, who: str, **more) -> dict:
+        """Numbers of a model at a strength."""
+        means = {"reward": 1 - strength, "judge/overall": 0.5 + strength}
+        won = round(8 - 10 * strength)
+        return {"means": {who: means, **more}, "ratio": {who: {"mean": [0.9, 1.3 - strength]}}, "of": {"code": "a"},
+                "training reward": {who: 1 - strength}, "verdicts": {f"guarded vs {who}": [won, 0, 10 - won, 0]}}
+
+    monkeypatch.setitem(guards.RIVALS, "velocity KL", guards.Rival((0.2, 0.4), dpo=(0.1, 0.3)))
+    runs = {}
+    for seed, base in enumerate((0.0, 0.2)):
+        other = {"reward": base, "judge/overall": 0.8}
+        main = part(0, "unguarded", base=other, guarded=other)
+        main["training reward"] |= {"base": base, "guarded": 1.5}  # the unguarded gain is the lesser one
+        runs[reproduce.Run("sd3", "awm", "hps", seed)] = {"main": main, "rival: velocity KL 0.2": part(0.2, "rival")}
+    assert paired.equal_reward(runs, "velocity KL")[0] == {}  # a strength is missing
+    for r in runs.values():
+        r["rival: velocity KL 0.4"] = part(0.4, "rival")
+    for keep, strength, own in ((1, 0, (0, 0)), (0.9, 0.09, (0.1, 0.08)), (0.7, 0.27, (0.3, 0.24)),
+                                (None, 0.2, (0.2, 0.2))):  # the weakest, as it is
+        met, chosen = paired.equal_reward(runs, "velocity KL", keep)
+        assert list(met) == list(runs) and chosen == pytest.approx(strength)
+        for s, found in zip(own, met.values()):
+            known = {"reward": 1 - s, "judge/overall": 0.5 + s, "training reward": 1 - s, "preferred": 0.3 - s,
+                     "highest": 1.3 - s}
+            assert found["rival"] == pytest.approx(known) and found["guarded"]["judge/overall"] == 0.8
+    assert paired.equal_reward(runs, "velocity KL", 0.5)[1] is None  # the strengths end before that
+    assert not paired.at_reward([0.9, 0.5, 0.7], 0.6)[2]  # it comes back: where it ends is not known
+    assert paired.equal_reward({run._replace(method="dpo"): r for run, r in runs.items()}, "velocity KL")[0] == {}
+    r["main"]["of"] = {"code": "b"}
+    assert len(paired.equal_reward(runs, "velocity KL")[0]) == 1  # measured beside other code: not compared
+
+    monkeypatch.setattr(report, "BESIDE", {"judge/overall": 3})
+    r["auto"] = part(0.1, "auto")
+    auto = report.rivals_of(runs, None)[report.AUTO]  # of the one run that has it
+    assert auto["preferred"]["difference"] == pytest.approx(0.2) and auto["verdict"] == "one seed: no interval"
+    assert auto["judge/overall"]["difference"] == pytest.approx(-0.2)
+    for preferred, half, said in ((0.2, 0.1, "the guard"), (-0.2, 0.1, "**the rival**"), (0.1, 0.2, "not resolved")):
+        assert report.preferred_side({"difference": preferred, "half": half}) == said
+
+
+def test_results_are_what_the_report_says(tmp_path):
+    """RESULTS.md and results.json are what report.py makes of tiny/results: nobody has edited them by hand."""
+    report.write_report(*reproduce.gathered(Path("tiny/results")), reproduce.Size(), tmp_path, Path("assets"))
+    text = (tmp_path / "RESULTS.md").read_text().replace(os.path.relpath("assets", tmp_path), "../assets")
+    assert text.replace(str(tmp_path), "tiny") == Path("tiny/RESULTS.md").read_text()
+    assert (tmp_path / "results.json").read_text() == Path("tiny/results.json").read_text()
+
+
+def test_the_texts_hold_no_numbers_of_their_own():
+    """What is said of the numbers is filled in from them, and each text is in RESULTS.md."""
+    names = r"\{\w+\}|sd3|claim 6|lam 0\.\d+|may lose 5 %|With 5 % less"
+    for _, _, text in reading.READING.values():
+        assert not re.search(r"\d", re.sub(names, "", text)), text
+        assert text.partition("{")[0] in Path("tiny/RESULTS.md").read_text()
+
+
+def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
+    """Numbers know the weights, the code and the flags they come from; a comment changes none of it. What other weights
+    or code made is not used again, and what is not reproduce.py's is not deleted."""
+    run, size = reproduce.Run("sd3", "awm", "hps", 0), reproduce.Size()
+    numbers = {part: {"of": reproduce.depends(run, size, part)} for part in ("main", "guard: per token")}
+    assert reproduce.stale_parts({run: numbers}, {}, size) == {}
+    stale = reproduce.stale_parts({run: numbers}, {}, size._replace(steps=4))
+    assert stale == {"flags": [f"{run.name}: main", f"{run.name}: guard: per token"]}
+    numbers["main"] = {}  # from before there were hashes
+    bases = {"sd3": {"colours": {"of": {"weights": "other"}}}}
+    stale = reproduce.stale_parts({run: numbers}, bases, size)
+    assert set(stale) == {"weights", "code", "flags"} and "sd3: colours" in stale["weights"]
+    others = (guards.GUARDS["squared, lam 0.5"], guards.RIVALS["EMA-KL"].training, guards.GUARDS["lam 0.5"])
+    codes = [reproduce.guard_code(other) for other in others]
+    assert len(set(codes)) == 3 and codes[2] == ""
+
+    tree = reproduce.ast.parse("def f(): pass")  # which has more fields in a later Python
+    assert reproduce.written(tree) == "Module(body=[FunctionDef(name='f', args=arguments(), body=[Pass()])])"
+    monkeypatch.chdir(tmp_path)
+    counted = ("normguard.py", "train_awm.py", "sample.py", "eval_judge.py", "flow/pictures.py")
+    others = ("train_nft.py", "flow/test_pictures.py", "flow/cost/budget.py")
+    text, code = 'class Args:\n    x: int = 1\n    """words"""\n', reproduce.code.__wrapped__
+    for file in (*counted, *others):
+        report.write_text(Path(file), text)
+    for file in (*counted, *others):
+        before = code("train_awm.py")
+        Path(file).write_text(text.replace("words", "others") + "# and more\n")
+        assert code("train_awm.py") == before
+        Path(file).write_text(text.replace("1", "2"))
+        assert (code("train_awm.py") != before) is (file in counted)
+
+    (tmp_path / "home").mkdir()
+    home = reproduce.fresh_folder(tmp_path / "home", {"code": "a"})
+    (home / "commands.txt").touch()
+    assert reproduce.fresh_folder(home, {"code": "a"}).joinpath("commands.txt").exists()
+    assert not reproduce.fresh_folder(home, {"code": "b"}).joinpath("commands.txt").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis").touch()
+    refuses(capsys, lambda: reproduce.fresh_folder(tmp_path / "mine", {"code": "a"}), "--runs", "mine")
+    assert (tmp_path / "mine" / "thesis").exists()
+
+
+def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    """The smoke run of two parts, killed without warning in its second training: what it has is kept, nothing is
+    computed again, and the report is of its own pictures. A rival and another guard are really in place."""
+    command = [sys.executable, "tiny/reproduce.py", "--smoke", "--jobs", "1", "--runs", str(tmp_path)]
+    parts = "main", "rival: EMA-KL 0.3"
+    home, state = tmp_path / "sd3-awm-hps-s0", tmp_path / "sd3-awm-hps-s0" / "lam0" / "checkpoint" / "state.pt"
+    process = subprocess.Popen([*command, "--only", "10"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (home / "commands.txt").exists() or "--lam 0.05" not in (home / "commands.txt").read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    kept, trained = paired.read_json(tmp_path / "results" / "sd3.json"), state.stat().st_mtime_ns
+    assert kept["colours"]["of"]["commit"] == reproduce.commit()
+    monkeypatch.setattr(reproduce, "SMOKE", reproduce.SMOKE._replace(only=parts))
+    monkeypatch.setattr(sys, "argv", command[1:])
+    reproduce.main(flow.cli.parse(reproduce.Args, reproduce.__doc__))
+    done = paired.read_json(tmp_path / "results" / "sd3-awm-hps-s0.json")
+    assert tuple(done) == parts and paired.read_json(tmp_path / "results" / "sd3.json") == kept  # to the second
+    assert state.stat().st_mtime_ns == trained
+    commands = [line for file in tmp_path.rglob("commands.txt") for line in file.read_text().splitlines()]
+    again = {line for line in commands if commands.count(line) > 1}
+    assert len(again) == 1 and "--lam 0.05" in again.pop()  # the one that was killed
+
+    hps = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))
+    for name, folder in (("unguarded", "awm"), ("guarded", "awm+normguard")):
+        rows = [json.loads(line) for line in (home / folder / "samples.jsonl").read_text().splitlines()]
+        arrays = [pixels(home / folder / row["file"]) for row in rows]
+        pictures = torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
+        score = hps(pictures, [row["prompt"] for row in rows])
+        assert done["main"]["means"][name]["reward"] == pytest.approx(score.mean().item(), rel=1e-4)
+    guarded = reproduce.with_guard(home, reproduce.Run("sd3", "awm", "hps", 0), reproduce.SMOKE, "per token")
+    assert lora_bytes(guarded) != lora_bytes(home / "lam0.05")  # the other hinge was in place
+    assert lora_bytes(home / "rivals" / "EMA-KL-0.3") != lora_bytes(home / "lam0")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.count("\n## ") == 9 and text.count("Not measured yet") == 5
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"1", "4", "5 and 6", "10"}
+    graphs = {"inflation.png", "differences.png", "rivals.png", "front.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == graphs
+
+
+def test_reproduce_refuses(capsys):
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(bases=("sdxl",))), "--bases", "sdxl", "flux")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(only=11)), "--only")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(seeds=())), "--seeds")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(jobs=0)), "--jobs")
+    refuses(capsys, lambda: reproduce.main(reproduce.Args(runs="a b")), "--runs", "a b")
