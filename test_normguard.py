@@ -594,6 +594,203 @@ def test_stratified_moments():
     assert [set(column.tolist()) for column in k.T] == expected
 
 
+# ---------------------------------------------------------------- one run of each script, recomputed in float64
+
+# three prompts, the rewards of the third all equal but for rounding; in the second's, the middle pair
+REWARDS = torch.tensor([0.1, 0.9, 0.5, 0.3, 2.0, 0.7, 0.7, 0.2, 0.4, 0.4, 0.4 + 3e-8, 0.4])
+CHECKED = dict(seed=5, epochs=2, groups=3, group=4, steps=5, timesteps=2, updates=2, batch=5, rank=4, lr=2e-2, lam=0.7,
+               kl=0.2, margin=0.01, max_grad_norm=0.05, ema=0.6, eval_every=0, save_every=1)
+
+
+def generator(*key: int) -> torch.Generator:
+    """What a run draws from, by (seed, purpose, place): purpose 0 is prompts, 1 an epoch, 3 noise of a row."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+class Plain:
+    """tiny/sd3 in float64, called directly: velocities of a LoRA given as {name: A or B}, with a gradient to it."""
+
+    def __init__(self):
+        pipe = StableDiffusion3Pipeline.from_pretrained("tiny/sd3", dtype=torch.float32)
+        encode = functools.partial(pipe.encode_prompt, do_classifier_free_guidance=False, max_sequence_length=8)
+        self.encode = functools.cache(lambda prompt: [x if x is None else x.detach().double()
+                                                      for x in encode(prompt, prompt, prompt)])
+        self.model = pipe.transformer.double().requires_grad_(False)
+        self.weights = dict(self.model.named_parameters())
+        pipe.scheduler.set_timesteps(CHECKED["steps"])
+        self.sigmas = pipe.scheduler.sigmas
+
+    def __call__(self, lora: dict, xt, t, prompts: list[str]) -> torch.Tensor:
+        """W + 2 B A; t (b,) in fp32, as a pipeline computes a timestep."""
+        text, _, pooled, _ = zip(*map(self.encode, prompts))
+        merged = {}
+        for name in lora:
+            if ".lora_A." in name:
+                base = name.split(".lora_A.")[0] + ".weight"
+                merged[base] = self.weights[base] + 2 * lora[name.replace("lora_A", "lora_B")] @ lora[name]
+        given = dict(hidden_states=xt, timestep=1000 * t, encoder_hidden_states=torch.cat(text),
+                     pooled_projections=torch.cat(pooled), return_dict=False)
+        return torch.func.functional_call(self.model, merged, (), given)[0]
+
+
+def recorded_run(script, out, monkeypatch, **changes) -> tuple[list[dict], torch.Tensor]:
+    """A run on fixed pictures and rewards: at each step the LoRA, its gradients before and after clipping and the lines
+    of the log, and in the end the LoRA; and the pictures."""
+    steps, names = [], {}
+    x0 = torch.randn(len(REWARDS), 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    clip, step = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step
+
+    def grads(params) -> list:
+        return [torch.zeros_like(p).double() if p.grad is None else p.grad.double().clone() for p in params]
+
+    def watched_clip(params, *args, **kwargs):
+        params = list(params)
+        steps.append({"lora": [p.detach().double().clone() for p in params], "before": grads(params)})
+        return clip(params, *args, **kwargs)
+
+    def watched_step(optimizer, *args, **kwargs):
+        (group,) = optimizer.param_groups
+        steps[-1]["after"], names["params"] = grads(group["params"]), group["params"]
+        return step(optimizer, *args, **kwargs)
+
+    def given_pictures(pipe, *args, **kwargs):
+        names["all"] = [n for n, p in pipe.transformer.named_parameters() if ".default." in n]
+        return x0.clone(), None
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched_clip)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
+    monkeypatch.setattr(script, "integrate", given_pictures)
+    monkeypatch.setattr(script, "score", lambda *args: REWARDS.clone())
+    more = {train_nft: {"old_decay": (1, 0.2, 0.5)}, train_dpo: {"pairs": 2, "dpo_beta": 30.0}}
+    script.main(script.Args(out=str(out), **CHECKED | more.get(script, {}) | changes))
+    steps.append({"lora": [p.detach().double() for p in names["params"]]})
+    for record in steps:
+        record |= {key: dict(zip(names["all"], values)) for key, values in record.items()}
+    return steps, x0.double()
+
+
+def rows_of(method: str, epoch: int, sigmas) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An epoch's training rows: (picture or pair, t in fp32, noise)."""
+    g, n = generator(5, 1, epoch), 6 if method == "dpo" else 12  # six pairs
+    which = torch.randperm(n, generator=g).repeat_interleave(2)
+    if method == "awm":  # one of steps 0, 1 and one of 2, 3: without the last tenth
+        k = torch.tensor([0, 2]) + (2 * torch.rand(n, 2, generator=g)).long()
+        t = sigmas[k.flatten()]
+    elif method == "nft":
+        t = sigmas[torch.rand(n, 5, generator=g).argsort(1)[:, :2].flatten()]
+    else:  # logit-normal in 1000 levels, shifted by 3
+        s = (1000 - (1000 * torch.sigmoid(torch.randn(2 * n, generator=g))).long()).float() / 1000
+        t = 3 * s / (1 + 2 * s)
+    noise = torch.cat([torch.randn(1, 16, 8, 8, generator=generator(5, 3, epoch, row)) for row in range(2 * n)])
+    return which, t, noise.double()
+
+
+def mean(x) -> torch.Tensor:
+    return x.flatten(1).mean(1)
+
+
+def update_loss(method, plain, lora, old, x0, prompts, which, t, noise, lam, kl) -> torch.Tensor:
+    """An update's loss, from the papers' formulas. `old`: NFT's old policy, AWM's policy before the epoch."""
+    centred = REWARDS.double().view(3, 4) - REWARDS.double().view(3, 4).mean(1, keepdim=True)
+    centred[2] = 0
+    adv = (centred.flatten() / REWARDS.double().std(correction=0)).clamp(-5, 5) / 5
+    base = {name: torch.zeros_like(value) for name, value in lora.items()}
+    if method == "dpo":
+        best, worst = torch.tensor([[1, 2, 4, 5, 10, 8], [0, 3, 7, 6, 11, 9]])  # of equal rewards, the first is better
+        losses, guard, kls = [], 0, 0
+        error = {}
+        for side, picture in (("w", best[which]), ("l", worst[which])):
+            xt = (1 - t.double()).view(-1, 1, 1, 1) * x0[picture] + t.double().view(-1, 1, 1, 1) * noise
+            text = [prompts[i] for i in picture]
+            v, v_ref = plain(lora, xt, t, text), plain(base, xt, t, text)
+            error[side] = mean((v - noise + x0[picture]) ** 2) - mean((v_ref - noise + x0[picture]) ** 2)
+            guard = guard + 0.5 * (v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1) - 1.01).clamp_min(0)
+            kls = kls + 0.5 * mean((v - v_ref) ** 2)
+        losses = 2 / 30 * torch.log(1 + torch.exp(15 * (error["w"] - error["l"])))
+        losses = torch.where((which == 3) | (which >= 4), 0, losses)  # the second prompt's middle pair, the third's
+        return (losses + lam * guard + kl * kls).mean(), guard
+    xt = (1 - t.double()).view(-1, 1, 1, 1) * x0[which] + t.double().view(-1, 1, 1, 1) * noise
+    text = [prompts[i] for i in which]
+    v, v_ref, v_old = (plain(weights, xt, t, text) for weights in (lora, base, old))
+    guard = (v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1) - 1.01).clamp_min(0)
+    if method == "awm":
+        def log_p(v):
+            return -4 * t.double() * (mean((v - noise + x0[which]) ** 2) + 1e-10) ** 0.25
+        ratio, a = torch.exp(log_p(v) - log_p(v_old.detach())), adv[which]
+        losses = torch.maximum(-a * ratio, -a * ratio.clamp(0, 2))
+    else:
+        losses = 0
+        for sign, share in ((1, 0.5 + adv[which] / 2), (-1, 0.5 - adv[which] / 2)):
+            off = xt - t.double().view(-1, 1, 1, 1) * (v_old + sign * (v - v_old)).detach() - x0[which]
+            moving = xt - t.double().view(-1, 1, 1, 1) * ((1 - sign) * v_old.detach() + sign * v) - x0[which]
+            losses = losses + share * mean(moving**2) / mean(off.abs())
+    return (losses + lam * guard + kl * mean((v - v_ref) ** 2)).mean(), guard
+
+
+def distance(ours: dict, theirs: dict) -> float:
+    """Of two sets of tensors of the same names, relative to the second."""
+    off = sum((ours[name] - theirs[name]).square().sum() for name in theirs)
+    return math.sqrt(off / sum(value.square().sum() for value in theirs.values()))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("lam", [0.0, 0.7])
+def test_updates_are_the_methods(tmp_path, monkeypatch, script, lam):
+    """Every update's gradient, before and after clipping, is that of the paper's loss plus lam times the hinge."""
+    method, plain = script.__name__.removeprefix("train_"), Plain()
+    steps, x0 = recorded_run(script, tmp_path, monkeypatch, lam=lam)
+    order = torch.randperm(48, generator=generator(5, 0, 0))
+    captions = Path("tiny/prompts.txt").read_text().splitlines()
+    guarded = 0
+    for k, record in enumerate(steps[:-1]):
+        epoch, u = divmod(k, 2)
+        which, t, noise = rows_of(method, epoch, plain.sigmas)
+        part = slice(u * len(t) // 2, (u + 1) * len(t) // 2)
+        prompts = [captions[order[3 * epoch + i // 4]] for i in range(12)]
+        lora = {name: value.clone().requires_grad_() for name, value in record["lora"].items()}
+        old = steps[2 * epoch]["lora"]  # AWM's; with these old_decay NFT's is half of the way behind in epoch 1
+        if method == "nft" and epoch == 1:
+            old = {name: 0.2 * steps[0]["lora"][name] + 0.8 * value for name, value in old.items()}
+        loss, guard = update_loss(method, plain, lora, old, x0, prompts, which[part], t[part], noise[part], lam, 0.2)
+        loss.backward()
+        gradient = {name: value.grad for name, value in lora.items()}
+        guarded += (guard > 0).sum().item()
+        assert distance(record["before"], gradient) < 1e-4, (epoch, u)
+        norm = math.sqrt(sum(value.square().sum() for value in gradient.values()))
+        clipped = {name: value * min(1, 0.05 / norm) for name, value in gradient.items()}
+        assert distance(record["after"], clipped) < 1e-4, (epoch, u)
+    assert guarded > 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_steps_are_adamw_and_the_averages_follow(tmp_path, monkeypatch, script):
+    """From the script's own gradients: AdamW, the average of --ema and NFT's old policy, in float64."""
+    steps, _ = recorded_run(script, tmp_path, monkeypatch)
+    lora, first = steps[0]["lora"], steps[0]["lora"]
+    m, v, average, old = ({name: 0 * value for name, value in lora.items()} for _ in range(4))
+    average = old = lora
+    for s, record in enumerate(steps[:-1], start=1):
+        assert distance(record["lora"], lora) < 1e-5
+        m = {name: 0.9 * m[name] + 0.1 * g for name, g in record["after"].items()}
+        v = {name: 0.999 * v[name] + 0.001 * g**2 for name, g in record["after"].items()}
+        for name, value in lora.items():
+            change = (m[name] / (1 - 0.9**s)) / ((v[name] / (1 - 0.999**s)).sqrt() + 1e-8)
+            lora = lora | {name: value - 2e-2 * (change + 1e-4 * value)}
+        decay = min((1 + s) / (10 + s), 0.6)
+        average = {name: decay * average[name] + (1 - decay) * value for name, value in lora.items()}
+        if s % 2 == 0:  # an epoch ends
+            decay = min(0.2 * max(s - 1, 0), 0.5)
+            old = {name: decay * old[name] + (1 - decay) * value for name, value in lora.items()}
+    assert distance(steps[-1]["lora"], lora) < 1e-5 < distance(lora, first)
+    kept = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    kept = {f"{name.removeprefix('transformer.').removesuffix('.weight')}.default.weight": value.double()
+            for name, value in kept.items()}
+    assert distance(kept, average) < 1e-5 and distance(average, lora) > 1e-2
+    if script is train_nft:
+        saved = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)["old"]
+        saved = dict(zip(old, (value.double() for value in saved)))
+        assert distance(saved, old) < 1e-5 and distance(old, lora) > 1e-2
+
+
 # ---------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("guidance, lora", [

@@ -21,8 +21,7 @@ def write_line(run, line: dict):
 
 def digits(value: float, spread: float) -> str:
     """A number with as many decimals as are needed to see a change of `spread`: at least 3."""
-    spread = max(spread, 1e-6 * abs(value))
-    decimals = 2 - math.floor(math.log10(spread)) if 0 < spread < math.inf else 3
+    decimals = 2 - math.floor(math.log10(max(spread, 1e-6 * abs(value)))) if 0 < spread < math.inf else 3
     return f"{value:.{min(max(decimals, 3), 15)}f}"
 
 
