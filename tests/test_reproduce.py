@@ -281,8 +281,7 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     command = [sys.executable, "tiny/reproduce.py", "--smoke", "--jobs", "1", "--runs", str(tmp_path)]
     parts = "main", "rival: EMA-KL 0.3"
     home, state = tmp_path / "sd3-awm-hps-s0", tmp_path / "sd3-awm-hps-s0" / "lam0" / "checkpoint" / "state.pt"
-    process = subprocess.Popen([*command, "--only", "10"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([*command, "--only", "10"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (home / "commands.txt").exists() or "--lam 0.05" not in (home / "commands.txt").read_text():
         assert process.poll() is None
         time.sleep(0.05)
@@ -315,6 +314,13 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert set(json.loads((tmp_path / "results.json").read_text())) == {"1", "4", "5 and 6", "10"}
     graphs = {"inflation.png", "differences.png", "rivals.png", "front.png"}
     assert {p.name for p in tmp_path.glob("*.png")} == graphs
+
+
+def test_several_jobs_are_other_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # it sets it for them
+    file, told = tmp_path / "done", []
+    reproduce.work_through([file.touch], 2, 1, lambda: told.append(file.exists()))
+    assert told[-1]
 
 
 def test_reproduce_refuses(capsys):

@@ -623,6 +623,7 @@ def work_through(tasks: list[Callable], jobs: int, threads: int, progress: Calla
             task()
             progress()
         return
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before a worker imports torch
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
     try:
         pending = {pool.submit(task) for task in tasks}
@@ -643,7 +644,6 @@ def work_and_report(args: Args, size: Size, root: Path, results: Path):
     assets = Path("assets") if args.results == Args.results else results.parent
     jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     threads = max(1, os.cpu_count() // jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before a worker imports torch
     combinations = dict.fromkeys(product(args.seeds, args.bases, args.methods, args.rewards))
     runs = [Run(*which, seed) for seed, *which in combinations]
     corners = {(args.bases[i], args.rewards[i]) for i in (0, -1)}
