@@ -730,11 +730,15 @@ def distance(ours: dict, theirs: dict) -> float:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("lam", [0.0, 0.7])
-def test_updates_are_the_methods(tmp_path, monkeypatch, script, lam):
-    """Every update's gradient, before and after clipping, is that of the paper's loss plus lam times the hinge."""
+@pytest.mark.parametrize("lam, batch, checkpointing", [
+    (0.7, 5, False),
+    (0.0, 64, True),
+])
+def test_updates_are_the_methods(tmp_path, monkeypatch, script, lam, batch, checkpointing):
+    """Every update's gradient, before and after clipping, is that of the paper's loss plus lam times the hinge, in
+    micro-batches or at once, with gradient checkpointing or without."""
     method, plain = script.__name__.removeprefix("train_"), Plain()
-    steps, x0 = recorded_run(script, tmp_path, monkeypatch, lam=lam)
+    steps, x0 = recorded_run(script, tmp_path, monkeypatch, lam=lam, batch=batch, checkpointing=checkpointing)
     order = torch.randperm(48, generator=generator(5, 0, 0))
     captions = Path("tiny/prompts.txt").read_text().splitlines()
     guarded = 0
@@ -1230,11 +1234,11 @@ def test_lam_auto_knows_no_scale_and_resumes_bit_for_bit(tmp_path, monkeypatch, 
 
 
 def test_evaluations_have_steps_and_batches_of_their_own(tmp_path):
-    """--eval-steps is theirs; --batch and --rollout-batch change nothing but rounding."""
+    """--eval-steps is theirs; --batch and --rollout-batch change nothing but rounding, as far as no step is taken."""
     few, many = (metrics(small_run(tmp_path / f"{n}", epochs=1, eval_every=1, eval_steps=3, rollout_batch=n, batch=b))
                  for n, b in ((2, 4), (64, 32)))
-    for a, b in zip(few, many):
-        assert len(a.get("eval_norm_ratio_steps", [0] * 3)) == 3
+    assert [len(line["eval_norm_ratio_steps"]) for line in few if "eval_reward" in line] == [3, 3]
+    for a, b in zip(few[:2], many):  # the first evaluation and the first update; after its step rounding may grow
         assert {k: v for k, v in a.items() if isinstance(v, float) and k != "img_per_s"} == pytest.approx(
             {k: v for k, v in b.items() if isinstance(v, float) and k != "img_per_s"}, rel=1e-3, abs=1e-6)
 
@@ -1280,16 +1284,6 @@ def test_training_raises_a_reward_it_can_raise(tmp_path, script, lr):
     lines = metrics(out)
     first, last = lines[0], lines[-1]
     assert last["eval_reward"] - first["eval_reward"] > 3 * first["eval_reward_se"]
-
-
-def test_micro_batches_and_gradient_checkpointing_change_nothing(run, tmp_path):
-    name = "lora/pytorch_lora_weights.safetensors"
-    whole = load_file(run / name)
-    for changes in (dict(batch=3), dict(checkpointing=True)):
-        out = small_run(tmp_path / str(len(changes) + changes.get("batch", 0)), eval_every=0, save_every=4, **changes)
-        other = load_file(out / name)
-        # Adam's first steps magnify rounding; lr is 2e-3
-        assert max((whole[k] - other[k]).abs().max() for k in whole) < 2e-4
 
 
 def test_guard_holds_the_norm(tmp_path):

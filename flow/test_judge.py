@@ -372,6 +372,6 @@ def test_a_vlm_reward_in_a_report(folders, server, tmp_path):
     assert report["metrics"]["reward/m"][folders[0]]["mean"] == pytest.approx(0.6 / 0.9)
     assert len(set(eval_judge.short_names((spec, f"vlm:m@{url}[Bad?]")))) == 2
     (tmp_path / "model").mkdir()
-    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]")
+    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", torch.device("cpu"))
     (tmp_path / "model" / "weights").write_text("1")
-    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]") != before
+    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", torch.device("cpu")) != before

@@ -18,13 +18,14 @@ from flow.cli import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--epochs", "3", *"--groups 2 --group 4 --updates 2 --batch 4 --steps 3".split(),
-         *"--eval-n 3 --eval-every 2 --save-every 1 --ema 0.5".split()]
+         *"--eval-n 3 --eval-every 2 --save-every 1 --ema 0.5 --lr 5".split()]
 SCRIPTS = {"awm": train_awm, "nft": train_nft, "dpo": train_dpo}
-FLAGS = {"awm": [*SMALL, "--guard-share", "0.5"], "nft": SMALL, "dpo": SMALL}
+# SGD, whose steps are as near as the gradients are: Adam makes full steps of what is but rounding
 DRIVER = """
-import sys
+import sys, torch
 sys.path.insert(0, {root!r})
 import train_awm, train_dpo, train_nft
+torch.optim.AdamW = lambda params, lr, **others: torch.optim.SGD(params, lr)
 from flow.cli import parse
 for name, flags in {runs}:
     script = dict(awm=train_awm, nft=train_nft, dpo=train_dpo)[name]
@@ -82,9 +83,10 @@ def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
     last line to the end."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "red.py").write_text(REWARD)
-    red = [*SMALL, "--reward", f"{folder}/red.py:red", "--out"]
-    runs = [(name, [*flags, "--out", f"{folder}/{name}"]) for name, flags in FLAGS.items()]
-    even = [*SMALL, "--updates", "1", "--eval-n", "32", "--epochs", "2", "--out"]  # both encode the same 16 prompts
+    flags = [*SMALL, "--reward", f"{folder}/red.py:red"]  # CLIP's see 8 bits, of which rounding can flip one
+    red = [*flags, "--out"]
+    runs = [(name, [*flags, "--out", f"{folder}/{name}"]) for name in SCRIPTS]
+    even = [*flags, "--updates", "1", "--eval-n", "32", "--epochs", "2", "--out"]  # both encode the same 16 prompts
     runs += [("nft", [*even, f"{folder}/whole"]), ("nft", [*even, f"{folder}/sharded", "--shard"])]
     runs += [("nft", [*red, f"{folder}/red"])]
     ended = torchrun(folder, runs, SHARDED + FAILING.format(flags=[*red, f"{folder}/failed"]))
@@ -103,7 +105,8 @@ def two(launch) -> Path:
 def test_two_processes_compute_what_one_does(two, name, tmp_path, monkeypatch):
     """The same lines and the same LoRA but for rounding, with unequal shares of the held-out prompts."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [name, *FLAGS[name], "--out", f"{tmp_path}/one"])
+    monkeypatch.setattr(sys, "argv", [name, *SMALL, "--reward", f"{two}/red.py:red", "--out", f"{tmp_path}/one"])
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, lr, **others: torch.optim.SGD(params, lr))
     SCRIPTS[name].main(parse(SCRIPTS[name].Args, ""))
     assert len(log(two / name)) == 3 * 2 + 3  # two steps an epoch, and evaluations at 0, 2 and 3
     assert_alike(tmp_path / "one", two / name)
@@ -115,11 +118,15 @@ def assert_alike(one: Path, other: Path):
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"eval_norm_ratio_steps"}:
-            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-6), key
+        for key in a:
+            ours, theirs = (x if isinstance(x, list) else [x] for x in (a[key], b[key]))
+            assert [x is None for x in ours] == [x is None for x in theirs], key
+            numbers = [[x for x in values if x is not None] for values in (ours, theirs)]
+            assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-5), key
     ours, theirs = lora(one), lora(other)
     for key, value in ours.items():
-        assert (value - theirs[key]).norm() <= 5e-3 * value.norm(), key
+        assert (value - theirs[key]).norm() <= 1e-3 * value.norm(), key
+    assert all(value.any() for key, value in ours.items() if "lora_B" in key and "blocks.0" in key)  # it has learned
 
 
 def test_a_divided_base_computes_what_a_whole_one_does(two):
@@ -144,9 +151,11 @@ def test_one_fails_all_end_and_the_same_command_resumes(two, launch):
 def test_another_number_of_processes_is_told(two, monkeypatch, capsys):
     """A run of two goes on with one; what cannot be shared is refused."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["awm", "--epochs", "4", *FLAGS["awm"][2:], "--out", f"{two}/awm"])
+    flags = [*SMALL, "--reward", f"{two}/red.py:red", "--out", f"{two}/awm", "--epochs", "4"]
+    monkeypatch.setattr(sys, "argv", ["awm", *flags])
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, lr, **others: torch.optim.SGD(params, lr))
     train_awm.main(parse(train_awm.Args, ""))
-    assert "number of processes (2 there, 1 here)" in capsys.readouterr().out
+    assert "processes (2 there, 1 here)" in capsys.readouterr().out
     monkeypatch.setattr(flow.run, "PROCESSES", 3)
     with pytest.raises(SystemExit):
         flow.run.check_numbers(train_awm.Args(groups=4))
