@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -39,7 +39,17 @@ import train_awm
 import train_dpo
 import train_nft
 from flow.lora import add_lora
-from flow.pipeline import decode_batch, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
+from flow.pipeline import (
+    decode_batch,
+    draw_noise,
+    encode_prompts,
+    integrate,
+    load_pipeline,
+    schedule,
+    training_levels,
+    velocity,
+)
+from flow.seam import told as timestep_inputs
 from normguard import guard_gradient, norm_hinge, norm_ratio, oppose, reference, renormalize, velocity_norm
 
 ROOT = Path(__file__).resolve().parent
@@ -944,6 +954,20 @@ def test_schedule_is_the_pipelines_own():
     np.testing.assert_allclose(schedule(load_pipeline("tiny/sd3", torch.device("cpu")), 8), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("model", ["tiny/sd3", "tiny/flux"])
+def test_dpo_trains_at_the_schedulers_own_levels(model):
+    """As officially: the levels and timesteps that the scheduler is made with, shifted once (sd3) or not at all (flux,
+    whose shift depends on the size); and it is these timesteps that the transformer is told."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
+    pipe = load_pipeline(model, torch.device("cpu"))
+    levels = training_levels(pipe)
+    assert torch.equal(levels, scheduler.sigmas) and len(levels) == 1000
+    assert levels[-1].item() == pytest.approx(0.003 / 1.002 if model == "tiny/sd3" else 0.001)
+    for k in (0, 1, 500, 998, 999):
+        told = timestep_inputs(pipe, levels[k].item())["timestep"].item()
+        assert told * (1000 if model == "tiny/flux" else 1) == pytest.approx(scheduler.timesteps[k].item(), rel=1e-6)
+
+
 # ---------------------------------------------------------------- rewards and distances
 
 def test_pickscore_formula():
@@ -1074,6 +1098,55 @@ def test_reward_from_a_function(tmp_path):
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     ours = flow.rewards.load_reward(f"{tmp_path}/red.py:red", torch.device("cpu"), batch=2)(images, ["a"] * 3)
     np.testing.assert_allclose(ours.numpy(), images[:, 0].numpy().reshape(3, -1).mean(1) + [2, 2, 1], rtol=1e-6)
+
+
+def test_a_reward_cannot_change_pictures_that_others_see(tmp_path):
+    """It may write into its own copy: neither the next part of a sum nor the file that is saved shows it."""
+    (tmp_path / "rude.py").write_text("def rude(images, prompts):\n    images.mul_(255)\n    prompts.clear()\n"
+                                      "    return images.mean((1, 2, 3))\n"
+                                      "def after(images, prompts):\n    return images.amax((1, 2, 3)) + len(prompts)\n")
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    spec = f"{tmp_path}/rude.py:rude,{tmp_path}/rude.py:after"
+    scores = flow.rewards.load_reward(spec, torch.device("cpu")).scores_of(images, ["a"] * 3)
+    torch.testing.assert_close(scores, torch.stack([255 * before.mean((1, 2, 3)), before.amax((1, 2, 3)) + 3]))
+    assert torch.equal(images, before)
+    for name, reward in (("plain", None), ("rude", f"{tmp_path}/rude.py:rude")):
+        sample.main(sample.Args(prompt="a red star", steps=2, reward=reward, out=str(tmp_path / name)))
+    assert (tmp_path / "plain/00000.png").read_bytes() == (tmp_path / "rude/00000.png").read_bytes()
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_a_reward_is_tried_on_pictures_like_the_runs(tmp_path, size):
+    """Of the run's size, and not all of one colour."""
+    (tmp_path / "picky.py").write_text(f"def picky(images, prompts):\n    assert images.shape[1:] == (3, {size or 64}, "
+                                       f"{size or 64})\n    return images.std((1, 2, 3)) / images.mean((1, 2, 3))\n")
+    small_run(tmp_path / "run", reward=f"{tmp_path}/picky.py:picky", size=size, epochs=1, eval_every=0)
+
+
+def test_a_siglip_reward_does_not_depend_on_the_other_prompts(tmp_path):
+    """SigLIP sees padding: each prompt is padded to the same length, whatever stands beside it."""
+    from families import fast_tokenizer, vocab_size
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipProcessor
+    torch.manual_seed(0)
+    shared = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(shared, vocab_size=vocab_size(), max_position_embeddings=16, projection_size=16)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=dict(shared, image_size=32, patch_size=8))).eval()
+    processor = SiglipProcessor(SiglipImageProcessorPil(size={"height": 32, "width": 32}), fast_tokenizer(length=16))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    pictures, prompts = torch.rand(2, 3, 32, 32), ["a red star", "a red ring and a blue heart and a green moon"]
+    pictures = (pictures * 255).round() / 255
+    load = functools.partial(flow.rewards.load_reward, str(tmp_path), torch.device("cpu"))
+    together = load()(pictures, prompts)
+    alone = torch.cat([load()(pictures[i:i + 1], prompts[i:i + 1]) for i in range(2)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-7)
+    ids = processor.tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model(pixel_values=2 * pictures - 1, input_ids=ids)
+    cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds) * model.logit_scale.exp() / 26
+    torch.testing.assert_close(together, cosine.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(load(differentiable=True)(pictures, prompts), cosine.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_reward_that_cannot_teach_is_told(tmp_path, capsys):

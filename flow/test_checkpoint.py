@@ -20,7 +20,7 @@ import eval_judge
 import sample
 import train_awm
 import train_nft
-from flow import checkpoint, cli, files, pictures, run
+from flow import checkpoint, cli, files, pictures
 from flow.pipeline import decode, load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent

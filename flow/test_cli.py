@@ -63,6 +63,11 @@ raise RuntimeError("No space left on my shelf")
     assert "Traceback" in end.stderr and "disk" not in end.stderr
 
 
+def test_bars_are_silent_where_stderr_is_no_terminal(capsys):
+    assert list(cli.progress(range(3), desc="work")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
 def test_out_of_memory_keeps_its_traceback():
     end = run_python("import sys, torch\nfrom flow import cli\nsys.argv = ['train_awm.py']\n"
                      "import train_awm\ncli.parse(train_awm.Args, '')\n"

@@ -363,6 +363,17 @@ def test_nan_is_null_in_the_report(folders, tmp_path, monkeypatch, capsys):
     assert "nan" not in capsys.readouterr().out
 
 
+def test_a_score_is_kept_with_its_device_and_libraries(monkeypatch):
+    """What another device or library computes is another score; a server's is the server's."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert eval_judge.identity("tiny/judge", cpu) != eval_judge.identity("tiny/judge", gpu)
+    assert "bfloat16" in eval_judge.identity("tiny/judge", gpu)
+    before, url = eval_judge.identity("tiny/judge", cpu), "http://127.0.0.1:9/v1"
+    assert eval_judge.identity(url, cpu) == eval_judge.identity(url, gpu) == url
+    monkeypatch.setattr("transformers.__version__", "0")
+    assert eval_judge.identity("tiny/judge", cpu) != before
+
+
 def test_a_vlm_reward_in_a_report(folders, server, tmp_path):
     """Named without its question, unless two would be alike; its folder's weights are part of its identity."""
     url, _, asked = server
