@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from flow import checkpoint, cli, files, pictures
 from flow.pipeline import decode, load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(epochs=2, group=2, groups=2, batch=8, rank=4, steps=3, timesteps=1, eval_n=2, eval_every=2, save_every=1)
+SMALL = dict(epochs=2, group=2, groups=2, batch=8, rank=4, steps=3, timesteps=1, eval_n=2, eval_every=2, save_every=2)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +42,7 @@ def train(out, script=train_awm, **changes) -> Path:
 def once(tmp_path_factory) -> Path:
     """A finished run, not to be changed."""
     os.chdir(ROOT)
-    return train(tmp_path_factory.mktemp("runs") / "run")
+    return train(tmp_path_factory.mktemp("runs") / "run", save_every=1)
 
 
 @pytest.fixture(scope="session")
@@ -321,7 +320,8 @@ def test_a_resume_on_another_machine_says_what_it_may_change(trained, capsys):
     (trained / "args.json").write_text(json.dumps(args | there))
     train(trained, epochs=3)
     said = capsys.readouterr().out.splitlines()[0]
-    assert all(word in said for word in ("NVIDIA H200 there", "threads (99 there", "peft (0.1 there", "but for rounding"))
+    for word in ("NVIDIA H200 there", "threads (99 there", "peft (0.1 there", "but for rounding"):
+        assert word in said
     assert "dtype" not in said and "torch (" not in said
 
 
@@ -406,12 +406,3 @@ def test_a_log_that_cannot_grow_stays_as_it_was(tmp_path, capsys):
     with full_beyond(10):
         refuses(capsys, tmp_path, lambda: files.append(tmp_path / "log", "another line\n"), "log", "room")
     refuses(capsys, tmp_path, lambda: files.append(Path("/dev/full"), "a line\n"), "/dev/full", "No space left")
-
-
-def test_a_full_disk_anywhere_else_is_a_line_too(tmp_path):
-    code = ("import sys, train_awm, flow.cli\nsys.argv = ['train_awm.py']\nflow.cli.parse(train_awm.Args, '')\n"
-            "with open('/dev/full', 'w') as file: file.write('x')")
-    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
-                         env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert end.returncode == 2 and end.stderr.startswith("error: ") and end.stderr.count("\n") == 1, end.stderr
-    assert "cannot be written" in end.stderr

@@ -1,4 +1,5 @@
 """Tests of the command line: what is wrong is said in a line that names the flag and what it takes."""
+import errno
 import re
 import signal
 import subprocess
@@ -68,22 +69,24 @@ def test_bars_are_silent_where_stderr_is_no_terminal(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_out_of_memory_keeps_its_traceback():
-    end = run_python("import sys, torch\nfrom flow import cli\nsys.argv = ['train_awm.py']\n"
-                     "import train_awm\ncli.parse(train_awm.Args, '')\n"
-                     "raise torch.OutOfMemoryError('CUDA: tried to allocate 2 GiB')")
-    lines = end.stderr.strip().splitlines()
-    assert end.returncode == 1 and "Traceback" in lines[0] and "tried to allocate 2 GiB" in lines[-2]
-    assert "lower --batch" in lines[-1]
-
-
-def test_out_of_memory_advises_what_can_be_changed(capsys, monkeypatch):
+def test_out_of_memory_keeps_its_traceback_and_advises_what_can_be_changed(capsys, monkeypatch):
     """On a resumed run, too: no flag that the checkpoint would refuse."""
     monkeypatch.setattr(sys, "argv", ["train_awm.py"])
-    cli.excepthook(torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA: tried to allocate 2 GiB"), None)
-    line = capsys.readouterr().err.splitlines()[-1]
-    advised = set(re.findall(r"--([a-z-]+)", line))
+    try:
+        raise torch.OutOfMemoryError("CUDA: tried to allocate 2 GiB")
+    except torch.OutOfMemoryError:
+        cli.excepthook(*sys.exc_info())
+    first, *_, said, advice = capsys.readouterr().err.splitlines()
+    advised = set(re.findall(r"--([a-z-]+)", advice))
     assert advised and {flag.replace("-", "_") for flag in advised} <= set(checkpoint.FREE + checkpoint.NEARLY_FREE)
+    assert first.startswith("Traceback") and said.endswith("tried to allocate 2 GiB")
+
+
+def test_a_full_disk_is_a_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.excepthook(OSError, OSError(errno.ENOSPC, "No space left on device", "runs/x"), None)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "runs/x: cannot be written" in error
 
 
 @dataclass
