@@ -16,8 +16,9 @@ the log-likelihood. For a picture x0 of the policy, x_t = (1 - t) x0 + t eps:
 As in the official PickScore recipe: pictures without guidance, group mean and global std for A, clipped at 5 and scaled
 to 1; moments t drawn stratified from the rollout's own schedule but its last tenth; one update an epoch, on policy
 (with more --updates, the later ones keep the velocities from before the first). Not as there: Euler instead of a
-second-order sampler, t drawn per picture instead of per micro-batch, diffusers' T5 length of 256 instead of 128, no EMA
-of the weights but with --ema, and no second KL to such an EMA.
+second-order sampler; t drawn per picture instead of per micro-batch; diffusers' T5 length of 256 instead of 128; A is
+divided by the deviation alone (there by the deviation + 1e-4), so that the reward's scale does not matter; no EMA of
+the weights but with --ema, and no second KL to such an EMA.
 
 To resume, run the same command again.
 """
@@ -92,7 +93,8 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient clipping"""
     ema: float | None = None
-    """evaluate, and keep in lora/, an average of the LoRA over the steps with this decay (default: the LoRA itself)"""
+    """evaluate, and keep in lora/, an average of the LoRA over the steps, whose decay is min((1 + s) / (10 + s), this)
+    at step s (default: the LoRA itself)"""
     size: int | None = None
     """pixels a side (default: the model's own)"""
     frames: int | None = None

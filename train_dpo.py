@@ -13,14 +13,15 @@ the same noise eps and moment t, x_t = (1 - t) x0 + t eps, and with e(v) = mean 
     base_loss = -2 / beta * log sigmoid(-beta / 2 * [(e(v_w) - e(v_ref,w)) - (e(v_l) - e(v_ref,l))])
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2      guard: normguard.py, the mean over w and l
 
-As there: the reference is the base model, t is logit-normal in the schedule's own (shifted) noise levels; with
---guidance (4.5 there, by default none here) it is rollouts that are guided, while the velocities in the loss are the
-conditional ones. Not as there: the pictures come from the policy as it stands (there from the reference, which moves
-along only if told to), several pairs a prompt with --pairs (i-th best against i-th worst), a pair of equal reward
-counts as zero loss, the factor 2 / beta, by which lam and kl weigh as in the other methods (Adam does not see it, but
-max_grad_norm does: the official 1 is 0.02 here), Euler steps, diffusers' T5 length of 256 instead of 128, no EMA of the
-weights but with --ema. With --lam auto, every eighth row is at one of the rollout's own noise levels: the logit-normal
-all but leaves out the last, and a guard holds only where it sees.
+As there: the reference is the base model. t is logit-normal in the scheduler's own 1000 training levels, which have its
+fixed shift, or none where the shift depends on the size of the picture. With --guidance (4.5 there, by default none
+here) rollouts are guided, while the velocities in the loss are the conditional ones. Not as there: the pictures come
+from the policy as it stands (there from the reference, which moves along only if told to); several pairs a prompt with
+--pairs (i-th best against i-th worst); a pair of equal reward counts as zero loss; the factor 2 / beta, by which lam
+and kl weigh as in the other methods (Adam does not see it, but max_grad_norm does: the official 1 is 0.02 here); Euler
+steps; diffusers' T5 length of 256 instead of 128; no EMA of the weights but with --ema (there it is updated at every
+eighth step). With --lam auto, every eighth row is at one of the rollout's own noise levels: the logit-normal all but
+leaves out the last, and the guard acts only at noise levels that are trained.
 
 To resume, run the same command again.
 """
@@ -96,7 +97,8 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient clipping"""
     ema: float | None = None
-    """evaluate, and keep in lora/, an average of the LoRA over the steps with this decay (default: the LoRA itself)"""
+    """evaluate, and keep in lora/, an average of the LoRA over the steps, whose decay is min((1 + s) / (10 + s), this)
+    at step s (default: the LoRA itself)"""
     size: int | None = None
     """pixels a side (default: the model's own)"""
     frames: int | None = None

@@ -18,9 +18,10 @@ x0(v) = x_t - t v,
 As in the official PickScore recipe: the old policy is an EMA of the trained LoRA, and it is the old policy that draws
 the pictures, without guidance; group mean and global std for A, clipped at 5 and scaled to 1; one update an
 epoch, at random moments t of the rollout's schedule (nine of ten in the command above); --ema 0.9 for what is evaluated
-and kept in lora/. Not as there: Euler instead of a second-order sampler, diffusers' T5 length of 256 instead of 128,
-and no factor 5 on base_loss, by which lam weighs as in the other methods: Adam does not see it, but kl and
-max_grad_norm do, and are a fifth of the official ones in the command above.
+and kept in lora/. Not as there: Euler instead of a second-order sampler; diffusers' T5 length of 256 instead of 128;
+A is divided by the deviation alone (there by the deviation + 1e-4), so that the reward's scale does not matter; no
+factor 5 on base_loss, by which lam weighs as in the other methods: Adam does not see it, but kl and max_grad_norm do,
+and are a fifth of the official ones in the command above.
 
 To resume, run the same command again.
 """
@@ -97,7 +98,8 @@ class Args:
     max_grad_norm: float = 1.0
     """gradient clipping"""
     ema: float | None = None
-    """evaluate, and keep in lora/, an average of the LoRA over the steps with this decay (default: the LoRA itself)"""
+    """evaluate, and keep in lora/, an average of the LoRA over the steps, whose decay is min((1 + s) / (10 + s), this)
+    at step s (default: the LoRA itself)"""
     size: int | None = None
     """pixels a side (default: the model's own)"""
     frames: int | None = None

@@ -17,7 +17,7 @@ import torch
 
 from flow import budget
 from flow.blank import blank_lora, blank_pipeline, blank_reward, encode
-from flow.cli import parse
+from flow.cli import parse, quiet_libraries
 from flow.lora import merged
 from flow.meter import (
     GB,
@@ -121,6 +121,7 @@ def measure(args: Args, device: torch.device) -> list[dict]:
 
 def main(args: Args):
     """Measure and print."""
+    quiet_libraries()
     budget.check_positive(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

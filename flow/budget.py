@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Literal
 
 from flow.blank import PUBLISHED, WORDS
-from flow.cli import fail, parse
+from flow.cli import fail, parse, quiet_libraries
 from flow.meter import GB, SCORED, count
 
 CARDS = [16, 24, 48, 80]  # GB
@@ -188,6 +188,7 @@ def check_positive(args):
 
 def main(args: Args):
     """Count and print."""
+    quiet_libraries()
     check_positive(args)
     if not args.table:
         return print(report(args, count(args)))
