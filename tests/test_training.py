@@ -23,6 +23,7 @@ import train_dpo  # noqa: E402
 import train_nft  # noqa: E402
 from flow.lora import lora_layers  # noqa: E402
 from flow.pipeline import decode  # noqa: E402
+from normguard import guard_gradient, norm_hinge, oppose  # noqa: E402
 
 SCRIPTS = [train_nft, train_awm, train_dpo]
 SMALL = dict(seed=5, epochs=2, groups=2, group=2, steps=3, timesteps=1, updates=2, batch=3, rank=4, lr=2e-2,
@@ -51,7 +52,21 @@ def values(params) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in params])
 
 
-# ---------------------------------------------------------------- what is drawn
+# ---------------------------------------------------------------- the guard, a loss, what is drawn
+
+def test_within_the_margin_no_guard_acts():
+    """Velocities longer than the reference's by 0 %, 3 % and 7 %, at a margin of 5 %."""
+    v_ref, g = torch.randn(2, 3, 4, 2, generator=generator(0), dtype=torch.float64)
+    v = v_ref * torch.tensor([1.0, 1.03, 1.07], dtype=torch.float64).view(3, 1, 1)
+    for margin, acts in ((0.05, [False, False, True]), (0.02, [False, True, True]), (0.1, [False] * 3)):
+        leaf = v.clone().requires_grad_()
+        moved = 1 * leaf
+        oppose(moved, v_ref, margin)
+        (moved * g).sum().backward()
+        for guarded in (guard_gradient(g, v, v_ref, margin), leaf.grad):
+            assert (guarded != g).any(2).any(1).tolist() == acts
+        assert (norm_hinge(v, v_ref, margin) > 0).tolist() == acts
+
 
 def test_awm_gives_its_old_policy_no_gradient():
     v, v_old, x0, noise = torch.randn(4, 3, 2, 2, 2, generator=generator(0), dtype=torch.float64)
@@ -159,6 +174,27 @@ def test_gradients_are_summed_over_processes(monkeypatch):
         flow.processes.sum_gradients(params)
     assert params[3].grad is None
     assert [p.grad.unique().tolist() for p in params[:3]] == [[11.0], [2.0], [3.0]]
+
+
+@pytest.mark.parametrize("sums, loss", [
+    ({"loss": torch.tensor(1.0)}, 1.5),
+    ({}, 1.25),
+])
+def test_a_steps_means_are_over_the_rows_of_all_processes(tmp_path, monkeypatch, sums, loss):
+    """Of four rows; this process has one, or none."""
+    theirs = {"loss": 5.0, "norm_ratio": 4.4, "ratio_at_4": 3.3, "rows_at_4": 3.0}
+    monkeypatch.setattr(flow.run, "gathered", lambda own: [own, theirs])
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    run = SimpleNamespace(args=train_awm.Args(group=2), params=[p], opt=torch.optim.SGD([p], lr=1), ema=None, step=0,
+                          epoch=0, skipped=0, bad=0, parts={}, peaks={}, start=0.0, out=tmp_path, wandb=None,
+                          bar=SimpleNamespace(set_postfix=lambda **said: None))
+    flow.run.finish_step(run, sums, 4, torch.tensor([0.1, 0.2, 0.5, 0.5]), 1.0)
+    (line,) = lines(tmp_path)
+    said = [line[name] for name in ("loss", "norm_ratio", "grad_norm", "zero_std_share")]
+    assert said == pytest.approx([loss, 1.1, 5, 0.5])
+    assert line["norm_ratio_by_t"] == [None] * 4 + [pytest.approx(1.1)] and line["guard"] is None
+    torch.testing.assert_close(p.detach(), torch.tensor([-0.6, -0.8]))  # clipped to 1
 
 
 # ---------------------------------------------------------------- resuming
