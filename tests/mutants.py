@@ -45,7 +45,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("normguard.py", "scale = scale.clamp_max(1.0)", "scale = scale.clamp_min(1.0)", "sample guard"),
     ("normguard.py", "= disabled or not kept", "= True", "guard"),
     ("normguard.py", "m.training = False", "pass", "guard"),
-    ("normguard.py", "no_grad():\n            yield", "enable_grad():\n            yield", "guard"),
+    ("normguard.py", "no_grad():\n            yield", "enable_grad():\n            yield", "training"),
     ("normguard.py", "    finally:", "    except ZeroDivisionError:\n        pass\n    else:", "guard"),
     ("normguard.py", "m._active_adapter = disabled, active", "m._active_adapter = False, active", "guard"),
     # the losses

@@ -10,6 +10,7 @@ import matplotlib.colors
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,7 +24,7 @@ import train_dpo  # noqa: E402
 import train_nft  # noqa: E402
 from flow.lora import lora_layers  # noqa: E402
 from flow.pipeline import decode  # noqa: E402
-from normguard import guard_gradient, norm_hinge, oppose  # noqa: E402
+from normguard import guard_gradient, norm_hinge, oppose, reference  # noqa: E402
 
 SCRIPTS = [train_nft, train_awm, train_dpo]
 SMALL = dict(seed=5, epochs=2, groups=2, group=2, steps=3, timesteps=1, updates=2, batch=3, rank=4, lr=2e-2,
@@ -66,6 +67,14 @@ def test_within_the_margin_no_guard_acts():
         for guarded in (guard_gradient(g, v, v_ref, margin), leaf.grad):
             assert (guarded != g).any(2).any(1).tolist() == acts
         assert (norm_hinge(v, v_ref, margin) > 0).tolist() == acts
+
+
+def test_the_reference_records_no_gradient_of_its_input():
+    net, x = torch.nn.Sequential(torch.nn.Linear(3, 4)), torch.ones(2, 3, requires_grad=True)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
+    with reference(model):
+        v_ref = model(x)
+    assert not v_ref.requires_grad and model(x).requires_grad
 
 
 def test_awm_gives_its_old_policy_no_gradient():
