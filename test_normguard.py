@@ -605,6 +605,7 @@ def test_stratified_moments():
 
 # three prompts, the rewards of the third all equal but for rounding; in the second's, the middle pair
 REWARDS = torch.tensor([0.1, 0.9, 0.5, 0.3, 2.0, 0.7, 0.7, 0.2, 0.4, 0.4, 0.4 + 3e-8, 0.4])
+PARTS = {"red": REWARDS.flip(0), "blue": 2 * REWARDS}  # of a summed reward, for the log
 CHECKED = dict(seed=5, epochs=2, groups=3, group=4, steps=5, timesteps=2, updates=2, batch=5, rank=4, lr=2e-2, lam=0.7,
                kl=0.2, margin=0.01, max_grad_norm=0.05, ema=0.6, eval_every=0, save_every=1)
 
@@ -663,11 +664,17 @@ def recorded_run(script, out, monkeypatch, **changes) -> tuple[list[dict], torch
     def given_pictures(pipe, *args, **kwargs):
         names["all"] = [n for n, p in pipe.transformer.named_parameters() if ".default." in n]
         return x0.clone(), None
+
+    def given_rewards(run, *args):
+        run.parts = PARTS
+        return REWARDS.clone()
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched_clip)
     monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
     monkeypatch.setattr(script, "integrate", given_pictures)
-    monkeypatch.setattr(script, "score", lambda *args: REWARDS.clone())
-    more = {train_nft: {"old_decay": (1, 0.2, 0.5)}, train_dpo: {"pairs": 2, "dpo_beta": 30.0}}
+    monkeypatch.setattr(script, "score", given_rewards)
+    monkeypatch.setattr(train_awm, "CLIP", 0.05)  # only of the log's clip_share; no ratio here reaches the loss's 1
+    more = {train_nft: {"old_decay": (1, 0.2, 0.5)}, train_dpo: {"pairs": 2, "dpo_beta": 30.0},
+            train_awm: {"adv_clip": 1.0, "power": 0.3}}
     script.main(script.Args(out=str(out), **CHECKED | more.get(script, {}) | changes))
     steps.append({"lora": [p.detach().double() for p in names["params"]]})
     for record in steps:
@@ -675,7 +682,7 @@ def recorded_run(script, out, monkeypatch, **changes) -> tuple[list[dict], torch
     return steps, x0.double()
 
 
-def rows_of(method: str, epoch: int, sigmas) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rows_of(method: str, epoch: int, sigmas, auto: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """An epoch's training rows: (picture or pair, t in fp32, noise)."""
     g, n = generator(5, 1, epoch), 6 if method == "dpo" else 12  # six pairs
     which = torch.randperm(n, generator=g).repeat_interleave(2)
@@ -687,6 +694,8 @@ def rows_of(method: str, epoch: int, sigmas) -> tuple[torch.Tensor, torch.Tensor
     else:  # logit-normal in 1000 levels, shifted by 3
         s = (1000 - (1000 * torch.sigmoid(torch.randn(2 * n, generator=g))).long()).float() / 1000
         t = 3 * s / (1 + 2 * s)
+        if auto:  # every eighth is one of the rollout's
+            t[[0, 8]] = sigmas[torch.randint(5, (2,), generator=g)]
     noise = torch.cat([torch.randn(1, 16, 8, 8, generator=generator(5, 3, epoch, row)) for row in range(2 * n)])
     return which, t, noise.double()
 
@@ -695,42 +704,93 @@ def mean(x) -> torch.Tensor:
     return x.flatten(1).mean(1)
 
 
-def update_loss(method, plain, lora, old, x0, prompts, which, t, noise, lam, kl) -> torch.Tensor:
-    """An update's loss, from the papers' formulas. `old`: NFT's old policy, AWM's policy before the epoch."""
+def update_rows(method, plain, lora, old, x0, prompts, which, t, noise, lam, kl) -> dict[str, torch.Tensor]:
+    """An update's loss, row by row, and what the log says of it, from the papers' formulas. `old`: NFT's old policy,
+    AWM's policy before the epoch."""
+    clip = 1 if method == "awm" else 5
     centred = REWARDS.double().view(3, 4) - REWARDS.double().view(3, 4).mean(1, keepdim=True)
     centred[2] = 0
-    adv = (centred.flatten() / REWARDS.double().std(correction=0)).clamp(-5, 5) / 5
+    adv = (centred.flatten() / REWARDS.double().std(correction=0)).clamp(-clip, clip) / clip
     base = {name: torch.zeros_like(value) for name, value in lora.items()}
+    moment = t.double().view(-1, 1, 1, 1)
+
+    def at(picture):
+        """(what v is to be, v, v_ref, x_t, a caller of the model) for these pictures at the rows' moments."""
+        xt, text = (1 - moment) * x0[picture] + moment * noise, [prompts[i] for i in picture]
+        return noise - x0[picture], plain(lora, xt, t, text), plain(base, xt, t, text), xt, text
+
+    def compared(v, v_ref):
+        ratio = v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1)
+        if lam == "auto":
+            u = (v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).detach()
+
+            def opposed(g):
+                """The loss's gradient at v: without what lengthens, and with an inward pull, where v is too long."""
+                outward = (g * u).sum((1, 2, 3)).clamp_max(0)
+                pull = 0.3 * g.square().sum((1, 2, 3)).sqrt() - outward
+                return g + (pull * (ratio.detach() > 1.01)).view(-1, 1, 1, 1) * u
+            v.register_hook(opposed)
+        return {"norm_ratio": ratio, "guard": (ratio - 1.01).clamp_min(0), "kl": mean((v - v_ref) ** 2)}
+
     if method == "dpo":
         best, worst = torch.tensor([[1, 2, 4, 5, 10, 8], [0, 3, 7, 6, 11, 9]])  # of equal rewards, the first is better
-        losses, guard, kls = [], 0, 0
-        error = {}
-        for side, picture in (("w", best[which]), ("l", worst[which])):
-            xt = (1 - t.double()).view(-1, 1, 1, 1) * x0[picture] + t.double().view(-1, 1, 1, 1) * noise
-            text = [prompts[i] for i in picture]
-            v, v_ref = plain(lora, xt, t, text), plain(base, xt, t, text)
-            error[side] = mean((v - noise + x0[picture]) ** 2) - mean((v_ref - noise + x0[picture]) ** 2)
-            guard = guard + 0.5 * (v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1) - 1.01).clamp_min(0)
-            kls = kls + 0.5 * mean((v - v_ref) ** 2)
-        losses = 2 / 30 * torch.log(1 + torch.exp(15 * (error["w"] - error["l"])))
-        losses = torch.where((which == 3) | (which >= 4), 0, losses)  # the second prompt's middle pair, the third's
-        return (losses + lam * guard + kl * kls).mean(), guard
-    xt = (1 - t.double()).view(-1, 1, 1, 1) * x0[which] + t.double().view(-1, 1, 1, 1) * noise
-    text = [prompts[i] for i in which]
-    v, v_ref, v_old = (plain(weights, xt, t, text) for weights in (lora, base, old))
-    guard = (v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1) - 1.01).clamp_min(0)
-    if method == "awm":
-        def log_p(v):
-            return -4 * t.double() * (mean((v - noise + x0[which]) ** 2) + 1e-10) ** 0.25
-        ratio, a = torch.exp(log_p(v) - log_p(v_old.detach())), adv[which]
-        losses = torch.maximum(-a * ratio, -a * ratio.clamp(0, 2))
+        error, sides = [], []
+        for picture in (best[which], worst[which]):
+            target, v, v_ref, _, _ = at(picture)
+            error.append(mean((v - target) ** 2) - mean((v_ref - target) ** 2))
+            sides.append(compared(v, v_ref))
+        rows = {name: (sides[0][name] + sides[1][name]) / 2 for name in sides[0]}
+        rows["ratios"] = torch.cat([side["norm_ratio"] for side in sides])
+        rows["differ"] = (which != 3) & (which < 4)  # not the second prompt's middle pair, nor the third's
+        rows["margin"] = -15 * (error[0] - error[1])
+        rows["base_loss"] = torch.where(rows["differ"], 2 / 30 * torch.log(1 + torch.exp(-rows["margin"])), 0)
     else:
-        losses = 0
+        target, v, v_ref, xt, text = at(which)
+        v_old = plain(old, xt, t, text).detach()
+        rows = compared(v, v_ref)
+        rows["ratios"] = rows["norm_ratio"]
+    if method == "awm":
+        log_p, log_p_old = (-t.double() / 0.3 * (mean((x - target) ** 2) + 1e-10) ** 0.3 for x in (v, v_old))
+        rows["likelihood"], a = torch.exp(log_p - log_p_old), adv[which]
+        rows["base_loss"] = torch.maximum(-a * rows["likelihood"], -a * rows["likelihood"].clamp(0, 2))
+    if method == "nft":
+        rows["old_distance"], rows["base_loss"] = mean((v - v_old) ** 2), 0
         for sign, share in ((1, 0.5 + adv[which] / 2), (-1, 0.5 - adv[which] / 2)):
-            off = xt - t.double().view(-1, 1, 1, 1) * (v_old + sign * (v - v_old)).detach() - x0[which]
-            moving = xt - t.double().view(-1, 1, 1, 1) * ((1 - sign) * v_old.detach() + sign * v) - x0[which]
-            losses = losses + share * mean(moving**2) / mean(off.abs())
-    return (losses + lam * guard + kl * mean((v - v_ref) ** 2)).mean(), guard
+            off = xt - moment * (v_old + sign * (v - v_old)).detach() - x0[which]
+            moving = xt - moment * ((1 - sign) * v_old + sign * v) - x0[which]
+            rows["base_loss"] = rows["base_loss"] + share * mean(moving**2) / mean(off.abs())
+    return rows | {"loss": rows["base_loss"] + (0 if lam == "auto" else lam) * rows["guard"] + kl * rows["kl"]}
+
+
+def share_above(values, limit: float):
+    """Of values above a limit; those that rounding may take across count as either."""
+    undecided = ((values - limit).abs() < 1e-4).double().mean().item()
+    return pytest.approx((values > limit).double().mean().item(), abs=undecided + 1e-6)
+
+
+def check_line(line: dict, rows: dict, t):
+    """A line of the log against an update's rows."""
+    rows = {name: value.detach() for name, value in rows.items()}
+    for name in ("loss", "base_loss", "guard", "kl", "norm_ratio"):
+        assert line[name] == pytest.approx(rows[name].mean().item(), rel=1e-4, abs=1e-5), name
+    assert line["active"] == share_above(rows["ratios"], 1.01)
+    place = (5 * t).floor().clamp_max(4)
+    for k, said in enumerate(line["norm_ratio_by_t"]):
+        there = rows["norm_ratio"][place == k]
+        assert said == (pytest.approx(there.mean().item(), rel=1e-5) if len(there) else None)
+    if "old_distance" in rows:
+        assert line["old_distance"] == pytest.approx(rows["old_distance"].mean().item(), rel=1e-4, abs=1e-6)
+    if "likelihood" in rows:
+        assert line["clip_share"] == share_above((rows["likelihood"] - 1).abs(), 0.05)
+        assert line["ratio_std"] == pytest.approx(rows["likelihood"].std(correction=0).item(), rel=1e-4, abs=1e-5)
+    if "margin" in rows:
+        margin = rows["margin"][rows["differ"]]
+        assert line["accuracy"] == share_above(margin, 0)
+        assert line["margin"] == pytest.approx(margin.mean().item(), rel=1e-4, abs=1e-4)
+    assert line["zero_std_share"] == pytest.approx(1 / 3)
+    for name, values in {"reward": REWARDS, "reward/red": PARTS["red"], "reward/blue": PARTS["blue"]}.items():
+        assert line[name] == pytest.approx(np.mean(values.numpy()), rel=1e-5)
+        assert line[f"{name}_std"] == pytest.approx(np.std(values.numpy(), ddof=1), rel=1e-5)
 
 
 def distance(ours: dict, theirs: dict) -> float:
@@ -743,30 +803,35 @@ def distance(ours: dict, theirs: dict) -> float:
 @pytest.mark.parametrize("lam, batch, checkpointing", [
     (0.7, 5, False),
     (0.0, 64, True),
+    ("auto", 5, False),
 ])
 def test_updates_are_the_methods(tmp_path, monkeypatch, script, lam, batch, checkpointing):
-    """Every update's gradient, before and after clipping, is that of the paper's loss plus lam times the hinge, in
-    micro-batches or at once, with gradient checkpointing or without."""
+    """Every update's gradient, before and after clipping, is that of the paper's loss plus lam times the hinge, or
+    opposed at the velocities; in micro-batches or at once, with gradient checkpointing or without; and the log's
+    numbers are that update's."""
     method, plain = script.__name__.removeprefix("train_"), Plain()
     steps, x0 = recorded_run(script, tmp_path, monkeypatch, lam=lam, batch=batch, checkpointing=checkpointing)
     order = torch.randperm(48, generator=generator(5, 0, 0))
     captions = Path("tiny/prompts.txt").read_text().splitlines()
-    guarded = 0
+    lines, guarded = metrics(tmp_path), 0
+    assert [(line["step"], line["epoch"]) for line in lines] == [(1, 0), (2, 0), (3, 1), (4, 1)]
     for k, record in enumerate(steps[:-1]):
         epoch, u = divmod(k, 2)
-        which, t, noise = rows_of(method, epoch, plain.sigmas)
+        which, t, noise = rows_of(method, epoch, plain.sigmas, lam == "auto")
         part = slice(u * len(t) // 2, (u + 1) * len(t) // 2)
         prompts = [captions[order[3 * epoch + i // 4]] for i in range(12)]
         lora = {name: value.clone().requires_grad_() for name, value in record["lora"].items()}
         old = steps[2 * epoch]["lora"]  # AWM's; with these old_decay NFT's is half of the way behind in epoch 1
         if method == "nft" and epoch == 1:
             old = {name: 0.2 * steps[0]["lora"][name] + 0.8 * value for name, value in old.items()}
-        loss, guard = update_loss(method, plain, lora, old, x0, prompts, which[part], t[part], noise[part], lam, 0.2)
-        loss.backward()
+        rows = update_rows(method, plain, lora, old, x0, prompts, which[part], t[part], noise[part], lam, 0.2)
+        rows["loss"].mean().backward()
         gradient = {name: value.grad for name, value in lora.items()}
-        guarded += (guard > 0).sum().item()
+        guarded += (rows["guard"] > 0).sum().item()
+        check_line(lines[k], rows, t[part])
         assert distance(record["before"], gradient) < 1e-4, (epoch, u)
         norm = math.sqrt(sum(value.square().sum() for value in gradient.values()))
+        assert lines[k]["grad_norm"] == pytest.approx(norm, rel=1e-4)
         clipped = {name: value * min(1, 0.05 / norm) for name, value in gradient.items()}
         assert distance(record["after"], clipped) < 1e-4, (epoch, u)
     assert guarded > 3

@@ -1,0 +1,164 @@
+"""Wrong updates, and which test sees each. A mutant that survives is a fault that no test would see.
+
+    python tests/mutants.py                     # all, a quarter of an hour; number 0 is no change: all tests must pass
+    python tests/mutants.py --only 3 17
+
+Each is applied alone, to a copy of the checkout, and its tests run until one fails. No test itself: it changes code."""
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = {  # quick ones first; a mutant names those that are to see it
+    "guard": "test_normguard.py -k 'norm_and or half_precision or hinge or guard_gradient or oppose or reference'",
+    "loss": "test_normguard.py -k '_loss or old_policy or advantages or equal_to_rounding or stratified'",
+    "nft": "test_normguard.py -k '(updates_are or steps_are_adamw) and train_nft'",
+    "awm": "test_normguard.py -k '(updates_are or steps_are_adamw) and train_awm'",
+    "dpo": "test_normguard.py -k '(updates_are or steps_are_adamw) and train_dpo'",
+    "training": "tests/test_training.py",
+    "skip": "test_normguard.py -k nonfinite",
+    "sample": "test_normguard.py -k 'norms_and_renorm or sample_is_plain or schedule_is or weighted_sum'",
+    "resume": "test_normguard.py flow/test_checkpoint.py -k 'twins_resume or killed_runs or extended'",
+    "precision": "flow/test_precision.py -k 'merged or swapped or draws'",
+    "two": "flow/test_processes.py -k two_processes"}
+MUTANTS = [  # file, old text (once in it), new text, tests
+    # the seven
+    ("train_awm.py", "old = v.detach() if u == 0 else v_old[b].to(pipe.device)", "old = v.detach()", "awm"),
+    ("train_nft.py", "r = 0.5 + 0.5 * group", "r = 0.5 + 0.25 * group", "nft"),
+    ("train_dpo.py", "reward[w] - reward[l] > rounding(reward)", "reward[w] >= reward[l]", "dpo"),
+    ("train_dpo.py", "[noise_of(run, TRAINING, b)] * 2", "[noise_of(run, k, b) for k in (TRAINING, 9)]", "dpo"),
+    ("train_dpo.py", "(loss.sum() / len(update)).backward()", "loss.mean().backward()", "dpo"),
+    ("flow/run.py", "(run.params, run.args.max_grad_norm)", "(run.params, 1e9)", "awm"),
+    ("train_awm.py", "t = sigmas[stratified(", "t = sigmas[1 + stratified(", "awm"),
+    # the guard
+    ("normguard.py", "vector_norm(v.float().flatten(1), dim=1)", "vector_norm(v.flatten(1), dim=1).float()", "guard"),
+    ("normguard.py", "velocity_norm(v_ref.detach())", "velocity_norm(v_ref)", "guard"),
+    ("normguard.py", "- (1.0 + margin))", "- 1.0)", "guard"),
+    ("normguard.py", "- radial.clamp_max(0)", "- radial", "guard"),
+    ("normguard.py", "longer = norm_ratio(v, v_ref) > 1.0 + margin", "longer = norm_ratio(v, v_ref) > 1.0", "training"),
+    ("normguard.py", "(g, inner, v_ref, margin, c)", "(g, inner, v_ref, 0.0, c)", "training"),
+    ("normguard.py", "scale = scale.clamp_max(1.0)", "scale = scale.clamp_min(1.0)", "sample guard"),
+    ("normguard.py", "= disabled or not kept", "= True", "guard"),
+    ("normguard.py", "m.training = False", "pass", "guard"),
+    ("normguard.py", "no_grad():\n            yield", "enable_grad():\n            yield", "training"),
+    ("normguard.py", "    finally:", "    except ZeroDivisionError:\n        pass\n    else:", "guard"),
+    ("normguard.py", "m._active_adapter = disabled, active", "m._active_adapter = False, active", "guard"),
+    # the losses
+    ("train_awm.py", "-t.float() / power", "-1 / power", "loss"),
+    ("train_awm.py", "log_prob(v_old.detach())", "log_prob(v_old)", "loss training"),
+    ("train_awm.py", "ratio.clamp(1 - clip, 1 + clip)", "ratio", "loss"),
+    ("train_nft.py", "error.detach().abs()", "error.abs()", "loss"),
+    ("train_nft.py", "v_old.detach(), x0", "v_old, x0", "loss"),
+    ("train_nft.py", "(1 + beta) * v_old - beta * v", "(1 - beta) * v_old - beta * v", "loss"),
+    ("train_dpo.py", "-beta / 2 * (w - l)", "-beta * (w - l)", "loss"),
+    ("train_dpo.py", "error(v_ref_l.detach(), target_l)", "error(v_ref_w.detach(), target_w)", "loss"),
+    # the scripts
+    ("train_awm.py", "args.group, args.adv_clip)", "args.group, 5.0)", "awm training"),
+    ("train_awm.py", "t_b, adv_b, args.power)", "t_b, adv_b)", "awm training"),
+    ("train_awm.py", "prompts_b = [prompts[i] for i in picture[b]]", "prompts_b = [prompts[0] for i in b]", "awm"),
+    ("train_awm.py", "guard = norm_hinge(v, v_ref, args.margin)", "guard = norm_hinge(v, v_ref)", "awm"),
+    ("train_awm.py", "oppose(v, v_ref, args.margin)", "oppose(v, v_ref)", "awm"),
+    ("train_nft.py", "lam * guard + args.kl * kl", "lam * guard", "nft"),
+    ("train_nft.py", "if u == 0 and decay == 0:", "if u == 0:", "nft"),
+    ("train_nft.py", "no_grad(), old_policy(pipe.transformer)", "no_grad()", "nft"),
+    ("train_nft.py", "with old_policy(pipe.transformer):\n            x", "if True:\n            x", "nft training"),
+    ("train_nft.py", "decay * q + (1 - decay) * p", "decay * p + (1 - decay) * q", "nft"),
+    ("train_dpo.py", "two=2).mean(0)\n                kl", "two=2).sum(0)\n                kl", "dpo"),
+    ("train_dpo.py", "torch.sigmoid(torch.randn(len(pair)", "(torch.rand(len(pair)", "dpo"),
+    ("flow/run.py", "min((2 + run.step) / (11 + run.step), run.args.ema)", "run.args.ema", "awm"),
+    ("flow/run.py", "    if finite:\n", "    if True:\n", "skip"),
+    # what is drawn
+    ("flow/draws.py", "by_group.mean(1, keepdim=True)", "by_group.mean(0, keepdim=True)", "loss"),
+    ("flow/draws.py", "what, run.epoch, int(row)", "what, 0, int(row)", "awm"),
+    ("flow/draws.py", "rng(run.args.seed, what,", "rng(run.args.seed, TRAINING,", "awm training"),
+    ("flow/draws.py", "rng(args.seed, PROMPTS, i)", "rng(args.seed, PROMPTS, 0)", "awm training"),
+    ("flow/draws.py", "linspace(0, usable, strata", "linspace(0, usable - 1, strata", "loss"),
+    ("flow/draws.py", "torch.rand(n, steps, generator=g).argsort(1)[:, :k]", "torch.randint(steps, (n, k))", "nft"),
+    ("flow/draws.py", "<= rounding(reward)).float()", "<= 0).float()", "loss awm"),
+    # several processes
+    ("flow/processes.py", "slice(n * RANK // PROCESSES,", "slice(n * RANK // PROCESSES + 1,", "training two"),
+    ("flow/processes.py", "flat[len(has):].split(", "(flat[len(has):] / PROCESSES).split(", "training two"),
+    ("flow/processes.py", "torch.cat(gathered(x.cpu()))", "torch.cat(gathered(x.cpu())[::-1])", "training two"),
+    ("flow/run.py", "for total in totals if name in total", "for total in totals[:1] if name in total", "training two"),
+    # the checkpoint
+    ("flow/checkpoint.py", "run.opt.load_state_dict(run.state[\"opt\"])", "pass", "training resume"),
+    ("flow/checkpoint.py", "average.copy_(saved)", "pass", "training resume"),
+    ("flow/checkpoint.py", "(run.state[k] for k in (\"step\", \"skipped\", \"bad\"))", "0, 0, 0", "training resume"),
+    ("flow/checkpoint.py", "log.truncate(run.state[\"log_bytes\"] if run.state else 0)", "pass", "training resume"),
+    ("train_nft.py", "p.data.copy_(saved)", "pass", "training resume"),
+    ("train_nft.py", "decay = old_decay(run.step, *args.old_decay)  # of", "decay = 0  # of", "training resume"),
+    # the LoRA, the pipeline
+    ("flow/lora.py", "lora_alpha=2 * rank", "lora_alpha=rank", "awm"),
+    ("flow/lora.py", "[layer.get_delta_weight(name)", "[0.5 * layer.get_delta_weight(name)", "sample"),
+    ("flow/lora.py", "if layer.disable_adapters:", "if False:", "sample"),
+    ("flow/lora.py", "p.data = data\n", "pass\n", "awm"),
+    ("flow/lora.py", "plain and layer.weight.dtype == torch.float32 and", "plain and", "precision"),
+    ("flow/pipeline.py", "torch.lerp(x0, noise,", "torch.lerp(noise, x0,", "awm"),
+    ("flow/pipeline.py", "x = x + dts[i] * v", "x = x - dts[i] * v", "sample"),
+    ("flow/pipeline.py", "sigmas.diff().tolist()", "[*sigmas.diff().tolist()[:-1], 0.0]", "sample"),
+    ("flow/pipeline.py", "call(pipe, [\"\"], steps=steps)", "call(pipe, [\"\"], steps=steps + 1)", "awm"),
+    ("flow/seam.py", "[timestep(pipe, level) for level", "[timestep(pipe, level) / 1000 for level", "awm"),
+    # the rewards, the evaluation
+    ("flow/rewards.py", "total = total + weight * score", "total = total + score", "sample"),
+    ("flow/rewards.py", "images[i:i + batch].clone()", "images[i:i + batch]", "sample training"),
+    ("flow/rewards.py", "prompts[i:i + batch]) for", "prompts[:len(images[i:i + batch])]) for", "sample training"),
+    ("flow/evaluate.py", "[prompts[j] for j in i]", "prompts[:len(i)]", "sample training"),
+    ("flow/evaluate.py", "manual_seed(seed) for", "manual_seed(seed + epoch) for", "training"),
+    ("flow/evaluate.py", "swapped(run.params, run.ema)", "swapped(run.params, None)", "training"),
+    ("flow/evaluate.py", "ratios.mean(0)", "ratios.amax(0)", "training"),
+    ("flow/evaluate.py", "steps.max().item()", "steps[-1].item()", "training"),
+    ("flow/evaluate.py", "(top - low) / top.clamp_min(1e-3)", "(top - low)", "training"),
+    # the log
+    ("flow/run.py", "place = (t * BINS).long()", "place = (t * BINS).round().long()", "awm"),
+    ("flow/run.py", "means[\"policy_ratio\"] ** 2", "1", "awm"),
+    ("flow/run.py", "done * len(reward)", "len(reward)", "training"),
+    ("train_awm.py", "(policy_ratio - 1).abs() > CLIP", "policy_ratio > CLIP", "awm"),
+    ("train_nft.py", "(v.detach() - v_old).square()", "(v.detach() - v_old).abs()", "nft"),
+    ("train_dpo.py", "accuracy=weight *", "accuracy=differ_b *", "dpo"),
+    ("train_dpo.py", "margin=weight * margin", "margin=margin", "dpo"),
+]
+
+
+def run(copy: Path, tests: list[str]) -> str | None:
+    """The first test that fails, or None."""
+    for name in tests:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(TESTS[name])]
+        try:
+            ended = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            return f"the time limit, in {TESTS[name]}"
+        failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", ended.stdout, re.MULTILINE)
+        if ended.returncode:
+            return failed[1] if failed else f"exit code {ended.returncode} of pytest, in {TESTS[name]}"
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", type=int, nargs="+", default=range(len(MUTANTS) + 1))
+    survived, only = [], parser.parse_args().only
+    with tempfile.TemporaryDirectory() as folder:
+        without = shutil.ignore_patterns(".git", "__pycache__", "runs")
+        copy = shutil.copytree(ROOT, Path(folder) / "copy", ignore=without)
+        for k in only:
+            file, old, new, tests = MUTANTS[k - 1] if k else ("normguard.py", "import torch\n", "import torch\n", "")
+            text = (copy / file).read_text()
+            if text.count(old) != 1:
+                sys.exit(f"{k}: {old!r} occurs {text.count(old)} times in {file}; it must once")
+            (copy / file).write_text(text.replace(old, new))
+            killer = run(copy, tests.split() if k else list(TESTS))
+            (copy / file).write_text(text)
+            survived += [k] if killer is None else []
+            print(f"{k:3d} {file}: {old!r} -> {new!r}: {f'killed by {killer}' if killer else 'SURVIVED'}", flush=True)
+    changed = [k for k in only if k]
+    print(f"{len(changed)} mutants, {len([k for k in changed if k not in survived])} killed; survived: "
+          f"{', '.join(str(k) for k in survived if k) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
