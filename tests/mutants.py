@@ -51,6 +51,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     # the losses
     ("train_awm.py", "-t.float() / power", "-1 / power", "loss"),
     ("train_awm.py", "log_prob(v_old.detach())", "log_prob(v_old)", "loss training"),
+    ("train_awm.py", "torch.maximum(-adv", "torch.minimum(-adv", "loss"),
     ("train_awm.py", "ratio.clamp(1 - clip, 1 + clip)", "ratio", "loss"),
     ("train_nft.py", "error.detach().abs()", "error.abs()", "loss"),
     ("train_nft.py", "v_old.detach(), x0", "v_old, x0", "loss"),
@@ -71,6 +72,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("train_dpo.py", "two=2).mean(0)\n                kl", "two=2).sum(0)\n                kl", "dpo"),
     ("train_dpo.py", "torch.sigmoid(torch.randn(len(pair)", "(torch.rand(len(pair)", "dpo"),
     ("flow/run.py", "min((2 + run.step) / (11 + run.step), run.args.ema)", "run.args.ema", "awm"),
+    ("flow/run.py", "run.bad = 0 if finite else run.bad + 1", "run.bad += not finite", "training"),
     ("flow/run.py", "    if finite:\n", "    if True:\n", "skip"),
     # what is drawn
     ("flow/draws.py", "by_group.mean(1, keepdim=True)", "by_group.mean(0, keepdim=True)", "loss"),
@@ -81,12 +83,14 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/draws.py", "torch.rand(n, steps, generator=g).argsort(1)[:, :k]", "torch.randint(steps, (n, k))", "nft"),
     ("flow/draws.py", "<= rounding(reward)).float()", "<= 0).float()", "loss awm"),
     # several processes
-    ("flow/processes.py", "slice(n * RANK // PROCESSES,", "slice(n * RANK // PROCESSES + 1,", "training two"),
+    ("flow/processes.py", "slice(n * RANK // PROCESSES,", "slice(n * RANK // PROCESSES + (RANK > 0),", "training two"),
     ("flow/processes.py", "flat[len(has):].split(", "(flat[len(has):] / PROCESSES).split(", "training two"),
     ("flow/processes.py", "torch.cat(gathered(x.cpu()))", "torch.cat(gathered(x.cpu())[::-1])", "training two"),
     ("flow/run.py", "for total in totals if name in total", "for total in totals[:1] if name in total", "training two"),
     # the checkpoint
     ("flow/checkpoint.py", "run.opt.load_state_dict(run.state[\"opt\"])", "pass", "training resume"),
+    ("flow/checkpoint.py", "\"bad\": run.bad", "\"bad\": 0", "training"),
+    ("flow/checkpoint.py", "\"ema\": run.ema", "\"ema\": run.params", "training"),
     ("flow/checkpoint.py", "average.copy_(saved)", "pass", "training resume"),
     ("flow/checkpoint.py", "(run.state[k] for k in (\"step\", \"skipped\", \"bad\"))", "0, 0, 0", "training resume"),
     ("flow/checkpoint.py", "log.truncate(run.state[\"log_bytes\"] if run.state else 0)", "pass", "training resume"),

@@ -185,6 +185,28 @@ def test_gradients_are_summed_over_processes(monkeypatch):
     assert [p.grad.unique().tolist() for p in params[:3]] == [[11.0], [2.0], [3.0]]
 
 
+def bare_run(out: Path):
+    """As much of a run as a step's end needs, and its only parameter."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    bar = SimpleNamespace(set_postfix=lambda **said: None)
+    return SimpleNamespace(args=train_awm.Args(group=2), params=[p], opt=torch.optim.SGD([p], lr=1), ema=None, step=0,
+                           epoch=0, skipped=0, bad=0, parts={}, peaks={}, start=0.0, out=out, wandb=None, bar=bar), p
+
+
+def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path):
+    run, p = bare_run(tmp_path)
+    reward = torch.tensor([0.1, 0.2, 0.5, 0.5])
+
+    def step(good: bool):
+        p.grad = torch.tensor([0.0, 0.5 if good else float("nan")])
+        flow.run.finish_step(run, {"loss": torch.tensor(1.0)}, 1, reward, 1.0)
+    for good in [False] * 9 + [True] + [False] * 9:
+        step(good)
+    assert p.tolist() == [0, -0.5] and run.skipped == 18 and run.step == 19
+    with pytest.raises(SystemExit):
+        step(good=False)
+
+
 @pytest.mark.parametrize("sums, loss", [
     ({"loss": torch.tensor(1.0)}, 1.5),
     ({}, 1.25),
@@ -193,11 +215,8 @@ def test_a_steps_means_are_over_the_rows_of_all_processes(tmp_path, monkeypatch,
     """Of four rows; this process has one, or none."""
     theirs = {"loss": 5.0, "norm_ratio": 4.4, "ratio_at_4": 3.3, "rows_at_4": 3.0}
     monkeypatch.setattr(flow.run, "gathered", lambda own: [own, theirs])
-    p = torch.nn.Parameter(torch.zeros(2))
+    run, p = bare_run(tmp_path)
     p.grad = torch.tensor([3.0, 4.0])
-    run = SimpleNamespace(args=train_awm.Args(group=2), params=[p], opt=torch.optim.SGD([p], lr=1), ema=None, step=0,
-                          epoch=0, skipped=0, bad=0, parts={}, peaks={}, start=0.0, out=tmp_path, wandb=None,
-                          bar=SimpleNamespace(set_postfix=lambda **said: None))
     flow.run.finish_step(run, sums, 4, torch.tensor([0.1, 0.2, 0.5, 0.5]), 1.0)
     (line,) = lines(tmp_path)
     said = [line[name] for name in ("loss", "norm_ratio", "grad_norm", "zero_std_share")]
@@ -235,6 +254,7 @@ def test_a_resumed_run_has_kept_everything(tmp_path, monkeypatch):
     train(tmp_path / "whole", 3)
     calls.clear()
     train(tmp_path / "parts", 1)
+    bad = torch.load(tmp_path / "parts/checkpoint/state.pt", weights_only=True)["bad"]
     with open(tmp_path / "parts/metrics.jsonl", "a") as log:
         log.write('{"step": 3, "epoch": 1, "loss": 1.0}\n')  # the run was killed after it
     train(tmp_path / "parts", 3)
@@ -244,7 +264,9 @@ def test_a_resumed_run_has_kept_everything(tmp_path, monkeypatch):
     assert whole.keys() == parts.keys()
     for name in whole.keys() - {"log_bytes"}:
         assert same(whole[name], parts[name]), name
-    assert lines(tmp_path / "whole") == lines(tmp_path / "parts")
+    assert lines(tmp_path / "whole") == lines(tmp_path / "parts") and bad == 1
+    kept = [tmp_path / name / "lora/pytorch_lora_weights.safetensors" for name in ("whole", "parts")]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
     assert [line["skipped"] for line in lines(tmp_path / "whole")] == [0, 1, 1, 1, 1, 1]
 
 
