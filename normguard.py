@@ -109,8 +109,9 @@ def reference(model: torch.nn.Module, keep: tuple[str, ...] = ()):
     keep: adapters that were there before RL, such as a frozen style LoRA. They stay on, so they are part of the
     reference. Warns once, by name, of parameters that train and are no part of an adapter that is switched off, such as
     LoRA biases: they move the reference.
-    Raises ValueError if the model holds no adapter (under full fine-tuning, keep a frozen copy), a merged one, or none
-    of a name in `keep`, and if frozen and trained adapters are active together and `keep` does not tell them apart.
+    Raises ValueError if the model holds no adapter (under full fine-tuning, keep a frozen copy) or a merged one, if a
+    name in `keep` is no adapter's or trains, and if a frozen adapter that `keep` leaves out is active beside a trained
+    one: is it part of the reference?
     """
     modules = list(model.modules())
     # every adapter layer of peft reads this flag in its forward; disable_adapters() would also reset requires_grad
@@ -160,7 +161,9 @@ def _check_adapters(model: torch.nn.Module, layers: list[torch.nn.Module], keep:
         raise ValueError(f"reference(model, keep=...): there is no adapter {', '.join(unknown)}")
     trained = {name for name, held in weights.items() if any(p.requires_grad for p in held)}
     frozen = sorted((active & weights.keys()) - trained)
-    if frozen and active & trained and not keep:
+    if moved := sorted(trained & set(keep)):
+        raise ValueError(f"reference(model, keep=...): {', '.join(moved)} trains, so it is no part of the reference")
+    if set(frozen) - set(keep) and active & trained:
         raise ValueError(f"reference(model): {', '.join(frozen)} (frozen) and {', '.join(sorted(active & trained))} "
                          f"(trained) are active together; say what belongs to the reference: keep={tuple(frozen)}")
     if model not in _checked:

@@ -409,9 +409,15 @@ def test_reference_keeps_what_was_there_before_rl():
     with pytest.raises(ValueError, match=r"style \(frozen\) and default \(trained\).*keep=\('style',\)"):
         with reference(model):
             pass
-    with pytest.raises(ValueError, match="there is no adapter styl"):
-        with reference(model, keep="styl"):
+    for keep, words in (("styl", "there is no adapter styl"), (("default",), "default trains")):
+        with pytest.raises(ValueError, match=words), reference(model, keep=keep):
             pass
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["1"], init_lora_weights=False))
+    model.base_model.set_adapter(["style", "other", "default"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(".default." in name)
+    with pytest.raises(ValueError, match="other, style"), reference(model, keep=("style",)):
+        pass
     model.base_model.set_adapter("default")  # alone, it is switched off as ever
     with reference(model):
         assert not torch.equal(model(x), styled)

@@ -27,7 +27,7 @@ To resume, run the same command again.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "300")  # OpenMP threads that wait must not hold a core that is busy elsewhere
+os.environ.setdefault("GOMP_SPINCOUNT", "300")  # before torch: threads that wait soon leave a core to other processes
 
 from dataclasses import dataclass
 from typing import Literal
@@ -183,7 +183,7 @@ def main(args: Args):
 
         # ---- updates
         for u, update in enumerate(updates):
-            sums, told_apart = {}, differ[pair[update]].sum().clamp_min(1)  # rows whose pair differs in reward
+            sums, told_apart = {}, differ[pair[update]].sum()  # rows whose pair differs in reward
             for b in own_batches(update, w[pair], own, max(1, args.batch // 2)):
                 prompts_b = [prompts[i] for i in w[pair[b]]] * 2
                 x0_b = x0[torch.cat([w[pair[b]], l[pair[b]]]) - own.start].to(pipe.device)  # (w and l, ...)
@@ -207,9 +207,10 @@ def main(args: Args):
                 tally(sums, loss=loss, base_loss=base_loss, guard=guard, kl=kl)
                 tally(sums, norm_ratio=ratio.mean(0), active=(ratio > 1 + args.margin).float().mean(0))
                 tally_by_t(sums, ratio.mean(0), t[b].to(pipe.device))
-                margin = dpo_margin(*pairs_b, args.dpo_beta).detach()
-                weight = differ_b * len(update) / told_apart  # the mean over rows is that over what differs
-                tally(sums, accuracy=weight * (margin > 0), margin=weight * margin)
+                if told_apart > 0:
+                    margin = dpo_margin(*pairs_b, args.dpo_beta).detach()
+                    weight = differ_b * len(update) / told_apart  # the mean over rows is that over what differs
+                    tally(sums, accuracy=weight * (margin > 0), margin=weight * margin)
             finish_step(run, sums, len(update), reward, done=(u + 1) / args.updates)
         finish_epoch(run)
 

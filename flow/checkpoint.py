@@ -45,7 +45,10 @@ def revision(model: str) -> str | None:
     """The commit of a hub model in the local cache; None of a folder, and of what is not there yet."""
     if Path(model).is_dir():
         return None
-    file = try_to_load_from_cache(model, "model_index.json")
+    try:
+        file = try_to_load_from_cache(model, "model_index.json")
+    except ValueError:  # no hub id, but a folder that is gone: load_pipeline says so
+        return None
     return Path(file).parent.name if isinstance(file, str) else None
 
 
@@ -237,7 +240,8 @@ def save_checkpoint(run, epoch: int, **state):
     with swapped(run.params, run.ema):
         save_lora(run.pipe, run.out / "lora")
     write_card(run)
-    plot_curves(run.out, run.args.guidance)
+    embedded = run.pipe.transformer.config.get("guidance_embeds")  # training is told the same guidance
+    plot_curves(run.out, None if embedded else run.args.guidance)
     content = io.BytesIO()  # torch itself does not say that a disk is full
     torch.save({"lora": get_peft_model_state_dict(run.pipe.transformer), "opt": run.opt.state_dict(), "epoch": epoch,
                 "step": run.step, "skipped": run.skipped, "bad": run.bad, "ema": run.ema, **state,

@@ -173,9 +173,9 @@ def learn(pipe):
 def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
     """An fp32 copy with one block of each list of blocks: enough to see how a transformer treats its inputs, at a small
     part of its size. Quantized layers become random ones."""
-    repeated = {*(transformer._repeated_blocks or ()), *(transformer._no_split_modules or ())}
+    repeated = {*(transformer._repeated_blocks or ()), *(transformer._no_split_modules or ())}  # the class may name them
     blocks = {name: part for name, part in transformer.named_children() if isinstance(part, torch.nn.ModuleList)
-              and any(type(inner).__name__ in repeated for inner in part.modules())}
+              and (not repeated or any(type(inner).__name__ in repeated for inner in part.modules()))}
     for name, part in blocks.items():
         setattr(transformer, name, part[:1])
     try:
@@ -205,8 +205,11 @@ def holds_in_batches(pipe, guidance: float | None = None) -> bool:
         """What the transformer is given, in the copy's precision."""
         given |= tree_map_only(torch.Tensor, lambda value: value.float() if value.is_floating_point() else value, given)
 
-    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    tf32 = [backend.allow_tf32 for backend in backends]
     try:
+        for backend in backends:
+            backend.allow_tf32 = False
         with pinned(pipe, transformer=pipe.seam.probe.to(device)), pinned(pipe.seam, told={}, prepared={}):
             with listening(pipe, in_fp32):
                 for t in torch.tensor([[0.9, 0.4], [0.4, 0.4]]):
@@ -221,7 +224,8 @@ def holds_in_batches(pipe, guidance: float | None = None) -> bool:
         tqdm.write(f"note: {type(pipe).__name__} is called for one sample at a time ({reason(e)})")
         return False
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        for backend, allowed in zip(backends, tf32):
+            backend.allow_tf32 = allowed
         pipe.seam.probe.to("cpu")
 
 

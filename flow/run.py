@@ -123,9 +123,9 @@ def epochs(run):
     part_ways()
 
 
-# means over an update's rows; norm_ratio and active only where there is a reference, the last line of one method each
+# means over an update's rows: of every method (the last two only where there is a reference), and of one
 LOGGED = ["loss", "base_loss", "guard", "kl", "norm_ratio", "active"]
-OF_METHOD = ["old_distance", "clip_share", "accuracy", "margin"]
+OF_METHOD = {"nft": ["old_distance"], "awm": ["clip_share"], "dpo": ["accuracy", "margin"]}
 BINS = 5  # equal parts of [0, 1], of the noise level t, in norm_ratio_by_t
 
 
@@ -171,7 +171,7 @@ def finish_step(run, sums: dict, rows: int, reward: Tensor, done: float):
     for name, part in run.parts.items():
         line |= {f"reward/{name}": part.mean().item(), f"reward/{name}_std": part.std().item()}
     line |= {"zero_std_share": flat, **{name: means.get(name) for name in LOGGED}}
-    line |= {name: means[name] for name in OF_METHOD if name in means}
+    line |= {name: means.get(name) for name in OF_METHOD[run.name]}
     if "policy_ratio" in means:
         line["ratio_std"] = max(0, means["policy_ratio_square"] - means["policy_ratio"] ** 2) ** 0.5
     by_t = [(means.get(f"ratio_at_{k}", 0), means.get(f"rows_at_{k}", 0)) for k in range(BINS)]

@@ -38,7 +38,8 @@ def text_encoders(pipe):
 def remember_prompts(pipe):
     """Make pipe.encode_prompt encode each prompt once, and put batches together from what it remembers. Prompts are
     encoded one by one, or in one go if that is the same: if in a batch the text encoders are given the very tokens and
-    masks that they are given for each prompt alone (so no padding to the longest), and what comes out has one shape."""
+    masks that they are given for each prompt alone (so no padding to the longest), and what comes out has the same
+    shape and, but for rounding, the same numbers."""
     encode, seam, rows = pipe.encode_prompt, pipe.seam, pipe.seam.rows
     signature = inspect.signature(encode)
 
