@@ -14,7 +14,7 @@ kept in OUT/scores.jsonl: run again, nothing is asked twice.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "300")  # before torch: threads that wait soon leave a core to other processes
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch: threads that wait soon leave a core to other processes
 
 import contextlib
 import functools

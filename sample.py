@@ -18,7 +18,7 @@ in fp32; with --renorm, which diffusers cannot do, row["pipe"] is null):
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "300")  # before torch: threads that wait soon leave a core to other processes
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch: threads that wait soon leave a core to other processes
 
 from dataclasses import dataclass
 from pathlib import Path

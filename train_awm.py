@@ -24,7 +24,7 @@ To resume, run the same command again.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "300")  # before torch: threads that wait soon leave a core to other processes
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch: threads that wait soon leave a core to other processes
 
 from dataclasses import dataclass
 from typing import Literal

@@ -27,6 +27,7 @@ from flow.rewards import without_questions
 FREE = ["epochs", "save_every", "eval_every", "wandb"]
 NEARLY_FREE = ["batch", "rollout_batch", "checkpointing", "compile", "shard"]
 HELD = []  # locks
+FORMAT = 2  # of args.json; another one is of code that computed other advantages, noise levels and averages
 FOLDERS = "samples", "lora", "checkpoint"
 FILES = ("args.json", "metrics.jsonl", "curves.png", "lora/pytorch_lora_weights.safetensors", "lora/README.md",
          "checkpoint/state.pt", "checkpoint/lock")
@@ -96,6 +97,9 @@ def find_run(name: str, args, device: torch.device) -> tuple[Path, dict | None]:
     theirs = read_args(args_file, f"train_{name}.py") if args_file.exists() else None
     if theirs is None:
         fail(f"--out {out}: {', '.join(found)} there is not of a run of train_{name}.py; give another --out")
+    if theirs.get("format") != FORMAT:
+        fail(f"--out {out}: the run there was begun by an earlier version of this code, which computed advantages, "
+             "DPO's noise levels and --ema otherwise; finish it with that version, or give another --out")
     mine = {flag: value for flag, value in json.loads(json_text(asdict(args))).items() if flag != "out"}
     theirs = json.loads(json_text(asdict(type(args)()))) | theirs  # a flag that is newer than the run had its default
     differ = [f"--{flag.replace('_', '-')} ({theirs[flag]} there, {value} here)" for flag, value in mine.items()
@@ -103,10 +107,7 @@ def find_run(name: str, args, device: torch.device) -> tuple[Path, dict | None]:
     if differ:
         fail(f"--out {out}: holds a run with other args: {', '.join(differ)}; give another --out, or the same args "
              "to resume it")
-    changed = [f"--{flag.replace('_', '-')} {mine[flag]}" for flag, value in inputs_of(args).items()
-               if value is not None and theirs["inputs"].get(flag) not in (value, None)]
-    if changed:
-        fail(f"--out {out}: {' and '.join(changed)} changed since the run began; restore it, or give another --out")
+    check_inputs(out, args, theirs)
     if not (out / "checkpoint").is_dir() or not state_file.exists() and last_epoch(log) >= theirs["save_every"]:
         fail(f"--out {out}: its checkpoint is gone; restore {state_file}, or give another --out")
     lock(out)
@@ -122,14 +123,21 @@ def find_run(name: str, args, device: torch.device) -> tuple[Path, dict | None]:
     check_log(log, state["log_bytes"])
     rounding = [f"--{flag.replace('_', '-')}" for flag in NEARLY_FREE if theirs[flag] != mine[flag]]
     here = machine(device)
-    there = {what: theirs.get(what, value) for what, value in here.items()}  # an older run does not say
-    rounding += [f"{what} ({there[what]} there, {here[what]} here)" for what in here
-                 if what != "versions" and there[what] != here[what]]
-    rounding += [f"{library} ({there['versions'].get(library)} there, {here['versions'][library]} here)"
-                 for library in here["versions"] if there["versions"].get(library) != here["versions"][library]]
-    if rounding:
+    for there in (theirs, *theirs["resumed_on"]):
+        there, now = ({**record, **record["versions"]} for record in (there, here))
+        rounding += [f"{what} ({there[what]} there, {now[what]} here)" for what in now
+                     if what != "versions" and there[what] != now[what]]
+    if rounding := dict.fromkeys(rounding):
         print(f"{out}: {', '.join(rounding)} changed: from here on equal to an uninterrupted run but for rounding")
     return out, state
+
+
+def check_inputs(out: Path, args, theirs: dict):
+    """End the process if what a run reads is not what it was when the run began, as its args.json tells."""
+    changed = [f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag, value in inputs_of(args).items()
+               if value is not None and theirs["inputs"].get(flag) not in (value, None)]
+    if changed:
+        fail(f"--out {out}: {' and '.join(changed)} changed since the run began; restore it, or give another --out")
 
 
 def read_args(file: Path, script: str) -> dict | None:
@@ -202,12 +210,17 @@ def open_folder(run):
     make_dir(run.out / "samples", "--out")
     lock(run.out)
     args = {flag: value for flag, value in asdict(run.args).items() if flag != "out"}
-    recorded = {"script": f"train_{run.name}.py", **args, **machine(run.pipe.seam.device),
-                "inputs": inputs_of(run.args),
+    here = machine(run.pipe.seam.device)
+    first, resumed_on, known = here, [], {}
+    if run.state:
+        known = json.loads(args_file.read_text())
+        check_inputs(run.out, run.args, known)  # again: to load a hub model may have brought another revision
+        first, resumed_on = {name: known[name] for name in here}, known["resumed_on"]
+        resumed_on += [here] if here not in (first, *resumed_on) else []
+    run.wandb_id = known.get("wandb_id") or uuid.uuid4().hex[:8]
+    recorded = {"script": f"train_{run.name}.py", "format": FORMAT, **args, **first, "resumed_on": resumed_on,
+                "wandb_id": run.wandb_id, "inputs": inputs_of(run.args),
                 "max_sequence_length": run.pipe.seam.settings.get("max_sequence_length")}
-    if run.args.wandb:
-        known = json.loads(args_file.read_text()) if run.began else {}
-        recorded["wandb_id"] = run.wandb_id = known.get("wandb_id") or uuid.uuid4().hex[:8]
     write_files({args_file: json.dumps(recorded, indent=2) + "\n"})
     with open(run.out / "metrics.jsonl", "a") as log:
         log.truncate(run.state["log_bytes"] if run.state else 0)

@@ -173,7 +173,7 @@ def learn(pipe):
 def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
     """An fp32 copy with one block of each list of blocks: enough to see how a transformer treats its inputs, at a small
     part of its size. Quantized layers become random ones."""
-    repeated = {*(transformer._repeated_blocks or ()), *(transformer._no_split_modules or ())}  # the class may name them
+    repeated = {*(transformer._repeated_blocks or ()), *(transformer._no_split_modules or ())}  # if they are named
     blocks = {name: part for name, part in transformer.named_children() if isinstance(part, torch.nn.ModuleList)
               and (not repeated or any(type(inner).__name__ in repeated for inner in part.modules()))}
     for name, part in blocks.items():

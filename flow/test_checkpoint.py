@@ -305,45 +305,60 @@ def test_wandb_gets_the_numbers_and_the_grids(tmp_path, wandb):
 
 def test_a_wandb_run_is_one_folders(tmp_path, wandb):
     """Two folders of one name are two runs; a resumed run goes on with its own."""
-    for out, epochs in (("a/run", 1), ("b/run", 1), ("a/run", 2)):
-        train(tmp_path / out, wandb="project", epochs=epochs, eval_every=0)
+    for out, epochs, project in (("a/run", 1, "one"), ("b/run", 1, "one"), ("a/run", 2, None), ("a/run", 3, "one")):
+        train(tmp_path / out, wandb=project, epochs=epochs, eval_every=0)
     ids = [given["id"] for given, _ in wandb]
     assert ids[0] == ids[2] != ids[1] and {given["name"] for given, _ in wandb} == {"run"}
 
 
 def test_a_resume_on_another_machine_says_what_it_may_change(trained, capsys):
-    """Device, dtype, threads, processes, versions: equal to an uninterrupted run but for rounding."""
+    """Device, dtype, threads, processes, versions: equal to an uninterrupted run but for rounding. Also when it goes on
+    a third time: a part of it is of another machine for good."""
     args = json.loads((trained / "args.json").read_text())
     assert args["threads"] == torch.get_num_threads() and args["dtype"] == "float32" and args["processes"] == 1
     assert args["device"].startswith("cpu") and set(args["versions"]) == {"torch", "diffusers", "transformers", "peft"}
     there = {"device": "NVIDIA H200", "threads": 99, "versions": {**args["versions"], "peft": "0.1"}}
     (trained / "args.json").write_text(json.dumps(args | there))
-    train(trained, epochs=3)
-    said = capsys.readouterr().out.splitlines()[0]
-    for word in ("NVIDIA H200 there", "threads (99 there", "peft (0.1 there", "but for rounding"):
-        assert word in said
-    assert "dtype" not in said and "torch (" not in said
-
-
-def test_a_run_from_before_the_machine_was_recorded_resumes(trained, capsys):
+    for epochs in (3, 4):
+        train(trained, epochs=epochs, eval_every=0)
+        said = capsys.readouterr().out.splitlines()[0]
+        for word in ("NVIDIA H200 there", "threads (99 there", "peft (0.1 there", "but for rounding"):
+            assert word in said
+        assert "dtype" not in said and "torch (" not in said
     args = json.loads((trained / "args.json").read_text())
-    for name in ("device", "dtype", "threads", "processes", "versions"):
-        del args[name]
+    assert args["device"] == "NVIDIA H200" and [machine["device"][:3] for machine in args["resumed_on"]] == ["cpu"]
+
+
+def test_a_run_of_an_earlier_version_is_not_resumed(trained, capsys):
+    """Its advantages were others: not a resume that no line tells of."""
+    args = json.loads((trained / "args.json").read_text())
+    del args["format"]
     (trained / "args.json").write_text(json.dumps(args))
-    train(trained, epochs=3)
-    assert "but for rounding" not in capsys.readouterr().out
+    refuses(capsys, trained, lambda: train(trained, epochs=3), "--out", "earlier version")
 
 
-def test_another_revision_of_a_hub_model_is_refused(tmp_path, monkeypatch, capsys):
-    """The cache's snapshot is the revision; what is not in the cache is not known."""
-    snapshot = tmp_path / "models--some--model/snapshots/abc123"
-    snapshot.mkdir(parents=True)
-    (snapshot / "model_index.json").touch()
-    (tmp_path / "models--some--model/refs").mkdir()
-    (tmp_path / "models--some--model/refs/main").write_text("abc123")
+def test_another_revision_of_a_hub_model_is_refused(trained, tmp_path, monkeypatch, capsys):
+    """The revision is the cache's snapshot; what is not in the cache is not known."""
+    def cache(commit: str):
+        """The hub's main is this commit."""
+        snapshot = tmp_path / f"models--some--model/snapshots/{commit}"
+        snapshot.mkdir(parents=True)
+        (snapshot / "model_index.json").touch()
+        (tmp_path / "models--some--model/refs").mkdir(exist_ok=True)
+        (tmp_path / "models--some--model/refs/main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert checkpoint.revision("some/model") == "abc123"
-    assert checkpoint.revision("other/model") is None and checkpoint.revision("tiny/sd3") is None
+    assert checkpoint.revision("some/model") is None and checkpoint.revision("tiny/sd3") is None
+    assert checkpoint.revision("no/such/folder") is None
+    cache("abc123")
+    args = json.loads((trained / "args.json").read_text())
+    args |= {"model": "some/model", "inputs": {**args["inputs"], "model": "abc123"}}
+    (trained / "args.json").write_text(json.dumps(args))
+    given = train_awm.Args(**{**SMALL, "epochs": 3, "model": "some/model", "out": str(trained)})
+    checkpoint.find_run("awm", given, torch.device("cpu"))
+    checkpoint.unlock()
+    cache("def456")
+    refuses(capsys, trained, lambda: checkpoint.find_run("awm", given, torch.device("cpu")), "--model some/model",
+            "changed since")
 
 
 # ---------------------------------------------------------------- a full disk
