@@ -584,8 +584,9 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
         text += [*paragraphs, body]
     commits = sorted({part.get("of", {}).get("commit") or "unknown"
                       for numbers in (*results.values(), *bases.values()) for part in numbers.values()})
-    first, won = [f"Measured at commit {', '.join(commits)}. Each part keeps a hash of its code: `python "
-                  "tiny/reproduce.py` says how many parts are of other code than today's."], []
+    first, won = [f"Measured at the commits {', '.join(commits)}, or on the way to them: each part names its own, and "
+                  "keeps a hash of its code. `python tiny/reproduce.py` says how many parts are of other code than "
+                  "today's."], []
     for where, rivals in numbers.get("10", {}).items():
         if names := [rival for rival, row in rivals.items() if row["verdict"] == "**the rival**"]:
             won.append(f"{where}: {', '.join(names)}")
