@@ -177,6 +177,7 @@ def plot_curves(out: Path, guidance: float | None = None):
         if axis.lines:
             axis.legend(fontsize=7)
     for axis in axes:
+        axis.locator_params(nbins=5)  # each tick takes its time to draw
         axis.grid(alpha=0.3)
     write_files({out / "curves.png": png(figure)})
 

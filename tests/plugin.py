@@ -1,4 +1,5 @@
 """Tests run on the CPU, where results are exact, but those of `python -m pytest -m gpu`."""
+import gc
 import os
 
 
@@ -6,3 +7,8 @@ def pytest_configure(config):
     """Before anything imports torch."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish(session):
+    """What has been imported stays: the garbage collector need not look through it again."""
+    gc.freeze()

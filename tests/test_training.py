@@ -189,8 +189,9 @@ def bare_run(out: Path):
     """As much of a run as a step's end needs, and its only parameter."""
     p = torch.nn.Parameter(torch.zeros(2))
     bar = SimpleNamespace(set_postfix=lambda **said: None)
-    return SimpleNamespace(args=train_awm.Args(group=2), params=[p], opt=torch.optim.SGD([p], lr=1), ema=None, step=0,
-                           epoch=0, skipped=0, bad=0, parts={}, peaks={}, start=0.0, out=out, wandb=None, bar=bar), p
+    return SimpleNamespace(name="awm", args=train_awm.Args(group=2), params=[p], opt=torch.optim.SGD([p], lr=1),
+                           ema=None, step=0, epoch=0, skipped=0, bad=0, parts={}, peaks={}, start=0.0, out=out,
+                           wandb=None, bar=bar), p
 
 
 def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path):

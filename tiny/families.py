@@ -199,7 +199,7 @@ def sana():
         num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=WIDTH,
         sample_size=16)
     scheduler = D.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return D.SanaPipeline(tokenizer=fast_tokenizer("<|im_start|> {}", length=2048), text_encoder=gemma2(),
+    return D.SanaPipeline(tokenizer=fast_tokenizer("<|im_start|> {}", length=32), text_encoder=gemma2(),
                           vae=dc_vae(), transformer=transformer, scheduler=scheduler)
 
 
