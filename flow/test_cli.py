@@ -117,7 +117,8 @@ def test_help_lists_each_flag(monkeypatch, capsys, script):
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on():
-    code = ("import sys, os, signal\nsys.argv = ['train_dpo.py']\nimport train_dpo\nfrom flow import cli\n"
+    code = ("import sys, os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell\n"
+            "sys.argv = ['train_dpo.py']\nimport train_dpo\nfrom flow import cli\n"
             "cli.parse(train_dpo.Args, '')\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in range(10**8): pass")
     end = run_python(code)
     assert end.stderr == "interrupted; the same command resumes from the last checkpoint\n"
