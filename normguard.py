@@ -57,7 +57,8 @@ def norm_hinge(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
 
 @torch.no_grad()
 def guard_gradient(g: Tensor, v: Tensor, v_ref: Tensor, margin: float = 0.0, c: float = 0.3) -> Tensor:
-    """The guard in a loss's own units: its gradient g at v -> the one to go on with, like g. All (b, ...) of one shape.
+    """Takes a loss's gradient g = dL/dv and returns the guarded one g', of g's shape and dtype. All (b, ...) of one
+    shape.
 
     With u = v / ||v||, where ||v|| > (1 + margin) ||v_ref||:    g' = g - min(<g, u>, 0) u + c ||g|| u
     and elsewhere g' is g, exactly. As a step goes against the gradient, the second term takes out what lengthens v, and
@@ -76,8 +77,8 @@ def guard_gradient(g: Tensor, v: Tensor, v_ref: Tensor, margin: float = 0.0, c: 
 
 
 def oppose(v: Tensor, v_ref: Tensor, margin: float = 0.0, c: float = 0.3):
-    """Guard a backward that is yet to come: what arrives at v goes on as its guard_gradient. v, v_ref (b, ...) of one
-    shape, v part of a graph. Costs no forward and does not change one.
+    """Registers a hook on v: in the next backward pass the gradient at v is replaced by its guard_gradient. v, v_ref
+    (b, ...) of one shape, v part of a graph. Costs no forward and does not change one.
 
     Whatever the loss computes from this v is opposed as one, a KL to the reference too.
     """
@@ -106,12 +107,11 @@ def reference(model: torch.nn.Module, keep: tuple[str, ...] = ()):
     nested, everything is as it was: the active adapters, which parameters train, and each module's train/eval mode.
     Does the model have dropout? Then compute v in eval mode too: its noise would count as excess norm.
 
-    keep: adapters that were there before RL, such as a frozen style LoRA. They stay on, so they are part of the
-    reference. Warns once, by name, of parameters that train and are no part of an adapter that is switched off, such as
-    LoRA biases: they move the reference.
-    Raises ValueError if the model holds no adapter (under full fine-tuning, keep a frozen copy) or a merged one, if a
-    name in `keep` is no adapter's or trains, and if a frozen adapter that `keep` leaves out is active beside a trained
-    one: is it part of the reference?
+    keep: adapters that were there before RL, such as a frozen style LoRA. They stay on, as part of the reference.
+    Warns once if trained parameters stay on, such as LoRA biases: v_ref changes with them.
+    Raises ValueError if the model holds no adapter (under full fine-tuning, keep a frozen copy) or a merged one; if an
+    adapter in `keep` does not exist or trains; if a frozen adapter is active beside a trained one and not in `keep`:
+    list it there, or deactivate it.
     """
     modules = list(model.modules())
     # every adapter layer of peft reads this flag in its forward; disable_adapters() would also reset requires_grad

@@ -68,11 +68,11 @@ class Args:
     steps: int = 28
     """Euler steps"""
     guidance: float | None = None
-    """guidance scale (default: none), or what a guidance embedding is told (its own default)"""
+    """guidance scale (None: none), or what a guidance embedding is told (its own default)"""
     size: int | None = None
-    """pixels a side (default: the model's own)"""
+    """pixels a side (None: the model's own)"""
     frames: int | None = None
-    """frames of a video, for a model that makes videos (default: the model's own)"""
+    """frames of a video, for a model that makes videos (None: the model's own)"""
     seed: int = 0
     """picture i starts from the noise of seed + i"""
     batch: int = 64

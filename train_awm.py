@@ -10,11 +10,12 @@ AWM (arXiv 2509.25050, github.com/scxue/advantage_weighted_matching) is policy g
 the log-likelihood. For a picture x0 of the policy, x_t = (1 - t) x0 + t eps:
 
     log p(x0; t, eps) = -t / a * (mean ||v_theta(x_t, t) - (eps - x0)||^2 + 1e-10)^a         a = 1/4, generalized Huber
-    base_loss = max(-A r, -A clip(r, 1 - c, 1 + c)),   r = exp(log p - log p_old)     c = 1, A in [-1, 1], by group
+    base_loss = max(-A r, -A clip(r, 1 - c, 1 + c)),   r = exp(log p - log p_old)                  c = 1, A in [-1, 1]
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2                         guard: normguard.py
 
-As in the official PickScore recipe: pictures without guidance, group mean and global std for A, clipped at 5 and scaled
-to 1; moments t drawn stratified from the rollout's own schedule but its last tenth; one update an epoch, on policy
+As in the official PickScore recipe: pictures without guidance; A is the reward minus its group's mean, over the global
+std, clipped at +- 5 and divided by 5; t is stratified over the rollout's own timesteps but the last tenth (the least
+noise); one update an epoch, on policy
 (with more --updates, the later ones keep the velocities from before the first). Not as there: Euler instead of a
 second-order sampler; t drawn per picture instead of per micro-batch; diffusers' T5 length of 256 instead of 128; A is
 divided by the deviation alone (there by the deviation + 1e-4), so that the reward's scale does not matter; no EMA of
@@ -58,7 +59,7 @@ class Args:
     eval_prompts: str = "tiny/eval_prompts.txt"
     """text file of held-out prompts"""
     out: str | None = None
-    """the run's folder (default: runs/awm-MODEL-REWARD-lamLAM-sSEED)"""
+    """the run's folder (None: runs/awm-MODEL-REWARD-lamLAM-sSEED)"""
     seed: int = 0
     """seed of the LoRA, the prompts and all noise"""
     epochs: int = 40
@@ -74,7 +75,7 @@ class Args:
     steps: int = 8
     """Euler steps of a rollout"""
     guidance: float | None = None
-    """guidance scale of rollouts and evaluations (default: none), or what a guidance embedding is told (its own
+    """guidance scale of rollouts and evaluations (None: none), or what a guidance embedding is told (its own
     default)"""
     timesteps: int = 2
     """moments t a picture is trained at, one from each of so many strata of the schedule"""
@@ -83,7 +84,7 @@ class Args:
     batch: int = 64
     """pictures at once in a forward pass; what is left of a step is accumulated"""
     rollout_batch: int | None = None
-    """pictures at once in rollouts and evaluations, which need less memory (default: --batch)"""
+    """pictures at once in rollouts and evaluations, which need less memory (None: --batch)"""
     power: float = 0.25
     """a of the generalized Huber"""
     adv_clip: float = 5.0
@@ -94,15 +95,15 @@ class Args:
     """gradient clipping"""
     ema: float | None = None
     """evaluate, and keep in lora/, an average of the LoRA over the steps, whose decay is min((1 + s) / (10 + s), this)
-    at step s (default: the LoRA itself)"""
+    at step s (None: the LoRA itself)"""
     size: int | None = None
-    """pixels a side (default: the model's own)"""
+    """pixels a side (None: the model's own)"""
     frames: int | None = None
-    """frames of a video, for a model that makes videos (default: the model's own)"""
+    """frames of a video, for a model that makes videos (None: the model's own)"""
     eval_n: int = 64
     """held-out pictures an evaluation"""
     eval_steps: int | None = None
-    """Euler steps of an evaluation (default: --steps)"""
+    """Euler steps of an evaluation (None: --steps)"""
     eval_every: int = 10
     """epochs between evaluations; 0 is never"""
     save_every: int = 5
@@ -112,7 +113,7 @@ class Args:
     shard: bool = False
     """divide the frozen transformer among the processes (torchrun), for one that is larger than a GPU"""
     checkpointing: bool | None = None
-    """gradient checkpointing (default: on a GPU)"""
+    """gradient checkpointing (None: on a GPU)"""
     compile: bool = False
     """torch.compile the transformer's blocks"""
     wandb: str | None = None

@@ -16,8 +16,8 @@ the same noise eps and moment t, x_t = (1 - t) x0 + t eps, and with e(v) = mean 
 As there: the reference is the base model. t is logit-normal in the scheduler's own 1000 training levels, which have its
 fixed shift, or none where the shift depends on the size of the picture. With --guidance (4.5 there, by default none
 here) rollouts are guided, while the velocities in the loss are the conditional ones. Not as there: the pictures come
-from the policy as it stands (there from the reference, which moves along only if told to); several pairs a prompt with
---pairs (i-th best against i-th worst); a pair of equal reward counts as zero loss; the factor 2 / beta, by which lam
+from the policy as it stands (there from the reference, which train.ref_update_step may update); several pairs a prompt,
+by --pairs (i-th best against i-th worst); a pair of equal reward counts as zero loss; the factor 2 / beta, by which lam
 and kl weigh as in the other methods (Adam does not see it, but max_grad_norm does: the official 1 is 0.02 here); Euler
 steps; diffusers' T5 length of 256 instead of 128; no EMA of the weights but with --ema (there it is updated at every
 eighth step). With --lam auto, every eighth row is at one of the rollout's own noise levels: the logit-normal all but
@@ -61,7 +61,7 @@ class Args:
     eval_prompts: str = "tiny/eval_prompts.txt"
     """text file of held-out prompts"""
     out: str | None = None
-    """the run's folder (default: runs/dpo-MODEL-REWARD-lamLAM-sSEED)"""
+    """the run's folder (None: runs/dpo-MODEL-REWARD-lamLAM-sSEED)"""
     seed: int = 0
     """seed of the LoRA, the prompts and all noise"""
     epochs: int = 40
@@ -77,10 +77,10 @@ class Args:
     steps: int = 8
     """Euler steps of a rollout"""
     guidance: float | None = None
-    """guidance scale of rollouts and evaluations (default: none), or what a guidance embedding is told (its own
+    """guidance scale of rollouts and evaluations (None: none), or what a guidance embedding is told (its own
     default)"""
     pairs: int | None = None
-    """pairs a prompt: the best against the worst picture, the second best against the second worst, ... (default: 4, or
+    """pairs a prompt: the best against the worst picture, the second best against the second worst, ... (None: 4, or
     half of --group)"""
     timesteps: int = 2
     """moments t a pair is trained at, logit-normal in the schedule's noise levels"""
@@ -89,7 +89,7 @@ class Args:
     batch: int = 64
     """pictures at once in a forward pass (at least a pair); what is left of a step is accumulated"""
     rollout_batch: int | None = None
-    """pictures at once in rollouts and evaluations, which need less memory (default: --batch)"""
+    """pictures at once in rollouts and evaluations, which need less memory (None: --batch)"""
     dpo_beta: float = 10.0
     """beta: the larger, the sooner a pair that is told apart stops to pull (official: 100)"""
     kl: float = 0.0
@@ -98,15 +98,15 @@ class Args:
     """gradient clipping"""
     ema: float | None = None
     """evaluate, and keep in lora/, an average of the LoRA over the steps, whose decay is min((1 + s) / (10 + s), this)
-    at step s (default: the LoRA itself)"""
+    at step s (None: the LoRA itself)"""
     size: int | None = None
-    """pixels a side (default: the model's own)"""
+    """pixels a side (None: the model's own)"""
     frames: int | None = None
-    """frames of a video, for a model that makes videos (default: the model's own)"""
+    """frames of a video, for a model that makes videos (None: the model's own)"""
     eval_n: int = 64
     """held-out pictures an evaluation"""
     eval_steps: int | None = None
-    """Euler steps of an evaluation (default: --steps)"""
+    """Euler steps of an evaluation (None: --steps)"""
     eval_every: int = 10
     """epochs between evaluations; 0 is never"""
     save_every: int = 5
@@ -116,7 +116,7 @@ class Args:
     shard: bool = False
     """divide the frozen transformer among the processes (torchrun), for one that is larger than a GPU"""
     checkpointing: bool | None = None
-    """gradient checkpointing (default: on a GPU)"""
+    """gradient checkpointing (None: on a GPU)"""
     compile: bool = False
     """torch.compile the transformer's blocks"""
     wandb: str | None = None

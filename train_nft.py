@@ -20,8 +20,8 @@ the pictures, without guidance; group mean and global std for A, clipped at 5 an
 epoch, at random moments t of the rollout's schedule (nine of ten in the command above); --ema 0.9 for what is evaluated
 and kept in lora/. Not as there: Euler instead of a second-order sampler; diffusers' T5 length of 256 instead of 128;
 A is divided by the deviation alone (there by the deviation + 1e-4), so that the reward's scale does not matter; no
-factor 5 on base_loss, by which lam weighs as in the other methods: Adam does not see it, but kl and max_grad_norm do,
-and are a fifth of the official ones in the command above.
+factor 5 on base_loss, so that one lam fits all three methods (kl and max_grad_norm are therefore a fifth of the
+official ones in the command above).
 
 To resume, run the same command again.
 """
@@ -63,7 +63,7 @@ class Args:
     eval_prompts: str = "tiny/eval_prompts.txt"
     """text file of held-out prompts"""
     out: str | None = None
-    """the run's folder (default: runs/nft-MODEL-REWARD-lamLAM-sSEED)"""
+    """the run's folder (None: runs/nft-MODEL-REWARD-lamLAM-sSEED)"""
     seed: int = 0
     """seed of the LoRA, the prompts and all noise"""
     epochs: int = 40
@@ -79,7 +79,7 @@ class Args:
     steps: int = 8
     """Euler steps of a rollout"""
     guidance: float | None = None
-    """guidance scale of rollouts and evaluations (default: none), or what a guidance embedding is told (its own
+    """guidance scale of rollouts and evaluations (None: none), or what a guidance embedding is told (its own
     default)"""
     timesteps: int = 2
     """moments t a picture is trained at, drawn from the schedule's steps"""
@@ -88,7 +88,7 @@ class Args:
     batch: int = 64
     """pictures at once in a forward pass; what is left of a step is accumulated"""
     rollout_batch: int | None = None
-    """pictures at once in rollouts and evaluations, which need less memory (default: --batch)"""
+    """pictures at once in rollouts and evaluations, which need less memory (None: --batch)"""
     nft_beta: float = 1.0
     """beta: how far v+ and v- lie from the old policy"""
     old_decay: tuple[int, float, float] = (0, 0.001, 0.5)
@@ -99,15 +99,15 @@ class Args:
     """gradient clipping"""
     ema: float | None = None
     """evaluate, and keep in lora/, an average of the LoRA over the steps, whose decay is min((1 + s) / (10 + s), this)
-    at step s (default: the LoRA itself)"""
+    at step s (None: the LoRA itself)"""
     size: int | None = None
-    """pixels a side (default: the model's own)"""
+    """pixels a side (None: the model's own)"""
     frames: int | None = None
-    """frames of a video, for a model that makes videos (default: the model's own)"""
+    """frames of a video, for a model that makes videos (None: the model's own)"""
     eval_n: int = 64
     """held-out pictures an evaluation"""
     eval_steps: int | None = None
-    """Euler steps of an evaluation (default: --steps)"""
+    """Euler steps of an evaluation (None: --steps)"""
     eval_every: int = 10
     """epochs between evaluations; 0 is never"""
     save_every: int = 5
@@ -117,7 +117,7 @@ class Args:
     shard: bool = False
     """divide the frozen transformer among the processes (torchrun), for one that is larger than a GPU"""
     checkpointing: bool | None = None
-    """gradient checkpointing (default: on a GPU)"""
+    """gradient checkpointing (None: on a GPU)"""
     compile: bool = False
     """torch.compile the transformer's blocks"""
     wandb: str | None = None

@@ -51,7 +51,7 @@ class Args:
     batch: int = 4
     """pictures at once in an update"""
     rollout_batch: int | None = None
-    """pictures at once in a rollout (default: as --batch)"""
+    """pictures at once in a rollout (None: as --batch)"""
     rank: int = 32
     """LoRA rank"""
     guidance: float | None = None

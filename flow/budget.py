@@ -42,13 +42,13 @@ class Args:
     groups: int = 24
     """prompts an epoch"""
     pairs: int | None = None
-    """DPO's pairs a prompt (default: 4, or half of --group)"""
+    """DPO's pairs a prompt (None: 4, or half of --group)"""
     epochs: int = 100
     """rounds of rollouts and their updates"""
     batch: int = 4
     """pictures at once in an update"""
     rollout_batch: int | None = None
-    """pictures at once in a rollout (default: as --batch)"""
+    """pictures at once in a rollout (None: as --batch)"""
     rank: int = 32
     """LoRA rank"""
     guidance: float | None = None

@@ -217,7 +217,7 @@ def open_folder(run):
         check_inputs(run.out, run.args, known)  # again: to load a hub model may have brought another revision
         first, resumed_on = {name: known[name] for name in here}, known["resumed_on"]
         resumed_on += [here] if here not in (first, *resumed_on) else []
-    run.wandb_id = known.get("wandb_id") or uuid.uuid4().hex[:8]
+    run.wandb_id = known.get("wandb_id") or (uuid.uuid4().hex[:8] if run.args.wandb else None)
     recorded = {"script": f"train_{run.name}.py", "format": FORMAT, **args, **first, "resumed_on": resumed_on,
                 "wandb_id": run.wandb_id, "inputs": inputs_of(run.args),
                 "max_sequence_length": run.pipe.seam.settings.get("max_sequence_length")}

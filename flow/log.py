@@ -31,10 +31,11 @@ def last_line(run):
     said = [f"{run.skipped} steps skipped"] if run.skipped else []
     for name in ("reward", "norm_ratio"):
         values = [line[f"eval_{name}"] for line in lines if f"eval_{name}" in line]
+        whose = "held-out" if values else "training"
         values = values or [line[name] for line in lines if line.get(name) is not None]
         if values:
             change = abs(values[-1] - values[0]) if name == "reward" else 0.1
-            said.append(f"{name.replace('_', ' ')} {digits(values[0], change)} -> {digits(values[-1], change)}")
+            said.append(f"{whose} {name.replace('_', ' ')} {digits(values[0], change)} -> {digits(values[-1], change)}")
     print(f"done: {', '.join(said)}; {run.out}/ holds lora/, samples/, curves.png and metrics.jsonl")
 
 

@@ -129,9 +129,11 @@ def checked(name: str, score: Reward, images: Tensor, prompts: list[str]) -> Ten
     try:
         values = torch.as_tensor(score(images, prompts)).float().cpu()
     except (Exception, SystemExit) as e:  # a function is the user's code
-        at = traceback.extract_tb(e.__traceback__)[-1]
-        if at.filename == fail.__code__.co_filename:
+        frames = traceback.extract_tb(e.__traceback__)
+        if frames[-1].filename == fail.__code__.co_filename:
             raise  # a judge's own fail
+        own = [frame for frame in frames if frame.filename == name.rpartition(":")[0]]  # of file.py:function
+        at = (own or frames)[-1]
         why = f"{type(e).__name__}: {reason(e)}; {at.filename}:{at.lineno}"
         fail(f"--reward {name}: failed on {tuple(images.shape)} pictures ({why})")
     n, shape = len(images), tuple(values.shape)
@@ -214,8 +216,8 @@ def load_function(spec: str) -> Reward:
     module = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(module)
-        if not callable(getattr(module, name)):
-            raise TypeError(f"{name} is no function")
+        if not callable(getattr(module, name, None)):
+            raise TypeError(f"there is no function {name} in it")
         return getattr(module, name)
     except (Exception, SystemExit) as e:  # the user's code
         fail(f"--reward {spec}: cannot be imported ({type(e).__name__}: {reason(e)})")

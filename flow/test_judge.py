@@ -264,7 +264,7 @@ def test_reward_functions(tmp_path, capsys):
     torch.testing.assert_close(named_nan(pictures(), ["a"] * 3), 3 * pictures().mean((1, 2, 3)))
     for spec, words in [
         (f"{tmp_path}/f.py:nan:nan", ["weight"]),
-        (f"{tmp_path}/f.py:number", ["number is no function"]),
+        (f"{tmp_path}/f.py:number", ["there is no function number"]),
         (f"{tmp_path}/f.py:0.5", ["0.5"]),
         (f"{tmp_path}/quits.py:f", ["SystemExit"]),
         ("", ["--reward ''", "pickscore"]),

@@ -72,9 +72,9 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds of the training"""
     only: int | None = None
-    """one claim, 1 to 10 (default: all)"""
+    """one claim, 1 to 10 (None: all)"""
     jobs: int | None = None
-    """runs at a time (default: one per CPU core, one on a GPU)"""
+    """runs at a time (None: one per CPU core, one on a GPU)"""
     smoke: bool = False
     """two epochs, few pictures, one cell"""
     runs: str = "runs/reproduce"
