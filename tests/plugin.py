@@ -4,7 +4,8 @@ import os
 
 
 def pytest_configure(config):
-    """Before anything imports torch."""
+    """Before anything imports torch. OpenMP's threads of two workers must not spin against each other."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
