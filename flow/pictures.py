@@ -164,7 +164,8 @@ def plot_curves(out: Path, guidance: float | None = None):
         points = [(line["step"], line["norm_ratio_by_t"][k]) for line in steps]
         points = [point for point in points if point[1] is not None]
         label, colour = f"t {k / bins:.1f} to {(k + 1) / bins:.1f}", matplotlib.colormaps["plasma"](k / bins)
-        axes[3].plot(*zip(*points) if points else ([], []), color=colour, label=label, linewidth=1)
+        if points:
+            axes[3].plot(*zip(*points), color=colour, label=label, linewidth=1)
     axes[3].set_title("norm ratio by noise level, training", y=1)
     axes[3].set_xlabel("optimizer step")
     evals = [line for line in lines if "eval_norm_ratio_steps" in line]
