@@ -33,8 +33,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
-
 import diffusers as D
 import torch
 import torch.nn.functional as F
@@ -46,7 +44,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from world import CAPTIONS, COLOURS, COMBOS, FLAWS, HELD_OUT, SHAPES, SIZE, caption, degrade, render, scene
 
 from eval_judge import PAIR, SINGLE
-from flow.cli import check_flags, check_place, make_dir
+from flow.cli import check_flags, check_place, fail, make_dir, parse
 from flow.judge import local_judge, messages, read_answer
 from flow.pictures import to_image
 from flow.pipeline import add_noise, decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule

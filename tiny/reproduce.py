@@ -41,8 +41,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
-
 import numpy as np
 import torch
 import tyro
@@ -54,7 +52,7 @@ from tqdm import tqdm
 
 from eval_judge import SINGLE
 from flow import run as flow_run
-from flow.cli import check_flags, check_place, make_dir
+from flow.cli import check_flags, check_place, fail, make_dir, parse
 from flow.files import fingerprint
 from flow.judge import local_judge, read_answer
 from flow.lora import save_lora

@@ -204,7 +204,7 @@ class Args:
     out: str = "runs/renders"
     """folder for the PNGs and samples.jsonl"""
     prompts: str | None = None
-    """render only the captions in this file, in turn (None: all 64)"""
+    """render only the captions in this file, in turn (default: all 64)"""
 
 
 def main(args: Args):
