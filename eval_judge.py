@@ -39,20 +39,31 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from flow.cli import (
+    InputError,
+    append,
     check_flags,
     check_model,
     check_place,
-    fail,
+    json_text,
     make_dir,
+    one_line_errors,
     parse,
     progress,
     quiet_libraries,
     reason,
+    write_files,
 )
-from flow.files import append, json_text, write_files
-from flow.judge import http_judge, judge_dtype, local_judge, read_answer
+from flow.judge import (
+    embed_images,
+    frechet_distance,
+    http_judge,
+    judge_dtype,
+    load_embed,
+    load_forensic,
+    local_judge,
+    read_answer,
+)
 from flow.pictures import load_pictures, png, read_folder
-from flow.realism import embed_images, frechet_distance, load_embed, load_forensic
 from flow.rewards import load_reward, without_questions
 
 # What the judge is asked. One word answers; only its probability counts.
@@ -110,16 +121,17 @@ class Args:
 def pair_folders(dirs: tuple[str, ...]) -> Folders:
     """Each folder's rows, in one order: the prompts and seeds that all folders have."""
     if not dirs:
-        fail("give the folders to compare, as sample.py writes them, before the flags")
+        raise InputError("give the folders to compare, as sample.py writes them, before the flags")
     seen = {}
     for d in dirs:
         if (real := Path(d).resolve()) in seen:
-            fail(f"{seen[real]} and {d}: are one folder, given twice")
+            raise InputError(f"{seen[real]} and {d}: are one folder, given twice")
         seen[real] = d
     folders = {d: {row["key"]: row for row in read_folder(d)} for d in dirs}
     common = [key for key in folders[dirs[0]] if all(key in rows for rows in folders.values())]
     if not common:
-        fail(f"{dirs[0]}: no prompt and seed is in all folders; sample them with the same --prompts, --n and --seed")
+        raise InputError(f"{dirs[0]}: no prompt and seed is in all folders; sample them with the same --prompts, --n "
+                         "and --seed")
     for d, rows in folders.items():
         if len(common) < len(rows):
             print(f"note: {len(common)} of the {len(rows)} pictures in {d} are in all folders; the others are left out")
@@ -128,7 +140,7 @@ def pair_folders(dirs: tuple[str, ...]) -> Folders:
     for row in chain(*folders.values()):
         w, h = row["size"]
         if (w, h) != (wide, high):
-            fail(f"{row['file']}: is {w}x{h}, others are {wide}x{high}; compare pictures of one size")
+            raise InputError(f"{row['file']}: is {w}x{h}, others are {wide}x{high}; compare pictures of one size")
     return folders
 
 
@@ -151,9 +163,9 @@ def check_out(out: Path):
     except (OSError, ValueError, AttributeError):
         ours = False
     if not ours:
-        fail(f"{report}: was not written by eval_judge.py; move it, or give another --out")
+        raise InputError(f"{report}: was not written by eval_judge.py; move it, or give another --out")
     if picture.exists() and not (picture.is_file() and scores.exists()):
-        fail(f"{picture}: was not written by eval_judge.py; move it, or give another --out")
+        raise InputError(f"{picture}: was not written by eval_judge.py; move it, or give another --out")
 
 
 def read_scores(file: Path) -> tuple[str, dict[str, float]]:
@@ -161,11 +173,11 @@ def read_scores(file: Path) -> tuple[str, dict[str, float]]:
     try:
         text = file.read_text() if file.exists() else ""
     except (OSError, ValueError) as e:
-        fail(f"{file}: cannot be read ({reason(e)}); move it, or give another --out")
+        raise InputError(f"{file}: cannot be read ({reason(e)}); move it, or give another --out")
     known = {}
     for line in filter(None, text.splitlines()):
         if not SCORE.fullmatch(line):
-            fail(f"{file}: was not written by eval_judge.py; move it, or give another --out")
+            raise InputError(f"{file}: was not written by eval_judge.py; move it, or give another --out")
         with contextlib.suppress(ValueError):  # a line that was cut short
             known |= json.loads(line)
     return text, known
@@ -372,6 +384,7 @@ def distance_of(args: Args, folders: Folders, real_rows: list[dict], device: tor
     return lambda dirs: [frechet_distance(features(folders[d]), real) for d in dirs]
 
 
+@one_line_errors()
 def main(args: Args):
     """Compare folders."""
     quiet_libraries()
@@ -383,15 +396,16 @@ def main(args: Args):
     prompts = [row["prompt"] for row in folders[args.dirs[0]]]
     n, n_real = len(prompts), len(real_rows)
     if args.real and min(n, n_real) < 2:
-        fail(f"--real {args.real}: a Frechet distance takes at least two pictures, here {n} against {n_real}")
+        raise InputError(f"--real {args.real}: a Frechet distance takes at least two pictures, here {n} against "
+                         f"{n_real}")
     args.judge = None if args.judge in (None, "none", "None") else args.judge
     if not (args.reward or args.forensic or args.judge or args.real):
-        fail("nothing to compare by: give --reward, --judge, --forensic or --real")
+        raise InputError("nothing to compare by: give --reward, --judge, --forensic or --real")
     server = bool(args.judge) and args.judge.startswith(SERVERS)
     if args.judge and not server:
         check_model("--judge", args.judge, "http://HOST:PORT/v1, ")
     if server and not args.judge_model:
-        fail(f"--judge {args.judge}: give the model's name on that server as --judge-model")
+        raise InputError(f"--judge {args.judge}: give the model's name on that server as --judge-model")
     tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
     if tiny and folders[args.dirs[0]][0]["size"] != (64, 64):
         print(f"note: {', '.join(tiny)} know only the miniature's 64x64 pictures; what they say of these means little")

@@ -28,8 +28,18 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flow.cli import MOST, check_flags, check_place, fail, parse, progress, read_prompts
-from flow.files import json_text, write_files
+from flow.cli import (
+    MOST,
+    InputError,
+    check_flags,
+    check_place,
+    json_text,
+    one_line_errors,
+    parse,
+    progress,
+    write_files,
+)
+from flow.intercept import guided
 from flow.lora import check_lora, load_lora
 from flow.pictures import earlier_samples, png, save_samples
 from flow.pipeline import (
@@ -43,9 +53,8 @@ from flow.pipeline import (
     schedule,
     velocity,
 )
+from flow.prompts import read_prompts, warn_unsuitable
 from flow.rewards import load_reward
-from flow.seam import guided
-from flow.text import tell_misfits
 
 # what it writes besides the pictures
 FILES = "samples.jsonl", "grid.png", "norms.json", "norms.png", "adjoint.json", "adjoint.png"
@@ -184,22 +193,24 @@ def energy(images: Tensor, prompts: list[str]) -> Tensor:
     return (2 * images - 1).square().flatten(1).mean(1)
 
 
+@one_line_errors()
 def main(args: Args):
     """Sample, measure, write."""
     if args.renorm not in ("none", *REPAIRS):
-        fail(f"--renorm {args.renorm}: none, {', '.join(REPAIRS)}")
+        raise InputError(f"--renorm {args.renorm}: none, {', '.join(REPAIRS)}")
     check_flags(args, {"n": 1, "steps": 1, "batch": 1, "size": 1, "frames": 1, "seed": 0, "guidance": 0})
     if (args.norms or args.renorm != "none") and not args.lora:
-        fail("--norms and --renorm compare a LoRA with its base: give --lora")
+        raise InputError("--norms and --renorm compare a LoRA with its base: give --lora")
     if args.adjoint and not args.reward:
-        fail("--adjoint asks how a reward would change: give --reward")
+        raise InputError("--adjoint asks how a reward would change: give --reward")
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts, "--prompts")
     if args.n * len(prompts) > MOST["n"]:
-        fail(f"--n {args.n}: makes {args.n * len(prompts)} pictures of {len(prompts)} prompts; at most {MOST['n']}")
+        raise InputError(f"--n {args.n}: makes {args.n * len(prompts)} pictures of {len(prompts)} prompts; at most "
+                         f"{MOST['n']}")
     prompts = [p for p in prompts for _ in range(args.n)]
     seeds = list(range(args.seed, args.seed + len(prompts)))
     if args.seed >= 2**63 - len(prompts):
-        fail(f"--seed {args.seed}: must be below 2^63")
+        raise InputError(f"--seed {args.seed}: must be below 2^63")
     if args.lora:
         check_lora(args.lora)
     check_place(args.out, "--out", FILES)
@@ -215,7 +226,7 @@ def main(args: Args):
         pipe.transformer.enable_gradient_checkpointing()
     if args.lora:
         load_lora(pipe, args.lora, args.model, args.lora_scale)
-    tell_misfits(pipe, prompts, args.size)
+    warn_unsuitable(pipe, prompts, args.size)
     encode_prompts(pipe, prompts, args.guidance)
     sigmas = schedule(pipe, args.steps)
     noise = draw_noise(pipe, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])
@@ -223,11 +234,11 @@ def main(args: Args):
                            batch=args.batch)
     pictures = decode(pipe, x0)
 
-    settings = {"num_inference_steps": args.steps, **pipe.seam.settings, **guided(pipe, args.guidance)}
+    settings = {"num_inference_steps": args.steps, **pipe.flow.settings, **guided(pipe, args.guidance)}
     settings |= {"height": pictures.shape[-2], "width": pictures.shape[-1]}
     settings = settings if args.renorm == "none" else None  # diffusers cannot renormalize
     rows = [{"prompt": p, "seed": s, "model": args.model, "lora": args.lora, "lora_scale": args.lora_scale,
-             "scheduler": pipe.seam.scheduler,
+             "scheduler": pipe.flow.scheduler,
              "renorm": args.renorm, "pipe": settings} for p, s in zip(prompts, seeds)]
     if reward:
         for row, r in zip(rows, reward(pictures, prompts).tolist()):

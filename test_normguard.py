@@ -28,16 +28,15 @@ import eval_judge
 import flow.checkpoint
 import flow.cli
 import flow.draws
-import flow.hps
 import flow.judge
 import flow.pictures
 import flow.pipeline
-import flow.realism
 import flow.rewards
 import sample
 import train_awm
 import train_dpo
 import train_nft
+from flow.intercept import timestep_inputs
 from flow.lora import add_lora
 from flow.pipeline import (
     decode_batch,
@@ -49,7 +48,6 @@ from flow.pipeline import (
     training_levels,
     velocity,
 )
-from flow.seam import told as timestep_inputs
 from normguard import guard_gradient, norm_hinge, norm_ratio, oppose, reference, renormalize, velocity_norm
 
 ROOT = Path(__file__).resolve().parent
@@ -958,7 +956,7 @@ def test_adjoint_is_autograd_through_the_whole_trajectory(model, guidance):
     """dR/ds_k from one graph over all steps, in which every step's velocity is scaled by its own 1 + s_k; in
     float64."""
     pipe, prompts = load_pipeline(model, torch.device("cpu")), ["a red star", "a blue ring"]
-    for part in (pipe.transformer, pipe.vae, *pipe.seam.encoders.values()):
+    for part in (pipe.transformer, pipe.vae, *pipe.flow.encoders.values()):
         part.double()
     encode_prompts(pipe, prompts, guidance)
     noise, sigmas = draw_noise(pipe, 2, seeded(2, first=1)).double(), schedule(pipe, 4).double()
@@ -1009,10 +1007,10 @@ def test_differentiable_rewards_are_the_rewards(size):
         for d in (True, False)
     )
     np.testing.assert_allclose(ours, theirs, atol=0.01)
-    mean, std = flow.hps.OPENAI_CLIP_MEAN, flow.hps.OPENAI_CLIP_STD
+    mean, std = flow.rewards.OPENAI_CLIP_MEAN, flow.rewards.OPENAI_CLIP_STD
     for picture in pictures[:2]:
-        pil = flow.hps.hps_pixels(picture)
-        own = flow.hps.torch_pixels(picture[None], 224, mean, std)[0]
+        pil = flow.rewards.hps_pixels(picture)
+        own = flow.rewards.torch_pixels(picture[None], 224, mean, std)[0]
         assert (pil - own).abs().mean() < 0.02  # both in standard deviations: half a level of 255
 
 
@@ -1126,7 +1124,7 @@ def test_hps_checkpoint_layout():
     text = dict(hidden_size=24, intermediate_size=96, num_attention_heads=3, max_position_embeddings=8,
                 vocab_size=50, eos_token_id=49, **shared)
     clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).eval()
-    clip.load_state_dict(flow.hps.from_open_clip(state))
+    clip.load_state_dict(flow.rewards.from_open_clip(state))
     pixels = torch.randn(3, 3, 28, 28, dtype=torch.float64)
     ids = torch.tensor([[48, 3, 7, 49, 0], [48, 1, 49, 0, 0], [48, 1, 2, 3, 49]])
     out = clip.double()(pixel_values=pixels, input_ids=ids)
@@ -1134,13 +1132,13 @@ def test_hps_checkpoint_layout():
     np.testing.assert_allclose(out.text_embeds, words.double()(ids), atol=1e-12)
     assert clip.logit_scale == 2
     with torch.device("meta"):
-        published = CLIPModel(CLIPConfig(**flow.hps.VIT_H_CONFIG))
+        published = CLIPModel(CLIPConfig(**flow.rewards.VIT_H_CONFIG))
     assert sum(p.numel() for p in published.parameters()) == 986_109_441  # open_clip's ViT-H-14
 
 
 def test_hps_pixels():
     """Longest side to 224, the rest zero (black) before normalisation, as HPSv2's own ResizeMaxSize."""
-    x = flow.hps.hps_pixels(torch.ones(3, 32, 64))
+    x = flow.rewards.hps_pixels(torch.ones(3, 32, 64))
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     black, white = (np.subtract(v, mean) / std for v in (0, 1))
     assert x.shape == (3, 224, 224)
@@ -1197,8 +1195,9 @@ def test_a_reward_is_tried_on_pictures_like_the_runs(tmp_path, size):
 
 def test_a_siglip_reward_does_not_depend_on_the_other_prompts(tmp_path):
     """SigLIP sees padding: each prompt is padded to the same length, whatever stands beside it."""
-    from families import fast_tokenizer, vocab_size
     from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipProcessor
+
+    from tests.families import fast_tokenizer, vocab_size
     torch.manual_seed(0)
     shared = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     text = dict(shared, vocab_size=vocab_size(), max_position_embeddings=16, projection_size=16)
@@ -1343,7 +1342,7 @@ def test_dpo_takes_a_small_group(tmp_path, monkeypatch, pairs, each):
 
 def test_finished_run_says_so(run, capsys):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
         small_run(run)
     assert end.value.code == 0 and "finished" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
@@ -1391,10 +1390,10 @@ def test_evaluations_have_steps_and_batches_of_their_own(tmp_path):
 def test_dpo_with_lam_auto_also_trains_where_sampling_goes(tmp_path, monkeypatch):
     moments, honest = [], train_dpo.add_noise
 
-    def seen(x0, noise, t):
+    def capture(x0, noise, t):
         moments.append(t[:len(t) // 2])
         return honest(x0, noise, t)
-    monkeypatch.setattr(train_dpo, "add_noise", seen)
+    monkeypatch.setattr(train_dpo, "add_noise", capture)
     for lam in (0.05, "auto"):
         small_run(tmp_path / str(lam), train_dpo, lam=lam, groups=4, updates=1, timesteps=2, epochs=1, batch=64,
                   eval_every=0)
@@ -1446,7 +1445,7 @@ def test_nonfinite_steps_are_skipped_and_ten_stop_the_run(tmp_path, monkeypatch,
         calls.append(None)
         return honest(*args) * (float("nan") if len(calls) > 2 else 1)  # the first epoch is sound
     monkeypatch.setattr(train_awm, "awm_loss", broken)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
         small_run(tmp_path / "run", epochs=9, eval_every=0, batch=64)
     assert end.value.code == 2 and "ten steps" in capsys.readouterr().err
     lines = metrics(tmp_path / "run")
@@ -1459,7 +1458,7 @@ def test_nonfinite_steps_are_skipped_and_ten_stop_the_run(tmp_path, monkeypatch,
 
 def refuses(capsys, call, *words):
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
         call()
     printed = capsys.readouterr().err.splitlines()
     error = [line for line in printed if line.strip() and "%|" not in line]  # without progress bars
@@ -1769,9 +1768,9 @@ def test_detector_labels(capsys):
         ({0: "AI-generated image", 1: "Natural image"}, [1]),
         ({0: "Real", 1: "Synthetic", 2: "Deepfake, generated"}, [0]),
     ]:
-        assert flow.realism.real_labels("x", labels, None) == real
-    assert flow.realism.real_labels("x", {0: "LABEL_0", 1: "LABEL_1"}, "LABEL_1") == [1]
-    refuses(capsys, lambda: flow.realism.real_labels("x", {0: "fake", 1: "real"}, "typo"),
+        assert flow.judge.real_labels("x", labels, None) == real
+    assert flow.judge.real_labels("x", {0: "LABEL_0", 1: "LABEL_1"}, "LABEL_1") == [1]
+    refuses(capsys, lambda: flow.judge.real_labels("x", {0: "fake", 1: "real"}, "typo"),
             "--real-label typo", "fake, real")
     for labels in (
         {0: "LABEL_0", 1: "LABEL_1"},
@@ -1779,7 +1778,7 @@ def test_detector_labels(capsys):
         {0: "ai", 1: "fake"},
         {0: "real fake", 1: "fake"},
     ):
-        refuses(capsys, lambda: flow.realism.real_labels("x", labels, None),
+        refuses(capsys, lambda: flow.judge.real_labels("x", labels, None),
                 "--forensic x", labels[0], labels[1], "--real-label")
 
 

@@ -33,11 +33,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flow.cli import fail, parse
-from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, stratified
+from flow.cli import InputError, one_line_errors, parse
+from flow.distributed import local_slice
+from flow.draws import ROLLOUT, TRAINING, group_advantages, local_batches, noise_of, stratified
 from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, velocity
-from flow.processes import share
 from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally, tally_by_t
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
@@ -142,17 +142,18 @@ def awm_loss(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Tensor, adv
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip))
 
 
+@one_line_errors()
 def main(args: Args):
     """Train: roll out, score, update; evaluate and save now and then."""
     check_numbers(args)
     lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
     n, usable = args.groups * args.group, int(0.9 * args.steps)  # pictures an epoch; steps of the schedule that train
     if n % args.updates:
-        fail(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
+        raise InputError(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
     if args.timesteps > usable:
-        fail(f"--timesteps {args.timesteps}: more than the {usable} steps that --steps {args.steps} offers")
+        raise InputError(f"--timesteps {args.timesteps}: more than the {usable} steps that --steps {args.steps} offers")
     run = start_run("awm", args)
-    pipe, sigmas, own = run.pipe, run.sigmas, share(n)  # own: this process's pictures of an epoch
+    pipe, sigmas, own = run.pipe, run.sigmas, local_slice(n)  # own: this process's pictures of an epoch
 
     for prompts, g in epochs(run):
         # ---- rollout: `group` pictures of each prompt from the policy as it stands
@@ -170,7 +171,7 @@ def main(args: Args):
 
         # ---- the policy's velocities before this epoch's first update, for the updates after it
         v_old = torch.zeros(len(t) if args.updates > 1 else 0, *x0.shape[1:])
-        for b in [b for update in updates[1:] for b in own_batches(update, picture, own, args.batch)]:
+        for b in [b for update in updates[1:] for b in local_batches(update, picture, own, args.batch)]:
             xt_b = add_noise(x0[picture[b] - own.start], noise_of(run, TRAINING, b), t[b]).to(pipe.device)
             with torch.no_grad():
                 v_old[b] = velocity(pipe, xt_b, t[b], [prompts[i] for i in picture[b]]).cpu()
@@ -178,7 +179,7 @@ def main(args: Args):
         # ---- updates
         for u, update in enumerate(updates):
             sums = {}
-            for b in own_batches(update, picture, own, args.batch):
+            for b in local_batches(update, picture, own, args.batch):
                 prompts_b = [prompts[i] for i in picture[b]]
                 rows = x0[picture[b] - own.start], adv[picture[b]], noise_of(run, TRAINING, b), t[b]
                 x0_b, adv_b, noise_b, t_b = (a.to(pipe.device) for a in rows)

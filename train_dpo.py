@@ -37,11 +37,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from flow.cli import fail, parse
-from flow.draws import ROLLOUT, TRAINING, noise_of, own_batches, rounding
+from flow.cli import InputError, one_line_errors, parse
+from flow.distributed import local_slice
+from flow.draws import ROLLOUT, TRAINING, local_batches, noise_of, rounding
 from flow.evaluate import score
 from flow.pipeline import add_noise, integrate, training_levels, velocity
-from flow.processes import share
 from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally, tally_by_t
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
@@ -150,6 +150,7 @@ def best_and_worst(reward: Tensor, group: int, pairs: int) -> tuple[Tensor, Tens
     return order[:, :pairs].flatten(), order.flip(1)[:, :pairs].flatten()
 
 
+@one_line_errors()
 def main(args: Args):
     """Train: roll out, score, update; evaluate and save now and then."""
     check_numbers(args)
@@ -157,11 +158,11 @@ def main(args: Args):
     each = min(4, args.group // 2) if args.pairs is None else args.pairs
     n, pairs = args.groups * args.group, args.groups * each  # pictures and pairs an epoch
     if not 1 <= each <= args.group // 2:
-        fail(f"--pairs {each}: from 1 to {args.group // 2}, half of --group {args.group}")
+        raise InputError(f"--pairs {each}: from 1 to {args.group // 2}, half of --group {args.group}")
     if pairs % args.updates:
-        fail(f"--updates {args.updates}: must divide the epoch's {pairs} pairs (--groups x --pairs)")
+        raise InputError(f"--updates {args.updates}: must divide the epoch's {pairs} pairs (--groups x --pairs)")
     run = start_run("dpo", args)
-    pipe, sigmas, own = run.pipe, run.sigmas, share(n)  # own: this process's pictures of an epoch
+    pipe, sigmas, own = run.pipe, run.sigmas, local_slice(n)  # own: this process's pictures of an epoch
     levels = training_levels(pipe)  # all noise levels that are trained at
 
     for prompts, g in epochs(run):
@@ -184,7 +185,7 @@ def main(args: Args):
         # ---- updates
         for u, update in enumerate(updates):
             sums, told_apart = {}, differ[pair[update]].sum()  # rows whose pair differs in reward
-            for b in own_batches(update, w[pair], own, max(1, args.batch // 2)):
+            for b in local_batches(update, w[pair], own, max(1, args.batch // 2)):
                 prompts_b = [prompts[i] for i in w[pair[b]]] * 2
                 x0_b = x0[torch.cat([w[pair[b]], l[pair[b]]]) - own.start].to(pipe.device)  # (w and l, ...)
                 noise_b = torch.cat([noise_of(run, TRAINING, b)] * 2).to(pipe.device)

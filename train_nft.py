@@ -36,12 +36,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flow.cli import fail, parse
-from flow.draws import ROLLOUT, TRAINING, group_advantages, noise_of, own_batches, some_steps
+from flow.cli import InputError, one_line_errors, parse
+from flow.distributed import local_slice
+from flow.draws import ROLLOUT, TRAINING, group_advantages, local_batches, noise_of, random_steps
 from flow.evaluate import score
 from flow.lora import add_lora, use_adapter
 from flow.pipeline import add_noise, integrate, velocity
-from flow.processes import share
 from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally, tally_by_t
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
@@ -155,19 +155,20 @@ def old_policy(model: torch.nn.Module):
         use_adapter(model, "default")
 
 
+@one_line_errors()
 def main(args: Args):
     """Train: roll out, score, update; evaluate and save now and then."""
     check_numbers(args)
     lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
     n = args.groups * args.group  # pictures an epoch
     if n % args.updates:
-        fail(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
+        raise InputError(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
     if args.timesteps > args.steps:
-        fail(f"--timesteps {args.timesteps}: more than --steps {args.steps}")
+        raise InputError(f"--timesteps {args.timesteps}: more than --steps {args.steps}")
     if min(args.old_decay) < 0 or not args.old_decay[2] < 1:
-        fail(f"--old-decay {' '.join(map(str, args.old_decay))}: none below 0, and the last below 1")
+        raise InputError(f"--old-decay {' '.join(map(str, args.old_decay))}: none below 0, and the last below 1")
     run = start_run("nft", args)
-    pipe, sigmas, own = run.pipe, run.sigmas, share(n)  # own: this process's pictures of an epoch
+    pipe, sigmas, own = run.pipe, run.sigmas, local_slice(n)  # own: this process's pictures of an epoch
     old_params = add_lora(pipe.transformer, args.rank, args.seed, "old")  # of one seed: equal to the trained ones
     use_adapter(pipe.transformer, "default")
     for p, saved in zip(old_params, run.state["old"] if run.state else ()):
@@ -186,13 +187,13 @@ def main(args: Args):
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` moments
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)
-        t = sigmas[some_steps(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
+        t = sigmas[random_steps(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
         updates = torch.arange(len(t)).split(len(t) // args.updates)
 
         # ---- updates
         for u, update in enumerate(updates):
             sums = {}
-            for b in own_batches(update, picture, own, args.batch):
+            for b in local_batches(update, picture, own, args.batch):
                 prompts_b = [prompts[i] for i in picture[b]]
                 rows = x0[picture[b] - own.start], r[picture[b]], noise_of(run, TRAINING, b), t[b]
                 x0_b, r_b, noise_b, t_b = (a.to(pipe.device) for a in rows)

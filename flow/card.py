@@ -2,7 +2,7 @@
 import shlex
 from dataclasses import fields
 
-from flow.files import write_files
+from flow.cli import write_files
 
 
 def write_card(run):

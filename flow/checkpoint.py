@@ -15,12 +15,10 @@ from huggingface_hub import try_to_load_from_cache
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from flow.card import write_card
-from flow.cli import check_place, fail, make_dir, reason
-from flow.files import fingerprint, json_text, write_files
-from flow.lora import save_lora, swapped
+from flow.cli import InputError, check_place, fingerprint, json_text, make_dir, reason, write_files
+from flow.distributed import PROCESSES, RANK
+from flow.lora import base_dtype, save_lora, swapped
 from flow.pictures import plot_curves
-from flow.precision import base_dtype
-from flow.processes import PROCESSES, RANK
 from flow.rewards import without_questions
 
 # may differ when a run is resumed: these leave it bit for bit what it would be, and those but for rounding
@@ -70,7 +68,7 @@ def lock(out: Path):
     try:
         fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        fail(f"--out {out}: another process is at work there; give another --out")
+        raise InputError(f"--out {out}: another process is at work there; give another --out")
 
 
 def unlock():
@@ -96,27 +94,29 @@ def find_run(name: str, args, device: torch.device) -> tuple[Path, dict | None]:
         return out, None
     theirs = read_args(args_file, f"train_{name}.py") if args_file.exists() else None
     if theirs is None:
-        fail(f"--out {out}: {', '.join(found)} there is not of a run of train_{name}.py; give another --out")
+        raise InputError(f"--out {out}: {', '.join(found)} there is not of a run of train_{name}.py; give another "
+                         "--out")
     if theirs.get("format") != FORMAT:
-        fail(f"--out {out}: the run there was begun by an earlier version of this code, which computed advantages, "
-             "DPO's noise levels and --ema otherwise; finish it with that version, or give another --out")
+        raise InputError(f"--out {out}: the run there was begun by an earlier version of this code, which computed "
+                         "advantages, DPO's noise levels and --ema otherwise; finish it with that version, or give "
+                         "another --out")
     mine = {flag: value for flag, value in json.loads(json_text(asdict(args))).items() if flag != "out"}
     theirs = json.loads(json_text(asdict(type(args)()))) | theirs  # a flag that is newer than the run had its default
     differ = [f"--{flag.replace('_', '-')} ({theirs[flag]} there, {value} here)" for flag, value in mine.items()
               if flag not in FREE + NEARLY_FREE and theirs[flag] != value]
     if differ:
-        fail(f"--out {out}: holds a run with other args: {', '.join(differ)}; give another --out, or the same args "
-             "to resume it")
+        raise InputError(f"--out {out}: holds a run with other args: {', '.join(differ)}; give another --out, or the "
+                         "same args to resume it")
     check_inputs(out, args, theirs)
     if not (out / "checkpoint").is_dir() or not state_file.exists() and last_epoch(log) >= theirs["save_every"]:
-        fail(f"--out {out}: its checkpoint is gone; restore {state_file}, or give another --out")
+        raise InputError(f"--out {out}: its checkpoint is gone; restore {state_file}, or give another --out")
     lock(out)
     if not state_file.exists():
         print(f"{out}: holds no checkpoint yet; starts over")
         return out, None
     state = read_state(state_file, {"old": list} if name == "nft" else {})
     if state["epoch"] > args.epochs:
-        fail(f"--epochs {args.epochs}: the run in {out} has done {state['epoch']}")
+        raise InputError(f"--epochs {args.epochs}: the run in {out} has done {state['epoch']}")
     if state["epoch"] == args.epochs:
         print(f"{out}: this run is finished ({args.epochs} epochs); a larger --epochs goes on with it")
         sys.exit(0)
@@ -137,7 +137,8 @@ def check_inputs(out: Path, args, theirs: dict):
     changed = [f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag, value in inputs_of(args).items()
                if value is not None and theirs["inputs"].get(flag) not in (value, None)]
     if changed:
-        fail(f"--out {out}: {' and '.join(changed)} changed since the run began; restore it, or give another --out")
+        raise InputError(f"--out {out}: {' and '.join(changed)} changed since the run began; restore it, or give "
+                         "another --out")
 
 
 def read_args(file: Path, script: str) -> dict | None:
@@ -145,7 +146,7 @@ def read_args(file: Path, script: str) -> dict | None:
     try:
         args = json.loads(file.read_text())
     except (OSError, ValueError) as e:
-        fail(f"{file}: cannot be read ({reason(e)}); restore it, or give another --out")
+        raise InputError(f"{file}: cannot be read ({reason(e)}); restore it, or give another --out")
     known = {"script": str, "inputs": dict, "save_every": int, "epochs": int}
     ours = isinstance(args, dict) and all(isinstance(args.get(name), kind) for name, kind in known.items())
     return args if ours and args["script"] == script else None
@@ -160,7 +161,7 @@ def check_log(log: Path, size: int):
         if not all(isinstance(json.loads(line), dict) for line in content[:size].splitlines()):
             raise ValueError("a line is no JSON object")
     except (OSError, ValueError) as e:
-        fail(f"{log}: cannot be read ({reason(e)}); restore it, or give another --out")
+        raise InputError(f"{log}: cannot be read ({reason(e)}); restore it, or give another --out")
 
 
 def last_epoch(log: Path) -> int:
@@ -189,7 +190,7 @@ def read_state(file: Path, more: dict[str, type]) -> dict:
     except Exception as e:  # torch and zipfile raise what their readers raise
         why = type(e).__name__
     if why:
-        fail(f"{file}: cannot be read ({why}); restore it, or give another --out")
+        raise InputError(f"{file}: cannot be read ({why}); restore it, or give another --out")
     return state
 
 
@@ -205,12 +206,12 @@ def open_folder(run):
     the checkpoint does not know are written anew."""
     args_file = run.out / "args.json"
     if run.began != args_file.exists():
-        fail(f"--out {run.out}: another process has been at work there; give another --out")
+        raise InputError(f"--out {run.out}: another process has been at work there; give another --out")
     make_dir(run.out / "checkpoint", "--out")
     make_dir(run.out / "samples", "--out")
     lock(run.out)
     args = {flag: value for flag, value in asdict(run.args).items() if flag != "out"}
-    here = machine(run.pipe.seam.device)
+    here = machine(run.pipe.flow.device)
     first, resumed_on, known = here, [], {}
     if run.state:
         known = json.loads(args_file.read_text())
@@ -220,7 +221,7 @@ def open_folder(run):
     run.wandb_id = known.get("wandb_id") or (uuid.uuid4().hex[:8] if run.args.wandb else None)
     recorded = {"script": f"train_{run.name}.py", "format": FORMAT, **args, **first, "resumed_on": resumed_on,
                 "wandb_id": run.wandb_id, "inputs": inputs_of(run.args),
-                "max_sequence_length": run.pipe.seam.settings.get("max_sequence_length")}
+                "max_sequence_length": run.pipe.flow.settings.get("max_sequence_length")}
     write_files({args_file: json.dumps(recorded, indent=2) + "\n"})
     with open(run.out / "metrics.jsonl", "a") as log:
         log.truncate(run.state["log_bytes"] if run.state else 0)
@@ -239,7 +240,8 @@ def resume(run):
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # an optimizer's state of another form
             fits = False
         if not fits:
-            fail(f"{run.out}/checkpoint/state.pt: does not fit the model; restore it, or give another --out")
+            raise InputError(f"{run.out}/checkpoint/state.pt: does not fit the model; restore it, or give another "
+                             "--out")
         set_peft_model_state_dict(run.pipe.transformer, saved)
         for average, saved in zip(run.ema or (), run.state.get("ema") or ()):
             average.copy_(saved)

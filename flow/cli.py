@@ -1,5 +1,8 @@
 """The command line and its errors: flags and files read, files written, and one line where something is wrong."""
+import contextlib
 import errno
+import hashlib
+import json
 import math
 import os
 import re
@@ -21,13 +24,26 @@ MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, 
         "judge_timeout": 86_400}
 
 
-def fail(message: str):
-    """End the process with one line on stderr and exit code 2: the user's input is wrong, nothing was overwritten."""
+class InputError(Exception):
+    """The user's input is wrong: a flag, a file. The message says which one and what to do; nothing was overwritten."""
+
+
+def exit_with(message):
+    """End the process with one line on stderr and exit code 2."""
     message = re.sub(r"\S{200,}", lambda name: f"{name[0][:60]}...{name[0][-60:]}", " ".join(str(message).split()))
     if os.environ.get("RANK", "0") != "0":
         time.sleep(2)  # of processes that fail alike only the first speaks: torchrun then ends the others
     tqdm.write(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """For a script's main: an InputError inside ends the process with its message in one line and exit code 2."""
+    try:
+        yield
+    except InputError as e:
+        exit_with(e)
 
 
 def reason(error: Exception) -> str:
@@ -56,7 +72,7 @@ def excepthook(kind, error, trace):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)  # a shell shows that as 130
     elif issubclass(kind, OSError) and error.errno in FULL:
-        fail(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); what was saved before is whole")
+        exit_with(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); what was saved before is whole")
     else:
         sys.__excepthook__(kind, error, trace)
     if kind.__name__ == "OutOfMemoryError":
@@ -82,51 +98,38 @@ def check_flags(args, least: dict[str, float]):
     for flag, value in vars(args).items():
         name = f"--{flag.replace('_', '-')}"
         if "" in (value if isinstance(value, tuple) else [value]):
-            fail(f"{name} '': is empty; give a value, or leave the flag out")
+            raise InputError(f"{name} '': is empty; give a value, or leave the flag out")
         if isinstance(value, (int, float)):
             if value != value or value in (math.inf, -math.inf):
-                fail(f"{name} {value}: must be a finite number")
+                raise InputError(f"{name} {value}: must be a finite number")
             if value < least.get(flag, value):
-                fail(f"{name} {value}: must be at least {least[flag]:g}")
+                raise InputError(f"{name} {value}: must be at least {least[flag]:g}")
             if value > MOST.get(flag, value):
-                fail(f"{name} {value}: must be at most {MOST[flag]}")
+                raise InputError(f"{name} {value}: must be at most {MOST[flag]}")
 
 
 def check_model(flag: str, name: str, or_else: str = ""):
     """End the process if `name` is no folder and cannot be a hub id either: to ask the hub would take a minute."""
     if not name or not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
-        fail(f"{flag} {name or repr('')}: there is no such folder; give {or_else}a folder or a hub id")
+        raise InputError(f"{flag} {name or repr('')}: there is no such folder; give {or_else}a folder or a hub id")
 
 
 def cannot_load(flag: str, name: str, error: Exception, needs: tuple[str, ...] = ()):
     """End the process: why a model cannot be loaded, and what to do. `needs`: the hub ids behind a short name."""
     if isinstance(error, ImportError):  # Qwen-VL's processor also reads videos, for which it wants torchvision
-        fail(f"{flag} {name}: needs a package that is not installed: {str(error).strip()[:200]} "
-             "(for torch 2.13: pip install torchvision==0.28.0)")
+        raise InputError(f"{flag} {name}: needs a package that is not installed: {str(error).strip()[:200]} (for "
+                         "torch 2.13: pip install torchvision==0.28.0)")
     why = f"{flag} {name}: cannot be loaded ({type(error).__name__}: {reason(error.__cause__ or error)[:90]})"
     if Path(name).is_dir():
-        fail(f"{why}; the folder is of another kind of model, or broken")
+        raise InputError(f"{why}; the folder is of another kind of model, or broken")
     away = f"`hf download {name} --local-dir DIR` elsewhere and give {flag} DIR"
     if needs:
         away = "copy $HF_HOME from a machine that has them"
-    fail(f"{why}; it needs {' and '.join(dict.fromkeys(needs or (name,)))} from huggingface.co: if gated, accept the "
-         f"licence there and `hf auth login`; if offline, {away}")
+    raise InputError(f"{why}; it needs {' and '.join(dict.fromkeys(needs or (name,)))} from huggingface.co: if "
+                     f"gated, accept the licence there and `hf auth login`; if offline, {away}")
 
 
 # ---------------------------------------------------------------- files and folders
-
-def read_prompts(path: str, flag: str) -> list[str]:
-    """The non-empty lines of a text file; a missing or empty one ends the process, naming `flag`."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        hint = "; the defaults are for the repository's folder" if path.startswith("tiny/") else ""
-        fail(f"{flag} {path}: cannot be read ({e}){hint}")
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        fail(f"{flag} {path}: holds no prompt; one a line")
-    return prompts
-
 
 def check_place(path: str | Path, flag: str, files: tuple = (), folders: tuple = ()):
     """End the process if a folder cannot be made or written to, or if what is to be a file or a folder in it is of
@@ -135,15 +138,15 @@ def check_place(path: str | Path, flag: str, files: tuple = (), folders: tuple =
     try:
         there = next(part for part in (place, *place.absolute().parents) if part.exists() or part.is_symlink())
         if not there.is_dir():
-            fail(f"{flag} {path}: {there} is no folder; give another {flag}")
+            raise InputError(f"{flag} {path}: {there} is no folder; give another {flag}")
         if not os.access(there, os.W_OK | os.X_OK):
-            fail(f"{flag} {path}: {there} cannot be written to; give another {flag}")
+            raise InputError(f"{flag} {path}: {there} cannot be written to; give another {flag}")
         for names, is_right, kind in ((files, Path.is_file, "file"), (folders, Path.is_dir, "folder")):
             for part in (place / name for name in names):
                 if (part.exists() or part.is_symlink()) and not is_right(part):
-                    fail(f"{flag} {path}: {part} is no {kind}; move it, or give another {flag}")
+                    raise InputError(f"{flag} {path}: {part} is no {kind}; move it, or give another {flag}")
     except OSError as e:  # a name that is too long, for one
-        fail(f"{flag} {path}: cannot be written to ({e.strerror})")
+        raise InputError(f"{flag} {path}: cannot be written to ({e.strerror})")
 
 
 def make_dir(path: str, flag: str) -> Path:
@@ -155,5 +158,56 @@ def make_dir(path: str, flag: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as e:
-        fail(f"{flag} {path}: cannot be written to ({e.strerror})")
+        raise InputError(f"{flag} {path}: cannot be written to ({e.strerror})")
     return Path(path)
+
+
+# ---------------------------------------------------------------- files written whole
+
+def json_text(value, indent: int | None = None) -> str:
+    """JSON, in which a number that is not finite is null: JSON has none."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(value, indent=indent)
+
+
+def write_files(contents: dict[Path, bytes | str]):
+    """Write files under temporary names, then rename them: a kill leaves each as it was or as it is to be. A full disk
+    ends the process with all of them as they were."""
+    own = os.environ.get("RANK", "0")  # of several processes that write the same
+    temporary = {file: file.with_name(f".{file.name}.{own}.tmp") for file in contents}
+    try:
+        for file, content in contents.items():
+            temporary[file].write_bytes(content if isinstance(content, bytes) else content.encode())
+        for file in contents:
+            temporary[file].replace(file)
+    except OSError as e:
+        for left in temporary.values():
+            with contextlib.suppress(OSError):
+                left.unlink()
+        raise InputError(f"{file}: cannot be written ({e.strerror}); make room and run the same command again")
+
+
+def append(file: Path, text: str):
+    """Add to a log. A full disk ends the process with the log as it was."""
+    size = file.stat().st_size if file.exists() else 0
+    try:
+        with open(file, "a", encoding="utf-8") as log:
+            log.write(text)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.truncate(file, size)
+        raise InputError(f"{file}: cannot be written ({e.strerror}); make room and run the same command again")
+
+
+def fingerprint(path: str) -> str | None:
+    """A hash of a file or a folder's files: names, sizes and up to a megabyte from all over each. None of a hub id."""
+    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    digest = hashlib.sha256()
+    for file in filter(Path.is_file, files):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}".encode())
+        with open(file, "rb") as opened:
+            for start in range(0, size, max(2**16, size // 16)):
+                opened.seek(start)
+                digest.update(opened.read(2**16))
+    return digest.hexdigest()[:16] if Path(path).exists() else None

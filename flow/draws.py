@@ -6,8 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flow.cli import fail, read_prompts
+from flow.cli import InputError
 from flow.pipeline import draw_noise
+from flow.prompts import read_prompts
 
 PROMPTS, EPOCH, ROLLOUT, TRAINING = range(4)  # what a generator is for
 
@@ -29,7 +30,7 @@ def draw_prompts(args) -> tuple[list[str], list[str]]:
     ones."""
     prompts, held_out = read_prompts(args.prompts, "--prompts"), read_prompts(args.eval_prompts, "--eval-prompts")
     if args.groups > len(prompts):
-        fail(f"--groups {args.groups}: more than the {len(prompts)} prompts in {args.prompts}")
+        raise InputError(f"--groups {args.groups}: more than the {len(prompts)} prompts in {args.prompts}")
     n = args.epochs * args.groups
     passes = range(n // len(prompts) + 1)
     shuffles = [torch.randperm(len(prompts), generator=rng(args.seed, PROMPTS, i)) for i in passes]
@@ -64,12 +65,12 @@ def stratified(n: int, strata: int, usable: int, g: torch.Generator) -> Tensor:
     return bounds[:-1] + (torch.rand(n, strata, generator=g) * (bounds[1:] - bounds[:-1])).long()
 
 
-def some_steps(n: int, k: int, steps: int, g: torch.Generator) -> Tensor:
+def random_steps(n: int, k: int, steps: int, g: torch.Generator) -> Tensor:
     """k of the schedule's steps, all different and each as likely, for each of n pictures: (n, k) long."""
     return torch.rand(n, steps, generator=g).argsort(1)[:, :k]
 
 
-def own_batches(rows: Tensor, picture: Tensor, own: slice, batch: int) -> list[Tensor]:
+def local_batches(rows: Tensor, picture: Tensor, own: slice, batch: int) -> list[Tensor]:
     """Of an update's rows, those whose picture (one a row) is among this process's own, so many at once."""
     rows = rows[(picture[rows] >= own.start) & (picture[rows] < own.stop)]
     return list(rows.split(batch)) if len(rows) else []

@@ -3,17 +3,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flow.distributed import RANK, all_gather_tensor, gather_tensor, local_slice, mark_peak, to_cpu
 from flow.log import log_picture, write_line
 from flow.lora import swapped
-from flow.memory import mark_peak, to_cpu
 from flow.pictures import middle_frames, save_grid, to_bytes
 from flow.pipeline import decode, decode_size, draw_noise, integrate, schedule
-from flow.processes import RANK, gather, gather_first, share
 
 
 def decoded(run, x0: Tensor, prompts: list[str]):
     """Latents (n, ...) as pictures and each part's rewards (parts, n), 16 megapixels at a time: (pictures, rewards)."""
-    most = max(1, 16 * 3 * 2**20 // int(np.prod(run.pipe.seam.picture)))
+    most = max(1, 16 * 3 * 2**20 // int(np.prod(run.pipe.flow.picture)))
     size = max(decode_size(run.pipe), most - most % decode_size(run.pipe))
     for i in torch.arange(len(x0)).split(size):
         pictures = decode(run.pipe, x0[i])
@@ -29,7 +28,7 @@ def parts_of(run, scores: Tensor) -> dict[str, Tensor]:
 def score(run, x0: Tensor, prompts: list[str]) -> Tensor:
     """The rewards (n,) of all processes' pictures: each decodes and scores those of its own latents x0 (share, ...)."""
     mark_peak(run, "rollout")
-    scores = gather(torch.cat([scores for _, scores in decoded(run, x0, prompts)], 1).T).T  # (parts, n)
+    scores = all_gather_tensor(torch.cat([scores for _, scores in decoded(run, x0, prompts)], 1).T).T  # (parts, n)
     mark_peak(run, "reward")
     run.parts = parts_of(run, scores)
     return run.reward.weighted(scores)
@@ -43,7 +42,7 @@ def saturation(pictures: Tensor) -> Tensor:
 
 def evaluate(run, epoch: int):
     """Held-out prompts, the same noise for every run and seed: eval_* numbers to the log, pictures to samples/."""
-    args, pipe, own = run.args, run.pipe, share(run.args.eval_n)
+    args, pipe, own = run.args, run.pipe, local_slice(run.args.eval_n)
     prompts = run.eval_prompts[own]
     noise = draw_noise(pipe, len(prompts), [torch.Generator().manual_seed(seed) for seed in range(args.eval_n)[own]])
     with swapped(run.params, run.ema):
@@ -52,7 +51,8 @@ def evaluate(run, epoch: int):
     chunks = [(to_bytes(pictures), scores.T, saturation(pictures)) for pictures, scores in decoded(run, x0, prompts)]
     pictures, scores, colour = map(torch.cat, zip(*chunks))
     mark_peak(run, "evaluate")
-    pictures, scores, colour, ratios = gather_first(pictures), gather(scores).T, gather(colour), gather(ratios)
+    pictures, scores = gather_tensor(pictures), all_gather_tensor(scores).T
+    colour, ratios = all_gather_tensor(colour), all_gather_tensor(ratios)
     if RANK > 0:
         return
     reward, steps = run.reward.weighted(scores), ratios.mean(0)

@@ -4,9 +4,8 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from flow.cli import fail
-from flow.files import append, json_text
-from flow.processes import RANK
+from flow.cli import InputError, append, json_text
+from flow.distributed import RANK
 
 
 def write_line(run, line: dict):
@@ -45,7 +44,7 @@ def check_wandb(args):
         if args.wandb:
             import wandb  # noqa: F401 - no requirement, and slow to import
     except ImportError:
-        fail("--wandb: needs a package that is not installed: pip install wandb")
+        raise InputError("--wandb: needs a package that is not installed: pip install wandb")
 
 
 def start_wandb(run):

@@ -1,4 +1,5 @@
 """LoRA on a diffusers transformer: its places are found, not listed; in and out in diffusers' own format."""
+import importlib.util
 import json
 import logging
 import re
@@ -15,8 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save
 
-from flow.cli import fail, make_dir, reason
-from flow.files import write_files
+from flow.cli import InputError, make_dir, reason, write_files
 
 NAME = "pytorch_lora_weights.safetensors"  # diffusers'
 
@@ -127,15 +127,15 @@ def check_lora(folder: str):
     """End the process, before a model is loaded, if a folder holds no LoRA that can be read."""
     file = Path(folder) / NAME
     if Path(folder).is_file():
-        fail(f"--lora {folder}: is a file; give the folder that holds it, {Path(folder).parent}")
+        raise InputError(f"--lora {folder}: is a file; give the folder that holds it, {Path(folder).parent}")
     if not file.is_file():
-        fail(f"--lora {folder}: holds no {NAME}; a run keeps it in its lora/ folder")
+        raise InputError(f"--lora {folder}: holds no {NAME}; a run keeps it in its lora/ folder")
     try:
         with safe_open(file, "pt") as opened:
             if not all(opened.get_tensor(name).isfinite().all() for name in opened.keys()):
                 raise ValueError("it holds numbers that are not finite")
     except Exception as e:  # safetensors has errors of its own
-        fail(f"--lora {folder}: {NAME} cannot be read ({reason(e)})")
+        raise InputError(f"--lora {folder}: {NAME} cannot be read ({reason(e)})")
 
 
 def load_lora(pipe, folder: str, model: str, scale: float = 1.0):
@@ -162,14 +162,14 @@ def load_lora(pipe, folder: str, model: str, scale: float = 1.0):
         if len(ours) == len(names) != len(weights):
             raise ValueError(f"it has {len(names)} tensors, of which {len(weights)} have a place")
     except Exception as e:  # of another rank, model or library: peft, diffusers and safetensors each raise their own
-        fail(f"--lora {folder}: does not fit --model {model} ({misfit(e)})")
+        raise InputError(f"--lora {folder}: does not fit --model {model} ({lora_mismatch(e)})")
     finally:
         diffusers.utils.logging.set_verbosity_error()
     for layer in lora_layers(pipe.transformer):
         layer.scale_layer(scale)
 
 
-def misfit(error: Exception) -> str:
+def lora_mismatch(error: Exception) -> str:
     """Why a LoRA does not fit, in a line, out of the libraries' many."""
     sizes = re.search(r"size mismatch for (\S+?)\.lora_\S+ .*?Size\((.*?)\).*?Size\((.*?)\)", str(error))
     if sizes:
@@ -177,3 +177,50 @@ def misfit(error: Exception) -> str:
     if "inconsistency" in str(error):  # peft's, of places
         return "it is of another pipeline, or lacks some of its tensors"
     return reason(error)[:150]
+
+
+# ---------------------------------------------------------------- precision
+
+PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}  # --quantize, and the optional package that does it
+
+
+def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
+    """diffusers' configuration for a transformer of int8 or nf4 weights; its matrix products are in bf16 or fp32."""
+    if kind == "none":
+        return None
+    if kind not in PACKAGES:
+        raise InputError(f"--quantize {kind}: none, int8 or nf4")
+    if importlib.util.find_spec(PACKAGES[kind]) is None:
+        raise InputError(f"--quantize {kind}: needs a package that is not installed: pip install {PACKAGES[kind]}")
+    if kind == "nf4" and not torch.cuda.is_available():
+        raise InputError("--quantize nf4: needs a GPU; int8 does without")
+    if kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig  # an optional package
+        config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        config = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                              bnb_4bit_compute_dtype=torch.bfloat16)
+    return diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": config})
+
+
+def base_dtype(device: torch.device) -> torch.dtype:
+    """Of the frozen transformer and the text encoders: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def use_autocast(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype):
+    """An fp32 LoRA on a bf16 base: products in bf16. What diffusers keeps in fp32 stays out of it."""
+    if dtype == torch.float32:
+        return
+    transformer.forward = torch.autocast(device.type, dtype)(transformer.forward)
+    for name, part in transformer.named_modules():
+        if set(name.split(".")) & set(transformer._keep_in_fp32_modules or ()):
+            part.forward = torch.autocast(device.type, enabled=False)(part.forward)
+
+
+def use_fast_kernels(vae: torch.nn.Module | None):
+    """TF32 for what is in fp32 on a GPU, and convolutions of pictures in the layout that they are fastest in."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    for layer in vae.modules() if vae is not None else ():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)

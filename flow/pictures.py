@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from flow.cli import fail, make_dir, progress, reason
-from flow.files import json_text, write_files
+from flow.cli import InputError, json_text, make_dir, progress, reason, write_files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # a folder's files that are pictures
 
@@ -77,11 +76,12 @@ def earlier_samples(out: str) -> list[Path]:
         rows = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
         names = {Path(row["file"]).stem for row in rows if isinstance(row["prompt"], str)}
     except (OSError, ValueError, KeyError, TypeError) as e:
-        fail(f"--out {out}: its samples.jsonl is not as sample.py writes it ({reason(e)}); give another --out")
+        raise InputError(f"--out {out}: its samples.jsonl is not as sample.py writes it ({reason(e)}); give another "
+                         "--out")
     taken = [*folder.glob("[0-9]" * 5 + ".*"), *([] if listed.exists() else folder.glob("grid.*"))]
     strange = sorted(file.name for file in taken if file.stem not in names)
     if strange:
-        fail(f"--out {out}: {strange[0]} there was not written by sample.py; give another --out")
+        raise InputError(f"--out {out}: {strange[0]} there was not written by sample.py; give another --out")
     return taken
 
 
@@ -105,7 +105,7 @@ def read_folder(folder: str, plain: bool = False) -> list[dict]:
     rows, row = [], {}
     listed = Path(folder) / "samples.jsonl"
     if not Path(folder).is_dir():
-        fail(f"{folder}: there is no such folder")
+        raise InputError(f"{folder}: there is no such folder")
     try:
         if plain and not listed.exists():
             found = sorted(p.name for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
@@ -121,9 +121,9 @@ def read_folder(folder: str, plain: bool = False) -> list[dict]:
                          "file": f"{folder}/{row['file']}", "hash": hashlib.sha256(content).hexdigest()})
     except (OSError, ValueError, KeyError, TypeError, SyntaxError) as e:  # SyntaxError: PIL's for a broken PNG
         name = f"{folder}/{row.get('file', 'samples.jsonl')}"
-        fail(f"{name}: cannot be read, as sample.py writes it ({type(e).__name__}: {reason(e)})")
+        raise InputError(f"{name}: cannot be read, as sample.py writes it ({type(e).__name__}: {reason(e)})")
     if not rows:
-        fail(f"{folder}: holds no picture")
+        raise InputError(f"{folder}: holds no picture")
     seen = Counter()
     for row in rows:  # a prompt and seed that come again are told apart by their order
         seen[row["key"]] += 1

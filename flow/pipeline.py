@@ -28,26 +28,24 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from flow.cli import cannot_load, check_model, fail, progress, quiet_libraries, reason
-from flow.encodings import encode_each
-from flow.lora import merged
-from flow.precision import base_dtype, quantization, use_autocast, use_fast_kernels
-from flow.processes import shard
-from flow.seam import (
+from flow.cli import InputError, cannot_load, check_model, progress, quiet_libraries, reason
+from flow.distributed import shard
+from flow.intercept import (
     EULER,
-    Seen,
+    Captured,
     call,
+    capture,
     guided,
     latents_of,
-    listening,
-    pinned,
+    patched,
     prepare,
     replace_scheduler,
-    seen,
-    telling,
-    told,
+    timestep_inputs,
+    transformer_inputs_hook,
+    with_timesteps,
 )
-from flow.text import batches, own_settings, remember_prompts, same, text_encoders
+from flow.lora import base_dtype, merged, quantization, use_autocast, use_fast_kernels
+from flow.prompts import batches, encode_each, own_settings, remember_prompts, same, text_encoders
 from normguard import norm_ratio, reference, renormalize
 
 PAIR = ["a grey cat", "a grey dog"]  # prompts of one length, to try a pipeline on
@@ -70,6 +68,8 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
     try:
         check_parts(model, diffusers.DiffusionPipeline.load_config(model))
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options)
+    except InputError:
+        raise
     except Exception as e:  # no network, a gated repository, a broken file: each library raises its own
         cannot_load("--model", model, e)
     probe = shallow_copy(pipe.transformer)
@@ -98,27 +98,29 @@ def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = 
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"device": device, "_execution_device": device})
     takes = inspect.signature(type(pipe).__call__).parameters
     if frames and not takes.keys() & {"num_frames", "frames"}:
-        fail(f"--frames {frames}: --model {model} is a {type(pipe).__name__}, which makes no videos")
-    pipe.seam = SimpleNamespace(
+        raise InputError(f"--frames {frames}: --model {model} is a {type(pipe).__name__}, which makes no videos")
+    pipe.flow = SimpleNamespace(
         device=device, takes=takes, settings=own_settings(pipe, takes, size, frames), encoders=encoders, fake=fake,
         scheduler=replace_scheduler(pipe, model), inverted=bool(pipe.scheduler.config.get("invert_sigmas")), clock=None,
-        in_one_go=None, probe=probe, one_by_one={}, rows={}, last={}, shapes={}, timesteps={}, told={}, prepared={})
+        in_one_go=None, probe=probe, one_by_one={}, rows={}, last={}, shapes={}, timesteps={},
+        timestep_inputs={}, prepared={})
     if hasattr(pipe, "encode_prompt"):
         remember_prompts(pipe)
     try:
         learn(pipe)
-    except torch.OutOfMemoryError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # a pipeline's own words for what it lacks or cannot do
         flags = f"--model {model}" + f" --size {size}" * bool(size) + f" --frames {frames}" * bool(frames)
         kind = ", an image-to-image pipeline," if "image" in takes and not size else ""
         at = traceback.extract_tb(e.__traceback__)[-1]
         why = f"{type(e).__name__}: {reason(e)}; {Path(at.filename).name}:{at.lineno}"
-        fail(f"{flags}: {type(pipe).__name__}{kind} cannot draw that, given a prompt ({why})")
-    if size and pipe.seam.picture[-2:] != (size, size):
-        fail(f"--size {size}: {type(pipe).__name__} makes it {pipe.seam.picture[-1]}x{pipe.seam.picture[-2]}")
-    if frames and pipe.seam.picture[0] != frames:
-        fail(f"--frames {frames}: {type(pipe).__name__} makes it {pipe.seam.picture[0]}")
+        raise InputError(f"{flags}: {type(pipe).__name__}{kind} cannot draw that, given a prompt ({why})")
+    if size and pipe.flow.picture[-2:] != (size, size):
+        raise InputError(f"--size {size}: {type(pipe).__name__} makes it "
+                         f"{pipe.flow.picture[-1]}x{pipe.flow.picture[-2]}")
+    if frames and pipe.flow.picture[0] != frames:
+        raise InputError(f"--frames {frames}: {type(pipe).__name__} makes it {pipe.flow.picture[0]}")
     return pipe
 
 
@@ -126,18 +128,18 @@ def check_parts(model: str, config: dict):
     """End the process, before weights are loaded, if a model_index.json does not name one denoiser, a transformer."""
     has = [name for name in ("transformer", "transformer_2", "unet", "prior") if (config.get(name) or [None])[0]]
     if has != ["transformer"]:
-        fail(f"--model {model}: is a {config['_class_name']} with {' and '.join(has) or 'no denoiser'}; "
-             "it takes a flow-matching pipeline with one transformer")
+        raise InputError(f"--model {model}: is a {config['_class_name']} with {' and '.join(has) or 'no denoiser'}; "
+                         "it takes a flow-matching pipeline with one transformer")
 
 
 @torch.no_grad()
 def learn(pipe):
-    """Find out by calling the pipeline, into pipe.seam: what keeps it from guidance, its latents, its noise levels and
+    """Find out by calling the pipeline, into pipe.flow: what keeps it from guidance, its latents, its noise levels and
     how its transformer is told them, whether samples of a batch are as each alone, and its pictures' shape."""
     def see(v, x, i):
         """The latents in the scheduler's layout."""
-        raise Seen(x)
-    seam, rows = pipe.seam, []
+        raise Captured(x)
+    seam, rows = pipe.flow, []
     scales = [seam.takes["guidance_scale"].default, 1.0, 0.0] if "guidance_scale" in seam.takes else [None]
     for scale in scales:
         seam.unguided = {} if scale is None else {"guidance_scale": scale}
@@ -147,10 +149,10 @@ def learn(pipe):
                 for prompt in ("", *PAIR):
                     call(pipe, [prompt], levels=torch.zeros(1))
                 if seam.in_one_go is None:
-                    seen(lambda: call(pipe, TRY, levels=torch.zeros(1)))
+                    capture(lambda: call(pipe, TRY, levels=torch.zeros(1)))
             levels = schedule(pipe, 1000)
-            with listening(pipe, lambda given: rows.append(len(latents_of(given)))):
-                x = seen(lambda: call(pipe, [""], levels=torch.tensor([levels[0], 0.0]), step=see))
+            with transformer_inputs_hook(pipe, lambda given: rows.append(len(latents_of(given)))):
+                x = capture(lambda: call(pipe, [""], levels=torch.tensor([levels[0], 0.0]), step=see))
         except (TypeError, ValueError):
             if scale == scales[-1]:
                 raise
@@ -162,7 +164,7 @@ def learn(pipe):
     if levels[0] > 1.001:
         raise ValueError(f"its noise levels reach {levels[0]:g}; a rectified flow's end at 1")
     seam.latents = tuple(x.shape[1:])
-    one, other = (told(pipe, level) for level in levels[[100, 700]].tolist())
+    one, other = (timestep_inputs(pipe, level) for level in levels[[100, 700]].tolist())
     seam.clock = [name for name, value in one.items() if torch.is_tensor(value) and not same(value, other[name])]
 
     seam.one_by_one = {None: not holds_in_batches(pipe)}
@@ -195,11 +197,11 @@ def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
 def holds_in_batches(pipe, guidance: float | None = None) -> bool:
     """Are the velocities of two samples the same together as each alone? If they are not, batches are of one. Asked of
     an fp32 copy of a few blocks, where what is not the same cannot pass for the rounding of bf16."""
-    if pipe.seam.fake:
+    if pipe.flow.fake:
         return True  # on trust
-    device, pair = pipe.seam.device, PAIR if len(batches(pipe, PAIR, 2)) == 1 else PAIR[:1] * 2  # of one length
+    device, pair = pipe.flow.device, PAIR if len(batches(pipe, PAIR, 2)) == 1 else PAIR[:1] * 2  # of one length
     x = draw_noise(pipe, 2, torch.Generator().manual_seed(0)).to(device)
-    pipe.seam.probe = pipe.seam.probe or shallow_copy(pipe.transformer)
+    pipe.flow.probe = pipe.flow.probe or shallow_copy(pipe.transformer)
 
     def in_fp32(given):
         """What the transformer is given, in the copy's precision."""
@@ -210,8 +212,8 @@ def holds_in_batches(pipe, guidance: float | None = None) -> bool:
     try:
         for backend in backends:
             backend.allow_tf32 = False
-        with pinned(pipe, transformer=pipe.seam.probe.to(device)), pinned(pipe.seam, told={}, prepared={}):
-            with listening(pipe, in_fp32):
+        with patched(pipe, transformer=pipe.flow.probe.to(device)), patched(pipe.flow, timestep_inputs={}, prepared={}):
+            with transformer_inputs_hook(pipe, in_fp32):
                 for t in torch.tensor([[0.9, 0.4], [0.4, 0.4]]):
                     v = velocity(pipe, x, t, pair, guidance)
                     alone = [velocity(pipe, x[i:i + 1], t[i:i + 1], pair[i:i + 1], guidance) for i in range(2)]
@@ -226,7 +228,7 @@ def holds_in_batches(pipe, guidance: float | None = None) -> bool:
     finally:
         for backend, allowed in zip(backends, tf32):
             backend.allow_tf32 = allowed
-        pipe.seam.probe.to("cpu")
+        pipe.flow.probe.to("cpu")
 
 
 # ---------------------------------------------------------------- what the scripts call
@@ -236,21 +238,21 @@ def encode_prompts(pipe, prompts: list[str], guidance: float | None = None, stor
     folder `store` the encodings are kept on disk, where a later run finds them. What a guidance embedding is told
     belongs to the model: from now on it is told that in every call."""
     if guidance is not None and pipe.transformer.config.get("guidance_embeds"):
-        pipe.seam.unguided = guided(pipe, guidance)
+        pipe.flow.unguided = guided(pipe, guidance)
     if hasattr(pipe, "encode_prompt"):
-        encode_each(pipe, ["", *PAIR, *prompts], CHUNK if pipe.seam.in_one_go else 1, guidance, store)
+        encode_each(pipe, ["", *PAIR, *prompts], CHUNK if pipe.flow.in_one_go else 1, guidance, store)
     if guidance is not None:
-        pipe.seam.one_by_one[guidance] = not holds_in_batches(pipe, guidance)
-    pipe.seam.probe = None  # it has served
-    if pipe.seam.device.type == "cuda":
+        pipe.flow.one_by_one[guidance] = not holds_in_batches(pipe, guidance)
+    pipe.flow.probe = None  # it has served
+    if pipe.flow.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def schedule(pipe, steps: int) -> Tensor:
     """The pipeline's own noise levels for so many steps, with its own shift: (steps + 1,), from 1 down to 0."""
-    levels, timesteps = seen(lambda: call(pipe, [""], steps=steps))
-    levels = 1 - levels if pipe.seam.inverted else levels
-    pipe.seam.timesteps.update(zip(levels.tolist(), timesteps.tolist()))
+    levels, timesteps = capture(lambda: call(pipe, [""], steps=steps))
+    levels = 1 - levels if pipe.flow.inverted else levels
+    pipe.flow.timesteps.update(zip(levels.tolist(), timesteps.tolist()))
     return levels
 
 
@@ -259,9 +261,9 @@ def training_levels(pipe) -> Tensor:
     the scheduler's fixed shift; unshifted where the shift depends on the size of the picture."""
     scheduler = EULER.from_config(pipe.scheduler.config)
     levels, timesteps = scheduler.sigmas, scheduler.timesteps
-    if pipe.seam.inverted:
+    if pipe.flow.inverted:
         timesteps = scheduler.config.num_train_timesteps - timesteps
-    pipe.seam.timesteps.update(zip(levels.tolist(), timesteps.tolist()))
+    pipe.flow.timesteps.update(zip(levels.tolist(), timesteps.tolist()))
     return levels
 
 
@@ -269,13 +271,13 @@ def draw_noise(pipe, n: int, generator: torch.Generator | list[torch.Generator])
     """(n, ...) latents of pure noise as the pipeline draws them, on the CPU, from one generator or one for each."""
     def see(given):
         """The latents, which the transformer need not see."""
-        raise Seen(latents_of(given).float().cpu())
+        raise Captured(latents_of(given).float().cpu())
     if not hasattr(type(pipe), "prepare_latents"):
-        with listening(pipe, see):
-            return seen(lambda: call(pipe, [""] * n, levels=torch.tensor([1.0, 0.0]), generator=generator))
+        with transformer_inputs_hook(pipe, see):
+            return capture(lambda: call(pipe, [""] * n, levels=torch.tensor([1.0, 0.0]), generator=generator))
     made = prepare(pipe, generator, batch_size=n, dtype=torch.float32, device=torch.device("cpu"))
     made = made[0] if isinstance(made, tuple) else made
-    return made[(slice(None), *map(slice, pipe.seam.latents))]
+    return made[(slice(None), *map(slice, pipe.flow.latents))]
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -289,13 +291,13 @@ def velocity(pipe, x: Tensor, t: Tensor, prompts: list[str], guidance: float | N
     caller to say."""
     def see(v, x, i):
         """The velocity, at the only step."""
-        raise Seen(v.float())
+        raise Captured(v.float())
     order, parts = [], []
     for rows in batches(pipe, prompts, len(prompts), guidance):
         whole, levels = len(rows) == len(prompts), t[rows].tolist()
         some, x_rows = (prompts, x) if whole else ([prompts[i] for i in rows], x[rows])
-        with telling(pipe, levels):
-            parts.append(seen(lambda: call(pipe, some, x_rows, torch.tensor([levels[0], 0.0]), see, guidance)))
+        with with_timesteps(pipe, levels):
+            parts.append(capture(lambda: call(pipe, some, x_rows, torch.tensor([levels[0], 0.0]), see, guidance)))
         order += rows
     return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.tensor(order).argsort().to(x.device)]
 
@@ -336,7 +338,7 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
                 if i == len(dts) - 1:
                     out[rows] = x.cpu()
                 return x
-            call(pipe, some, noise[rows].to(pipe.seam.device), sigmas, step, guidance)
+            call(pipe, some, noise[rows].to(pipe.flow.device), sigmas, step, guidance)
     return out, ratios
 
 
@@ -348,14 +350,15 @@ def decode_batch(pipe, x0: Tensor) -> Tensor:
 
 def decode_size(pipe) -> int:
     """How many pictures are decoded at once: a megapixel of them, and at most 32, above which it gets slower."""
-    return max(1, min(32, 3 * 2**20 // int(np.prod(pipe.seam.picture))))
+    return max(1, min(32, 3 * 2**20 // int(np.prod(pipe.flow.picture))))
 
 
 @torch.no_grad()
 def decode(pipe, x0: Tensor) -> Tensor:
     """The same for latents (n, ...) anywhere, on the CPU, a few at a time. Ends the process if it gives a NaN."""
     chunks = progress(x0.split(decode_size(pipe)), desc="decode", leave=False)
-    pictures = torch.cat([decode_batch(pipe, z.to(pipe.seam.device)).cpu() for z in chunks])
+    pictures = torch.cat([decode_batch(pipe, z.to(pipe.flow.device)).cpu() for z in chunks])
     if not (x0.isfinite().all() and pictures.isfinite().all()):
-        fail("the model draws pictures that are not finite (NaN): a damaged model or LoRA, or too high an --lr")
+        raise InputError("the model draws pictures that are not finite (NaN): a damaged model or LoRA, or too high "
+                         "an --lr")
     return pictures

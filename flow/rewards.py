@@ -15,12 +15,16 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from flow.cli import cannot_load, check_model, fail, quiet_libraries, reason
-from flow.hps import hps_pixels, load_hps, torch_pixels
+from flow.cli import InputError, cannot_load, check_model, quiet_libraries, reason
 from flow.judge import http_judge, local_judge, read_answer
 from flow.pictures import to_image
 
@@ -52,9 +56,9 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
         except ValueError:
             name, weight = part, 1.0
         if not name:
-            fail(f"--reward '{spec}': a name is missing; give {KNOWN}a folder or a hub id")
+            raise InputError(f"--reward '{spec}': a name is missing; give {KNOWN}a folder or a hub id")
         if not math.isfinite(weight):
-            fail(f"--reward {part}: its weight must be a finite number")
+            raise InputError(f"--reward {part}: its weight must be a finite number")
         parts.append((name, weight, load_part(name, device, differentiable)))
         if differentiable:
             check_gradient(name, parts[-1][2], device)
@@ -100,7 +104,7 @@ def check_gradient(name: str, score: Reward, device: torch.device):
     with torch.enable_grad():
         value = checked(name, score, images, ["a picture"]).sum()
     if not (value.requires_grad and torch.autograd.grad(value, images, allow_unused=True)[0] is not None):
-        fail(f"--adjoint: --reward {name} has no gradient")
+        raise InputError(f"--adjoint: --reward {name} has no gradient")
 
 
 def without_questions(spec: str) -> str:
@@ -111,11 +115,13 @@ def without_questions(spec: str) -> str:
 def load_part(name: str, device: torch.device, differentiable: bool) -> Reward:
     """One reward, without its weight."""
     if name.startswith("vlm:"):
-        return fail(f"--adjoint: --reward {name} has no gradient") if differentiable else load_vlm(name, device)
+        if differentiable:
+            raise InputError(f"--adjoint: --reward {name} has no gradient")
+        return load_vlm(name, device)
     if ".py:" in name:
         return load_function(name)
     if name.endswith(".py"):
-        fail(f"--reward {name}: which function of it? Give {name}:FUNCTION")
+        raise InputError(f"--reward {name}: which function of it? Give {name}:FUNCTION")
     if name not in HUB:
         check_model("--reward", name, KNOWN)
     try:
@@ -128,20 +134,20 @@ def checked(name: str, score: Reward, images: Tensor, prompts: list[str]) -> Ten
     """score(images, prompts), (b,) fp32 on the CPU; ends the process if it is not one finite number a picture."""
     try:
         values = torch.as_tensor(score(images, prompts)).float().cpu()
+    except InputError:  # a judge's own
+        raise
     except (Exception, SystemExit) as e:  # a function is the user's code
         frames = traceback.extract_tb(e.__traceback__)
-        if frames[-1].filename == fail.__code__.co_filename:
-            raise  # a judge's own fail
         own = [frame for frame in frames if frame.filename == name.rpartition(":")[0]]  # of file.py:function
         at = (own or frames)[-1]
         why = f"{type(e).__name__}: {reason(e)}; {at.filename}:{at.lineno}"
-        fail(f"--reward {name}: failed on {tuple(images.shape)} pictures ({why})")
+        raise InputError(f"--reward {name}: failed on {tuple(images.shape)} pictures ({why})")
     n, shape = len(images), tuple(values.shape)
     if shape != (n,):
-        fail(f"--reward {name}: returned shape {shape} for {n} pictures; it must be ({n},)")
+        raise InputError(f"--reward {name}: returned shape {shape} for {n} pictures; it must be ({n},)")
     for value, prompt in zip(values.tolist(), prompts):
         if not math.isfinite(value):
-            fail(f"--reward {name}: returned {value} for the prompt {prompt!r}")
+            raise InputError(f"--reward {name}: returned {value} for the prompt {prompt!r}")
     return values
 
 
@@ -182,7 +188,8 @@ def load_vlm(name: str, device: torch.device) -> Reward:
     pattern = r"vlm:(?!https?://)([^@[\]]+)(?:@(https?://[^/[\]]+/[^[\]]*))?(?:\[(.+)\])?"
     parts = re.fullmatch(pattern, name, re.DOTALL)
     if not parts:
-        fail(f"--reward {name}: give vlm:MODEL or vlm:MODEL@http://HOST:PORT/v1, and after it [QUESTION] or nothing")
+        raise InputError(f"--reward {name}: give vlm:MODEL or vlm:MODEL@http://HOST:PORT/v1, and after it [QUESTION] "
+                         "or nothing")
     model, url, question = parts.groups(default="")
     question, flag = question or VLM_QUESTION, "--reward vlm:"
     ask = http_judge(url, model, flag=flag) if url else local_judge(model, device, flag)
@@ -199,7 +206,8 @@ def load_vlm(name: str, device: torch.device) -> Reward:
         margins = [read_answer(top, "yes", "no") for top in answers]
         for asked, margin in zip(questions, margins):
             if math.isnan(margin):
-                fail(f"--reward {name}: the answer is neither yes nor no, or has failed; the question was {asked!r}")
+                raise InputError(f"--reward {name}: the answer is neither yes nor no, or has failed; the question "
+                                 f"was {asked!r}")
         return torch.tensor(margins).sigmoid()
 
     if not url:
@@ -211,7 +219,7 @@ def load_function(spec: str) -> Reward:
     """`file.py:function`, imported from its path."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
-        fail(f"--reward {spec}: there is no file {path}")
+        raise InputError(f"--reward {spec}: there is no file {path}")
     found = importlib.util.spec_from_file_location("reward_function", path)
     module = importlib.util.module_from_spec(found)
     try:
@@ -220,4 +228,68 @@ def load_function(spec: str) -> Reward:
             raise TypeError(f"there is no function {name} in it")
         return getattr(module, name)
     except (Exception, SystemExit) as e:  # the user's code
-        fail(f"--reward {spec}: cannot be imported ({type(e).__name__}: {reason(e)})")
+        raise InputError(f"--reward {spec}: cannot be imported ({type(e).__name__}: {reason(e)})")
+
+
+# ---------------------------------------------------------------- HPSv2.1
+
+# HPSv2.1 is an open_clip ViT-H-14; transformers' default activation, quick_gelu, would be wrong for it
+VIT_H_CONFIG = dict(
+    text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                     hidden_act="gelu"),
+    vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+                       patch_size=14, hidden_act="gelu"),
+    projection_dim=1024)
+
+
+def torch_pixels(images: Tensor, side: int, mean: list[float], std: list[float]) -> Tensor:
+    """Square images (b, 3, h, h) in [0, 1] -> CLIP's (b, 3, side, side): as the PIL processors do, with a gradient."""
+    if images.shape[2] != side:
+        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
+
+
+def load_hps(model: str) -> CLIPModel:
+    """HPSv2.1 (arXiv 2306.09341, github.com/tgxs002/HPSv2), an open_clip ViT-H-14, as transformers' CLIPModel."""
+    state = torch.load(hf_hub_download(model, "HPS_v2.1_compressed.pt"), map_location="cpu", weights_only=True)
+    clip = CLIPModel(CLIPConfig(**VIT_H_CONFIG))
+    clip.load_state_dict(from_open_clip(state["state_dict"]))
+    return clip
+
+
+def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An open_clip CLIP's state dict under the names of transformers' CLIPModel, fp32."""
+    projections = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+    names = {"transformer.resblocks": "encoder.layers", ".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.",
+             ".attn.": ".self_attn.", ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2.",
+             "ln_pre.": "pre_layrnorm.", "ln_post.": "post_layernorm.", "ln_final.": "final_layer_norm.",
+             "conv1.": "embeddings.patch_embedding.", "class_embedding": "embeddings.class_embedding",
+             "token_embedding.": "embeddings.token_embedding.",
+             "positional_embedding": "embeddings.position_embedding.weight"}
+    out = {}
+    for key, value in state.items():
+        value = value.float()
+        if key in projections:
+            out[projections[key]] = value.T.contiguous()
+        elif key == "logit_scale":
+            out[key] = value
+        elif key != "attn_mask":
+            key = ("vision_model." if key.startswith("visual.") else "text_model.") + key.removeprefix("visual.")
+            for theirs, ours in names.items():
+                key = key.replace(theirs, ours)
+            if "in_proj_" in key:  # q, k and v in one
+                out |= {key.replace("in_proj_", f"{n}_proj."): x.contiguous() for n, x in zip("qkv", value.chunk(3))}
+            else:
+                out[key] = value
+    return out
+
+
+def hps_pixels(picture: Tensor, side: int = 224) -> Tensor:
+    """HPSv2's: longest side to `side`, bicubic, zero-padded to a square. (3, h, w) in [0, 1] -> (3, side, side)."""
+    image = to_image(picture)
+    scale = side / max(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
+    return torch_pixels(pixels[None], side, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)[0]

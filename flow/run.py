@@ -12,17 +12,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flow.checkpoint import find_run, open_folder, resume, save_checkpoint, unlock
-from flow.cli import check_flags, fail, progress
+from flow.cli import InputError, check_flags, progress
+from flow.distributed import (
+    PROCESSES,
+    RANK,
+    all_gather,
+    barrier,
+    local_device,
+    local_slice,
+    mark_peak,
+    shutdown,
+    sum_gradients,
+    to_cpu,
+)
 from flow.draws import EPOCH, draw_prompts, rng, zero_std_share
 from flow.evaluate import evaluate
 from flow.log import check_wandb, digits, last_line, start_wandb, write_line
-from flow.lora import add_lora
-from flow.memory import mark_peak, to_cpu
+from flow.lora import add_lora, quantization
 from flow.pipeline import encode_prompts, load_pipeline, schedule
-from flow.precision import quantization
-from flow.processes import PROCESSES, RANK, gathered, meet, own_device, part_ways, share, sum_gradients
+from flow.prompts import warn_unsuitable
 from flow.rewards import load_reward
-from flow.text import tell_misfits
 
 # ---------------------------------------------------------------- start
 
@@ -32,26 +41,26 @@ def check_numbers(args):
                 "group steps": 2, "seed eval_every lam margin kl guidance": 0}
     check_flags(args, {flag: low for flags, low in at_least.items() for flag in flags.split()})
     if isinstance(args.lam, str) and args.lam != "auto":
-        fail(f"--lam {args.lam}: must be at least 0, or auto")
+        raise InputError(f"--lam {args.lam}: must be at least 0, or auto")
     if args.ema is not None and not 0 < args.ema < 1:
-        fail(f"--ema {args.ema}: must be above 0 and below 1")
+        raise InputError(f"--ema {args.ema}: must be above 0 and below 1")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
-        fail(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must be a multiple "
-             "of that and the second no less")
+        raise InputError(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must "
+                         "be a multiple of that and the second no less")
     if args.shard and (PROCESSES == 1 or args.updates > 1 or args.eval_n % PROCESSES or args.quantize != "none"):
-        fail("--shard: takes several processes (torchrun), --updates 1, an --eval-n that is a multiple of their "
-             "number, and no --quantize")
+        raise InputError("--shard: takes several processes (torchrun), --updates 1, an --eval-n that is a multiple "
+                         "of their number, and no --quantize")
     if args.seed >= 2**63:
-        fail(f"--seed {args.seed}: must be below 2^63")
+        raise InputError(f"--seed {args.seed}: must be below 2^63")
     for flag in ("lr", "max_grad_norm", "adv_clip", "power", "nft_beta", "dpo_beta"):
         if not 0 < getattr(args, flag, 1) < float("inf"):
-            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
 
 
 def start_run(name: str, args) -> SimpleNamespace:
     """Everything a training script starts from, in the order in which it can fail: flags, folder, reward, model,
     prompts. An interrupted run is where its checkpoint left it; a finished one says so and exits 0."""
-    device = own_device()
+    device = local_device()
     quantization(args.quantize)
     check_wandb(args)
     prompts, eval_prompts = draw_prompts(args)
@@ -62,8 +71,8 @@ def start_run(name: str, args) -> SimpleNamespace:
         try_reward(reward, (3, args.size, args.size), prompts)  # before minutes of loading
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
     if not early:
-        try_reward(reward, pipe.seam.picture, prompts)
-    tell_misfits(pipe, prompts + eval_prompts, args.size)
+        try_reward(reward, pipe.flow.picture, prompts)
+    warn_unsuitable(pipe, prompts + eval_prompts, args.size)
     model = pipe.transformer
     params = add_lora(model, args.rank, args.seed)
     opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, fused=device.type == "cuda")
@@ -73,16 +82,17 @@ def start_run(name: str, args) -> SimpleNamespace:
                           state=state, step=0, epoch=state["epoch"] if state else 0, skipped=0, bad=0, peaks={},
                           parts={})
     resume(run)
-    meet(epoch=run.epoch, step=run.step)
+    barrier(epoch=run.epoch, step=run.step)
     if RANK == 0:
         open_folder(run)
-    meet()
+    barrier()
     run.wandb = start_wandb(run)
     own = own_prompts(run)
     mark_peak(run, "load")
     encode_prompts(pipe, own, args.guidance, out / "checkpoint" / "prompts")
-    if args.shard and len({pipe.seam.shapes.get(prompt) for prompt in own}) > 1:  # the processes' calls would differ
-        fail(f"--shard: {type(pipe).__name__} encodes prompts to several lengths; it takes a model that pads to one")
+    if args.shard and len({pipe.flow.shapes.get(prompt) for prompt in own}) > 1:  # the processes' calls would differ
+        raise InputError(f"--shard: {type(pipe).__name__} encodes prompts to several lengths; it takes a model that "
+                         "pads to one")
     mark_peak(run, "encode")
     if args.checkpointing or (args.checkpointing is None and device.type == "cuda"):
         if model._supports_gradient_checkpointing:
@@ -103,8 +113,8 @@ def try_reward(reward, picture: tuple[int, ...], prompts: list[str]):
 def own_prompts(run) -> list[str]:
     """What this process draws pictures of: its share of the held-out prompts and of each epoch's."""
     epochs = torch.arange(len(run.prompts)).split(run.args.groups)
-    own = [run.prompts[i] for epoch in epochs for i in epoch[share(run.args.groups)]]
-    return run.eval_prompts[share(len(run.eval_prompts))] + own
+    own = [run.prompts[i] for epoch in epochs for i in epoch[local_slice(run.args.groups)]]
+    return run.eval_prompts[local_slice(len(run.eval_prompts))] + own
 
 
 # ---------------------------------------------------------------- a step, an epoch
@@ -120,7 +130,7 @@ def epochs(run):
     unlock()
     if RANK == 0:
         last_line(run)
-    part_ways()
+    shutdown()
 
 
 # means over an update's rows: of every method (the last two only where there is a reference), and of one
@@ -148,7 +158,7 @@ def finish_step(run, sums: dict, rows: int, reward: Tensor, done: float):
     means of `sums` over the step's rows, of all processes, and of the rewards (n,) of its epoch, of which so great a
     share has been trained on. Ten skipped steps in a row end the process."""
     own = dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}
-    totals = gathered(own)  # of each process
+    totals = all_gather(own)  # of each process
     names = dict.fromkeys(name for total in totals for name in total)
     means = {name: sum(total[name] for total in totals if name in total) / rows for name in names}
     sum_gradients(run.params)
@@ -183,8 +193,8 @@ def finish_step(run, sums: dict, rows: int, reward: Tensor, done: float):
         line |= {"peak_gb": max(run.peaks.values()), **run.peaks}
     write_line(run, line)
     if run.bad == 10:
-        fail(f"{run.out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try a lower --lr in "
-             "another --out")
+        raise InputError(f"{run.out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try a "
+                         "lower --lr in another --out")
     ratio = "-" if line["norm_ratio"] is None else f"{line['norm_ratio']:.3f}"
     skipped = {"skipped": run.skipped} if run.skipped else {}
     run.bar.set_postfix(reward=digits(line["reward"], line["reward_std"]), norm_ratio=ratio, **skipped)

@@ -23,9 +23,9 @@ TESTS = {  # quick ones first; a mutant names those that are to see it
     "training": "tests/test_training.py",
     "skip": "test_normguard.py -k nonfinite",
     "sample": "test_normguard.py -k 'norms_and_renorm or sample_is_plain or schedule_is or weighted_sum'",
-    "resume": "test_normguard.py flow/test_checkpoint.py -k 'twins_resume or killed_runs or extended'",
-    "precision": "flow/test_precision.py -k 'merged or swapped or draws'",
-    "two": "flow/test_processes.py -k two_processes"}
+    "resume": "test_normguard.py tests/test_run.py -k 'twins_resume or killed_runs or extended'",
+    "precision": "tests/test_lora.py -k 'merged or swapped or draws'",
+    "two": "tests/test_distributed.py -k two_processes"}
 MUTANTS = [  # file, old text (once in it), new text, tests
     # the seven
     ("train_awm.py", "old = v.detach() if u == 0 else v_old[b].to(pipe.device)", "old = v.detach()", "awm"),
@@ -83,9 +83,10 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/draws.py", "torch.rand(n, steps, generator=g).argsort(1)[:, :k]", "torch.randint(steps, (n, k))", "nft"),
     ("flow/draws.py", "<= rounding(reward)).float()", "<= 0).float()", "loss awm"),
     # several processes
-    ("flow/processes.py", "slice(n * RANK // PROCESSES,", "slice(n * RANK // PROCESSES + (RANK > 0),", "training two"),
-    ("flow/processes.py", "flat[len(has):].split(", "(flat[len(has):] / PROCESSES).split(", "training two"),
-    ("flow/processes.py", "torch.cat(gathered(x.cpu()))", "torch.cat(gathered(x.cpu())[::-1])", "training two"),
+    ("flow/distributed.py", "slice(n * RANK // PROCESSES,", "slice(n * RANK // PROCESSES + (RANK > 0),",
+     "training two"),
+    ("flow/distributed.py", "flat[len(has):].split(", "(flat[len(has):] / PROCESSES).split(", "training two"),
+    ("flow/distributed.py", "torch.cat(all_gather(x.cpu()))", "torch.cat(all_gather(x.cpu())[::-1])", "training two"),
     ("flow/run.py", "for total in totals if name in total", "for total in totals[:1] if name in total", "training two"),
     # the checkpoint
     ("flow/checkpoint.py", "run.opt.load_state_dict(run.state[\"opt\"])", "pass", "training resume"),
@@ -106,7 +107,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/pipeline.py", "x = x + dts[i] * v", "x = x - dts[i] * v", "sample"),
     ("flow/pipeline.py", "sigmas.diff().tolist()", "[*sigmas.diff().tolist()[:-1], 0.0]", "sample"),
     ("flow/pipeline.py", "call(pipe, [\"\"], steps=steps)", "call(pipe, [\"\"], steps=steps + 1)", "awm"),
-    ("flow/seam.py", "[timestep(pipe, level) for level", "[timestep(pipe, level) / 1000 for level", "awm"),
+    ("flow/intercept.py", "[timestep(pipe, level) for level", "[timestep(pipe, level) / 1000 for level", "awm"),
     # the rewards, the evaluation
     ("flow/rewards.py", "total = total + weight * score", "total = total + score", "sample"),
     ("flow/rewards.py", "images[i:i + batch].clone()", "images[i:i + batch]", "sample training"),

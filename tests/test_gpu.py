@@ -21,7 +21,8 @@ import sample  # noqa: E402
 import train_awm  # noqa: E402
 import train_dpo  # noqa: E402
 import train_nft  # noqa: E402
-from flow import bench, blank, lora, meter, pictures  # noqa: E402
+from flow import lora, pictures
+from flow.cost import bench, count, shapes  # noqa: E402
 from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity  # noqa: E402
 from normguard import norm_hinge, reference  # noqa: E402
 
@@ -66,23 +67,23 @@ IDS = ["{}-{}-batch{}".format(*case) + "-checkpointing" * case[3] + "-casts" * c
 def built(model: str, dtype: torch.dtype):
     """A pipeline of MODELS with a LoRA; in fp32 of the same weights as in bf16."""
     published, few = MODELS[model]
-    name, parts = blank.PUBLISHED[published]
+    name, parts = shapes.PUBLISHED[published]
     cls, config = parts["transformer"]
     few = cls, config | few | (NARROW[published] if ON_CPU else {})
     torch.manual_seed(0)
-    with mock.patch.dict(blank.PUBLISHED, {model: (name, parts | dict(transformer=few))}):
-        pipe = blank.blank_pipeline(model, DEVICE, 64 if ON_CPU else 512, dtype=dtype)
+    with mock.patch.dict(shapes.PUBLISHED, {model: (name, parts | dict(transformer=few))}):
+        pipe = shapes.blank_pipeline(model, DEVICE, 64 if ON_CPU else 512, dtype=dtype)
     if dtype == torch.float32:
         weights = built(model, torch.bfloat16).transformer.state_dict().items()
         pipe.transformer.load_state_dict({k.replace(".base_layer", ""): w for k, w in weights if ".lora_" not in k})
-    blank.encode(pipe, 4.0 if published == FLUX else None)  # a guidance whose thousandfold bf16 has
+    shapes.encode(pipe, 4.0 if published == FLUX else None)  # a guidance whose thousandfold bf16 has
     return with_lora(pipe, lambda b: 0.2 * b)
 
 
 @functools.cache
 def update(model: str, dtype: torch.dtype, kernel: str, n: int, again: bool, casts: bool) -> tuple:
     """An update's velocity, what the LoRA changes in it, and the LoRA's gradients {name: gradient}."""
-    pipe, rows, prompts = built(model, dtype), [], [blank.PROMPT] * n
+    pipe, rows, prompts = built(model, dtype), [], [shapes.PROMPT] * n
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == torch.bfloat16
 
     def noise(like):
@@ -95,7 +96,7 @@ def update(model: str, dtype: torch.dtype, kernel: str, n: int, again: bool, cas
     for layer in lora.lora_layers(pipe.transformer):
         layer.cast_input_dtype_enabled = casts
     one_kernel = nullcontext() if kernel == "default" else sdpa_kernel(getattr(SDPBackend, kernel))
-    with one_kernel, meter.checkpointing(pipe, again), hearing(pipe, tell):
+    with one_kernel, count.checkpointing(pipe, again), hearing(pipe, tell):
         v = velocity(pipe, x, t, prompts)
         with reference(pipe.transformer):
             v_ref = velocity(pipe, x, t, prompts)

@@ -59,7 +59,7 @@ def pixels(path) -> np.ndarray:
 def refuses(capsys, call, *words):
     """One line on stderr that has these words, and exit code 2."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
         call()
     error = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert end.value.code == 2 and len(error) == 1, error

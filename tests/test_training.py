@@ -14,9 +14,10 @@ from peft import LoraConfig, get_peft_model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import flow.cli
+import flow.distributed  # noqa: E402
 import flow.draws  # noqa: E402
 import flow.evaluate  # noqa: E402
-import flow.processes  # noqa: E402
 import flow.rewards  # noqa: E402
 import flow.run  # noqa: E402
 import train_awm  # noqa: E402
@@ -124,11 +125,11 @@ def test_rollouts_are_of_the_epochs_prompts_and_the_right_policy(tmp_path, monke
 
 # ---------------------------------------------------------------- several processes, which one plays in turn
 
-def play(monkeypatch, rank: int, processes: int, together=None):
+def play(monkeypatch, rank: int, processes: int, run_collective=None):
     """Be one of several processes, with something in the place of the network."""
-    monkeypatch.setattr(flow.processes, "RANK", rank)
-    monkeypatch.setattr(flow.processes, "PROCESSES", processes)
-    monkeypatch.setattr(flow.processes, "together", together)
+    monkeypatch.setattr(flow.distributed, "RANK", rank)
+    monkeypatch.setattr(flow.distributed, "PROCESSES", processes)
+    monkeypatch.setattr(flow.distributed, "run_collective", run_collective)
 
 
 @pytest.mark.parametrize("n, processes", [
@@ -140,7 +141,7 @@ def test_shares_are_everything_once_and_in_order(monkeypatch, n, processes):
     shares = []
     for rank in range(processes):
         play(monkeypatch, rank, processes)
-        shares.append(range(n)[flow.processes.share(n)])
+        shares.append(range(n)[flow.distributed.local_slice(n)])
     assert [i for share in shares for i in share] == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -148,11 +149,11 @@ def test_shares_are_everything_once_and_in_order(monkeypatch, n, processes):
 def test_own_batches_are_an_updates_rows_once():
     picture, update = torch.tensor([3, 0, 5, 2, 1, 4]).repeat_interleave(2), torch.arange(2, 11)
     for owns in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
-        batches = [flow.draws.own_batches(update, picture, own, 4) for own in owns]
+        batches = [flow.draws.local_batches(update, picture, own, 4) for own in owns]
         assert sorted(row for own in batches for b in own for row in b.tolist()) == update.tolist()
         for own, parts in zip(owns, batches):
             assert all(own.start <= picture[row] < own.stop for b in parts for row in b) and max(map(len, parts)) <= 4
-    assert flow.draws.own_batches(update, picture, slice(6, 8), 4) == []
+    assert flow.draws.local_batches(update, picture, slice(6, 8), 4) == []
 
 
 def test_what_is_gathered_is_in_order(monkeypatch):
@@ -160,10 +161,10 @@ def test_what_is_gathered_is_in_order(monkeypatch):
     for rank, mine in enumerate((torch.tensor([1, 2]), torch.tensor([3]))):
         sent.append(mine)
 
-        def together(collective, out, value):
+        def run_collective(collective, out, value):
             out[:] = [*sent[:rank], value]
-        play(monkeypatch, rank, 2, together)
-        everything = flow.processes.gather(mine)
+        play(monkeypatch, rank, 2, run_collective)
+        everything = flow.distributed.all_gather_tensor(mine)
     assert everything.tolist() == [1, 2, 3]
 
 
@@ -176,11 +177,11 @@ def test_gradients_are_summed_over_processes(monkeypatch):
         for p, value in zip(params, grads):
             p.grad = None if value is None else torch.full((2, 3), value)
 
-        def together(collective, flat):
+        def run_collective(collective, flat):
             sent.append(flat.clone())
             flat.copy_(sum(sent))
-        play(monkeypatch, rank, 2, together)
-        flow.processes.sum_gradients(params)
+        play(monkeypatch, rank, 2, run_collective)
+        flow.distributed.sum_gradients(params)
     assert params[3].grad is None
     assert [p.grad.unique().tolist() for p in params[:3]] == [[11.0], [2.0], [3.0]]
 
@@ -204,7 +205,7 @@ def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path):
     for good in [False] * 9 + [True] + [False] * 9:
         step(good)
     assert p.tolist() == [0, -0.5] and run.skipped == 18 and run.step == 19
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), flow.cli.one_line_errors():
         step(good=False)
 
 
@@ -215,7 +216,7 @@ def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path):
 def test_a_steps_means_are_over_the_rows_of_all_processes(tmp_path, monkeypatch, sums, loss):
     """Of four rows; this process has one, or none."""
     theirs = {"loss": 5.0, "norm_ratio": 4.4, "ratio_at_4": 3.3, "rows_at_4": 3.0}
-    monkeypatch.setattr(flow.run, "gathered", lambda own: [own, theirs])
+    monkeypatch.setattr(flow.run, "all_gather", lambda own: [own, theirs])
     run, p = bare_run(tmp_path)
     p.grad = torch.tensor([3.0, 4.0])
     flow.run.finish_step(run, sums, 4, torch.tensor([0.1, 0.2, 0.5, 0.5]), 1.0)
@@ -291,7 +292,7 @@ def test_a_summed_rewards_parts_see_the_same_pictures_with_their_prompts(tmp_pat
     spec = ",".join(f"{tmp_path}/r.py:{name}" for name in ("spoiling:2", "red", "length:-0.5"))
     reward = flow.rewards.load_reward(spec, torch.device("cpu"), batch=3)
     monkeypatch.setattr(flow.evaluate, "decode", lambda pipe, x0: x0)
-    large = SimpleNamespace(seam=SimpleNamespace(picture=(3, 2048, 2048)))  # four of them are decoded at a time
+    large = SimpleNamespace(flow=SimpleNamespace(picture=(3, 2048, 2048)))  # four of them are decoded at a time
     run = SimpleNamespace(pipe=large, reward=reward, peaks={}, parts={})
     images, prompts = torch.rand(10, 3, 8, 8, generator=generator(0)), ["x" * k for k in range(10)]
     before, red, length = images.clone(), images[:, 0].double().mean((1, 2)), torch.arange(10.0)

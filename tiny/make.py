@@ -44,11 +44,10 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from world import CAPTIONS, COLOURS, COMBOS, FLAWS, HELD_OUT, SHAPES, SIZE, caption, degrade, render, scene
 
 from eval_judge import PAIR, SINGLE
-from flow.cli import check_flags, check_place, fail, make_dir, parse
-from flow.judge import local_judge, messages, read_answer
+from flow.cli import InputError, check_flags, check_place, make_dir, one_line_errors, parse
+from flow.judge import embed_images, frechet_distance, load_embed, load_forensic, local_judge, messages, read_answer
 from flow.pictures import to_image
 from flow.pipeline import add_noise, decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule
-from flow.realism import embed_images, frechet_distance, load_embed, load_forensic
 
 TOKENS = 8  # length of an encoded caption, for CLIP and T5
 PARTS = ["vae", "pickscore", "hps", "embed", "sd3", "flux", "judge", "forensic"]
@@ -141,7 +140,8 @@ def fit(args: Args, name: str, model: torch.nn.Module, loss_fn, steps: int, lr: 
     if path.exists():
         state = torch.load(path, weights_only=True)
         if state["args"] != made_with:
-            fail(f"--work {args.work}: {path.name} was made with other flags; delete it, or give another --work")
+            raise InputError(f"--work {args.work}: {path.name} was made with other flags; delete it, or give another "
+                             "--work")
         first, ema = state["step"], state["ema"]
         model.load_state_dict(state["model"])
         opt.load_state_dict(state["opt"])
@@ -814,20 +814,22 @@ def report(args: Args) -> dict[str, float]:
     return reached
 
 
+@one_line_errors()
 def main(args: Args):
     """Make the parts asked for, write the prompt files, report."""
     steps = {flag: 1 for flag in vars(args) if flag.endswith("_steps")}
     check_flags(args, {**steps, "renders": 1, "seed": 0, "wrong": 0})
     if args.wrong > 1:
-        fail(f"--wrong {args.wrong}: a share is at most 1")
+        raise InputError(f"--wrong {args.wrong}: a share is at most 1")
     if args.seed >= 2**32:
-        fail(f"--seed {args.seed}: must be below 2^32")
+        raise InputError(f"--seed {args.seed}: must be below 2^32")
     for part in args.parts:
         if part not in PARTS:
-            fail(f"--parts {part}: choose from {', '.join(PARTS)}")
+            raise InputError(f"--parts {part}: choose from {', '.join(PARTS)}")
         for needed in NEEDS.get(part, ()):
             if needed not in args.parts and not (Path(args.out) / needed).is_dir():
-                fail(f"--parts {part}: needs {needed}, which is not in {args.out}; give --parts {needed} {part}")
+                raise InputError(f"--parts {part}: needs {needed}, which is not in {args.out}; give --parts {needed} "
+                                 f"{part}")
     check_place(args.out, "--out", ("prompts.txt", "eval_prompts.txt"), tuple(PARTS))
     check_place(args.work, "--work")
     make_dir(args.out, "--out")

@@ -30,7 +30,7 @@ from paired import (
 )
 from reading import reading
 
-from flow.files import write_files
+from flow.cli import write_files
 
 # ---------------------------------------------------------------- tables
 

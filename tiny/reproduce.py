@@ -52,8 +52,7 @@ from tqdm import tqdm
 
 from eval_judge import SINGLE
 from flow import run as flow_run
-from flow.cli import check_flags, check_place, fail, make_dir, parse
-from flow.files import fingerprint
+from flow.cli import InputError, check_flags, check_place, fingerprint, make_dir, one_line_errors, parse
 from flow.judge import local_judge, read_answer
 from flow.lora import save_lora
 from flow.pictures import load_pictures, read_folder
@@ -196,7 +195,7 @@ def fresh_folder(home: Path, of: dict[str, str]) -> Path:
     shutil.rmtree(old, ignore_errors=True)  # a killed deletion's
     if home.exists() and read_json(file) != of:
         if not file.exists() and not (home / "commands.txt").exists() and any(home.iterdir()):
-            fail(f"--runs {home.parent}: {home} is not of reproduce.py; give another folder")
+            raise InputError(f"--runs {home.parent}: {home} is not of reproduce.py; give another folder")
         home.rename(old)
         shutil.rmtree(old)
     if not file.exists():
@@ -570,20 +569,21 @@ def stale_parts(found: dict[Run, dict], bases: dict[str, dict], size: Size) -> d
     return stale
 
 
+@one_line_errors()
 def main(args: Args):
     """Do what is missing, then write the report."""
     check_flags(args, {"jobs": 1})
     for flag, known in (("bases", Args.bases), ("methods", Args.methods), ("rewards", Args.rewards)):
         if unknown := set(getattr(args, flag)) - set(known):
-            fail(f"--{flag} {unknown.pop()}: {', '.join(known)}")
+            raise InputError(f"--{flag} {unknown.pop()}: {', '.join(known)}")
     if args.only is not None and not 1 <= args.only <= 10:
-        fail(f"--only {args.only}: a claim is a number from 1 to 10")
+        raise InputError(f"--only {args.only}: a claim is a number from 1 to 10")
     if args.seeds and not 0 <= min(args.seeds) <= max(args.seeds) < 2**63:
-        fail(f"--seeds {' '.join(map(str, args.seeds))}: from 0 to below 2^63")
+        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: from 0 to below 2^63")
     if len(args.runs.split()) != 1:  # commands are split at spaces
-        fail(f"--runs '{args.runs}': a path without spaces")
+        raise InputError(f"--runs '{args.runs}': a path without spaces")
     if not all((args.bases, args.methods, args.rewards, args.seeds)):
-        fail("--bases, --methods, --rewards and --seeds each take at least one")
+        raise InputError("--bases, --methods, --rewards and --seeds each take at least one")
     os.chdir(ROOT)
     size = SMOKE if args.smoke else Size()
     if args.smoke:
@@ -607,7 +607,7 @@ def locked(flag: str, folder: Path):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fail(f"{flag} {folder}: another reproduce.py is at work there")
+        raise InputError(f"{flag} {folder}: another reproduce.py is at work there")
     try:
         yield
     finally:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from flow.cli import fail, parse  # isort: skip - first, for Ctrl-C and --help
+from flow.cli import InputError, one_line_errors, parse  # isort: skip - first, for Ctrl-C and --help
 
 import torch
 import torch.nn.functional as F
 
-from flow.cli import check_flags, check_place, read_prompts
+from flow.cli import check_flags, check_place
 from flow.pictures import earlier_samples, save_samples
+from flow.prompts import read_prompts
 
 SIZE = 64  # pixels a side
 # hue, degrees
@@ -207,17 +208,19 @@ class Args:
     """render only the captions in this file, in turn (default: all 64)"""
 
 
+@one_line_errors()
 def main(args: Args):
     """Write n captioned renders in sample.py's folder format."""
     check_flags(args, {"n": 1, "seed": 0})
     if args.seed >= 2**63:
-        fail(f"--seed {args.seed}: must be below 2^63")
+        raise InputError(f"--seed {args.seed}: must be below 2^63")
     check_place(args.out, "--out", ("samples.jsonl", "grid.png"))
     earlier_samples(args.out)
     captions = read_prompts(args.prompts, "--prompts") if args.prompts else CAPTIONS
     strange = [c for c in captions if c not in CAPTIONS]
     if strange:
-        fail(f"--prompts {args.prompts}: the world has no {strange[0]!r}; its captions read like {CAPTIONS[0]!r}")
+        raise InputError(f"--prompts {args.prompts}: the world has no {strange[0]!r}; its captions read like "
+                         f"{CAPTIONS[0]!r}")
     captions = [captions[i % len(captions)] for i in range(args.n)]
     index = torch.tensor([CAPTIONS.index(c) for c in captions])
     pictures = render(scene(index, torch.Generator().manual_seed(args.seed)))

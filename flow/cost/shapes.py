@@ -1,4 +1,4 @@
-"""A pipeline of any model's full shape without its weights: from configs alone, for flow/budget.py and flow/bench.py.
+"""A pipeline of any model's full shape without its weights: from configs alone, for budget.py and bench.py.
 
     pipe = blank_pipeline("Qwen/Qwen-Image", torch.device("cpu"), size=512, fake=True)  # takes no memory
     pipe = blank_pipeline("tiny/sd3", torch.device("cuda"))                          # random weights
@@ -23,10 +23,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from flow import pipeline
-from flow.cli import cannot_load, check_model
-from flow.hps import VIT_H_CONFIG
-from flow.lora import add_lora
-from flow.precision import use_autocast
+from flow.cli import InputError, cannot_load, check_model
+from flow.lora import add_lora, use_autocast
+from flow.rewards import VIT_H_CONFIG
 
 WORDS = 40  # of the prompt: tokens, where a pipeline does not pad to one length
 PROMPT = " ".join(["word"] * WORDS)
@@ -104,6 +103,8 @@ def read_configs(model: str) -> tuple[str, dict, dict]:
                 parts[name] = read(f"{name}/tokenizer_config.json").get("model_max_length", 512)
             elif value[0] and name in ("transformer", "vae") or name.startswith("text_encoder"):
                 parts[name] = value[1], read(f"{name}/config.json")
+    except InputError:
+        raise
     except Exception as e:  # no network, no such file: each library raises its own
         cannot_load("--model", model, e)
     return index["_class_name"], parts, own
@@ -195,7 +196,7 @@ def blank_pipeline(model: str, device: torch.device, size: int | None = None, fr
 
 def encode(pipe, guidance: float | None = None):
     """flow.pipeline.encode_prompts for PROMPT and as many more as are encoded in one go."""
-    n = pipeline.CHUNK if pipe.seam.in_one_go else 1
+    n = pipeline.CHUNK if pipe.flow.in_one_go else 1
     pipeline.encode_prompts(pipe, [PROMPT, *(f"{PROMPT} {i}" for i in range(1, n))], guidance)
 
 

@@ -55,7 +55,7 @@ def state():
             torch.backends.cuda.matmul.allow_tf32, torch.get_default_dtype(), torch.is_grad_enabled()]
 before = state()
 import eval_judge, sample, train_awm, train_dpo, train_nft
-import flow.bench, flow.budget
+import flow.cost.bench, flow.cost.budget
 after = state()
 assert before == after, [(a, b) for a, b in zip(before, after) if a != b]
 raise RuntimeError("No space left on my shelf")

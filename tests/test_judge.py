@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import eval_judge
+import flow.cli
 from flow.judge import http_judge, local_judge, read_answer
 from flow.pictures import save_samples, to_image
 from flow.rewards import VLM_QUESTION, load_reward
@@ -39,7 +40,7 @@ def at_home(monkeypatch):
 def refuses(capsys, call, *words):
     """One line on stderr that has these words, and exit code 2."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
         call()
     error = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
     assert end.value.code == 2 and len(error) == 1, error
@@ -168,7 +169,7 @@ def test_a_server_that_answers_nothing(server, folders, capsys):
     url, replies, _ = server
     replies += [(200, {})] * 2
     ask = http_judge(url, "m")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), flow.cli.one_line_errors():
         ask("?", [[f"{folders[0]}/00000.png"]] * 2)
     warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning") and error.startswith(f"error: --judge {url}: no request has succeeded")

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from flow.pipeline import load_pipeline
-from flow.text import tell_misfits
+from flow.prompts import warn_unsuitable
 
 LONG = "a very very very very very very red star before a wall"
 
@@ -14,25 +14,25 @@ def pipe(request):
 
 
 def test_prompts_that_are_cut_are_told_once_with_the_limit(pipe, capsys):
-    tell_misfits(pipe, ["a red star"] * 3, None)
+    warn_unsuitable(pipe, ["a red star"] * 3, None)
     assert capsys.readouterr().out == ""
-    tell_misfits(pipe, ["a red star", LONG, LONG, LONG + " and a floor"], None)
+    warn_unsuitable(pipe, ["a red star", LONG, LONG, LONG + " and a floor"], None)
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "note: 2 of 3 prompts" in said and "the 8 tokens" in said and LONG in said
     # a tokenizer that reads all of it: nothing is lost
     pipe.tokenizer_2.model_max_length, before = 99, pipe.tokenizer_2.model_max_length
-    pipe.seam.settings["max_sequence_length"], settings = 99, dict(pipe.seam.settings)
-    tell_misfits(pipe, [LONG], None)
+    pipe.flow.settings["max_sequence_length"], settings = 99, dict(pipe.flow.settings)
+    warn_unsuitable(pipe, [LONG], None)
     pipe.tokenizer_2.model_max_length = before
-    pipe.seam.settings = settings
+    pipe.flow.settings = settings
     assert capsys.readouterr().out == ""
 
 
 def test_a_size_far_from_the_models_own_is_told(pipe, capsys):
     for size in (None, 32, 64, 128):
-        tell_misfits(pipe, ["a red star"], size)
+        warn_unsuitable(pipe, ["a red star"], size)
     assert capsys.readouterr().out == ""
     for size in (16, 256):
-        tell_misfits(pipe, ["a red star"], size)
+        warn_unsuitable(pipe, ["a red star"], size)
         said = capsys.readouterr().out
         assert said.count("\n") == 1 and f"--size {size}" in said and "64 pixels" in said

@@ -2,8 +2,8 @@
 
     live, flops = metered(lambda: update(pipe, 4))
 
-The phases call the project's own functions as the training scripts do. flow/budget.py counts them on fake tensors,
-flow/bench.py times them on real ones.
+The phases call the project's own functions as the training scripts do. flow/cost/budget.py counts them on fake tensors,
+flow/cost/bench.py times them on real ones.
 """
 import weakref
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from flow.blank import PROMPT, blank_lora, blank_pipeline, blank_reward, encode
+from flow.cost.shapes import PROMPT, blank_lora, blank_pipeline, blank_reward, encode
 from flow.lora import lora_layers
 from flow.pipeline import CHUNK, decode_batch, decode_size, draw_noise, velocity
 from normguard import norm_hinge, reference
@@ -121,7 +121,7 @@ def linear_bytes(model: torch.nn.Module, kind: str) -> tuple[int, int]:
 
 def inputs(pipe, n: int) -> tuple[Tensor, Tensor, list[str]]:
     """Latents (n, ...), noise levels (n,) that differ, and prompts."""
-    x = draw_noise(pipe, n, torch.Generator().manual_seed(0)).to(pipe.seam.device)
+    x = draw_noise(pipe, n, torch.Generator().manual_seed(0)).to(pipe.flow.device)
     return x, torch.linspace(0.2, 0.8, n), [PROMPT] * n
 
 
@@ -180,15 +180,15 @@ def checkpointing(pipe, on: bool):
 # ---------------------------------------------------------------- all of them, on fake tensors
 
 def count(args, dtype: torch.dtype = torch.bfloat16) -> dict:
-    """A run's parts on fake tensors, from the flags of flow/budget.py: bytes of weights; the live bytes of each phase,
+    """A run's parts on fake tensors, from the flags of budget.py: bytes of weights; the live bytes of each phase,
     as {pictures: bytes} where they depend on these; and FLOPs for a picture."""
     pipe = blank_pipeline(args.model, torch.device("cpu"), args.size, args.frames, True, dtype)
     mode, transformer = next(pipe.transformer.parameters()).fake_mode, pipe.transformer
     clip = blank_reward(args.reward, torch.device("cpu"), mode)
     base = {kind: linear_bytes(transformer, kind) for kind in ("none", "int8", "nf4")}
     found = {"parameters": sum(p.numel() for p in transformer.parameters()), "base": base, "vae": held(pipe.vae),
-             "reward": held(clip) if clip else 0, "text": sum(map(held, pipe.seam.encoders.values())),
-             "together": CHUNK if pipe.seam.in_one_go else 1,
+             "reward": held(clip) if clip else 0, "text": sum(map(held, pipe.flow.encoders.values())),
+             "together": CHUNK if pipe.flow.in_one_go else 1,
              "encode": metered(lambda: encode(pipe, args.guidance))[0]}
     found["lora"] = size_of(*blank_lora(pipe, args.rank))
     weights = [layer.base_layer.weight for layer in lora_layers(transformer)]

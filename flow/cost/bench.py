@@ -1,12 +1,12 @@
 """How fast a model trains on this machine, without its weights: a run's phases at full shape with random weights.
 
-    python -m flow.bench --model black-forest-labs/FLUX.1-dev --size 512 --batch 4
-    python -m flow.bench --model tiny/sd3 --size 64 --reward tiny/pickscore        # seconds, also without a GPU
+    python -m flow.cost.bench --model black-forest-labs/FLUX.1-dev --size 512 --batch 4
+    python -m flow.cost.bench --model tiny/sd3 --size 64 --reward tiny/pickscore        # seconds, also without a GPU
 
 Each phase runs once to warm up, then --repeat times; the median counts. FLOPs are counted beforehand on fake tensors.
-Next to each peak stands flow/budget.py's estimate for the same precision: bf16 under autocast on a GPU, fp32 without
-one. Peaks are the GPU allocator's; without a GPU they are the bytes of tensors that live at once, counted. No network
-is needed but for the configs of a hub id that flow/blank.py does not know.
+Next to each peak stands budget.py's estimate for the same precision: bf16 under autocast on a GPU, fp32 without one.
+Peaks are the GPU allocator's; without a GPU they are the bytes of tensors that live at once, counted. No network
+is needed but for the configs of a hub id that flow/cost/shapes.py does not know.
 """
 import json
 import statistics
@@ -15,11 +15,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from flow import budget
-from flow.blank import blank_lora, blank_pipeline, blank_reward, encode
-from flow.cli import parse, quiet_libraries
-from flow.lora import merged
-from flow.meter import (
+from flow.cli import one_line_errors, parse, quiet_libraries
+from flow.cost import budget
+from flow.cost.count import (
     GB,
     SCORED,
     checkpointing,
@@ -32,6 +30,8 @@ from flow.meter import (
     rollout_step,
     update,
 )
+from flow.cost.shapes import blank_lora, blank_pipeline, blank_reward, encode
+from flow.lora import merged
 from flow.pipeline import decode_size
 from flow.run import compile_blocks
 
@@ -39,7 +39,7 @@ from flow.run import compile_blocks
 @dataclass
 class Args:
     model: str = "stabilityai/stable-diffusion-3.5-medium"
-    """a diffusers folder or hub id; five models are known offline (PUBLISHED in flow/blank.py)"""
+    """a diffusers folder or hub id; five models are known offline (PUBLISHED in flow/cost/shapes.py)"""
     reward: str = "pickscore"
     """pickscore, hpsv2.1 or a CLIPModel folder; none is not measured"""
     size: int | None = 512
@@ -119,6 +119,7 @@ def measure(args: Args, device: torch.device) -> list[dict]:
     return rows
 
 
+@one_line_errors()
 def main(args: Args):
     """Measure and print."""
     quiet_libraries()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import flow.cli
 import flow.run
 import train_awm
 import train_dpo
@@ -35,8 +36,8 @@ for name, flags in {runs}:
 """
 SHARDED = """
 from flow.pipeline import load_pipeline
-from flow.processes import own_device
-weight = load_pipeline("tiny/sd3", own_device(), sharded=True).transformer.transformer_blocks[0].attn.to_q.weight
+from flow.distributed import local_device
+weight = load_pipeline("tiny/sd3", local_device(), sharded=True).transformer.transformer_blocks[0].attn.to_q.weight
 assert 2 * weight.to_local().numel() == weight.numel()
 """
 REWARD = """
@@ -159,6 +160,6 @@ def test_another_number_of_processes_is_told(two, monkeypatch, capsys):
     run_here("awm", flags, monkeypatch)
     assert "processes (2 there, 1 here)" in capsys.readouterr().out
     monkeypatch.setattr(flow.run, "PROCESSES", 3)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), flow.cli.one_line_errors():
         flow.run.check_numbers(train_awm.Args(groups=4))
     assert "--groups 4" in capsys.readouterr().err

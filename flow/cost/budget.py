@@ -1,9 +1,9 @@
 """What a training run will take, before a weight is downloaded: memory, FLOPs, hours, and the cards that it fits on.
 
-    python -m flow.budget --model black-forest-labs/FLUX.1-dev --size 512 --batch 4 --quantize nf4
-    python -m flow.budget --table                      # the README's table, in Markdown; a quarter of an hour
+    python -m flow.cost.budget --model black-forest-labs/FLUX.1-dev --size 512 --batch 4 --quantize nf4
+    python -m flow.cost.budget --table                      # the README's table, in Markdown; a quarter of an hour
 
-From the model's configs alone (flow/blank.py) the project's own functions run on fake tensors, which have shapes and no
+From the model's configs alone (shapes.py) the project's own functions run on fake tensors, which have shapes and no
 numbers. Every number is estimated: bytes of tensors that live at once, not what an allocator makes of them. A GB is
 2^30 bytes, as in the log's peak_gb. Assumed: transformer in bf16 (or quantized) under autocast, LoRA, Adam, VAE and
 reward in fp32; the reward's model on the GPU only while it scores, text encoders only before all else.
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Literal
 
-from flow.blank import PUBLISHED, WORDS
-from flow.cli import fail, parse, quiet_libraries
-from flow.meter import GB, SCORED, count
+from flow.cli import InputError, one_line_errors, parse, quiet_libraries
+from flow.cost.count import GB, SCORED, count
+from flow.cost.shapes import PUBLISHED, WORDS
 
 CARDS = [16, 24, 48, 80]  # GB
 RESERVE = 1.0  # GB of a card for CUDA itself and what the allocator leaves between tensors; an assumption
@@ -24,7 +24,7 @@ BATCHES = [1, 2, 4, 8, 16, 32, 64]
 @dataclass
 class Args:
     model: str = "stabilityai/stable-diffusion-3.5-medium"
-    """a diffusers folder or hub id; five models are known offline (PUBLISHED in flow/blank.py)"""
+    """a diffusers folder or hub id; five models are known offline (PUBLISHED in flow/cost/shapes.py)"""
     method: Literal["awm", "nft", "dpo"] = "awm"
     """the training script"""
     reward: str = "pickscore"
@@ -58,7 +58,7 @@ class Args:
     quantize: Literal["none", "int8", "nf4"] = "none"
     """the frozen base's linear layers: none is bf16"""
     tflops: float = 200.0
-    """TFLOP/s that a GPU sustains. An assumption, not a measurement: a fifth of an H100's bf16 peak; see flow.bench"""
+    """TFLOP/s that a GPU sustains. An assumption, not a measurement: a fifth of an H100's bf16 peak; see bench.py"""
     gpus: int = 1
     """GPUs that share the pictures"""
     table: bool = False
@@ -183,9 +183,10 @@ def check_positive(args):
     """Refuse numbers that cannot work, naming the flag."""
     for flag, value in vars(args).items():
         if type(value) in (int, float) and not (value > 0 or flag == "guidance" and value == 0):
-            fail(f"--{flag.replace('_', '-')} {value}: must be positive")
+            raise InputError(f"--{flag.replace('_', '-')} {value}: must be positive")
 
 
+@one_line_errors()
 def main(args: Args):
     """Count and print."""
     quiet_libraries()

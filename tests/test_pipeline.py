@@ -1,4 +1,4 @@
-"""Tests of the pipeline, its seam and LoRAs against plain diffusers, on tiny random pipelines (tiny/families.py).
+"""Tests of the pipeline, how it is intercepted and LoRAs against plain diffusers, on tiny random pipelines (tests/families.py).
 
 They show that the velocities, pictures and LoRAs are right. Random weights can say nothing of quality.
 """
@@ -15,16 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
+import flow.cli
 import sample
 import train_awm
 import train_dpo
 import train_nft
 from flow import pipeline, run
 from flow.checkpoint import tensors
+from flow.intercept import latents_of
 from flow.lora import add_lora, lora_targets
 from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.rewards import load_reward
-from flow.seam import latents_of
 from normguard import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,14 +125,14 @@ def test_a_mixed_batch_is_one_sample_at_a_time(folder, name):
 def test_a_size_is_the_size_that_the_transformer_draws(folder, tmp_path):
     """SANA's pipeline would draw in a bin of its own, 512 pixels a side, and resize the picture."""
     pipe = load_pipeline(folder("sana"), CPU, 64)
-    assert pipe.seam.latents[-2:] == (2, 2)  # 32 pixels each
+    assert pipe.flow.latents[-2:] == (2, 2)  # 32 pixels each
     sample.main(sample.Args(model=folder("sana"), prompt=PROMPTS[0], steps=1, size=64, out=str(tmp_path)))
     assert json.loads((tmp_path / "samples.jsonl").read_text())["pipe"]["use_resolution_binning"] is False
 
 
 def times_told(pipe, run) -> list[dict]:
     """What the transformer is told of the time, call by call, while run() lasts: {place or name: values}."""
-    told, clock = [], pipe.seam.clock
+    told, clock = [], pipe.flow.clock
 
     def hear(module, args, kwargs, out):
         """After all hooks that change what is given."""
@@ -171,7 +172,7 @@ def test_on_a_bf16_base_training_tells_the_time_of_rollouts(folder, name):
 def test_whether_batches_hold_does_not_depend_on_precision(folder, name, in_one_go, one_by_one, base):
     pipe = load_pipeline(name if "/" in name else folder(name), CPU, 64, base=base)
     encode_prompts(pipe, PROMPTS, 3.0)
-    assert (pipe.seam.in_one_go, pipe.seam.one_by_one) == (in_one_go, {None: False, 3.0: one_by_one})
+    assert (pipe.flow.in_one_go, pipe.flow.one_by_one) == (in_one_go, {None: False, 3.0: one_by_one})
 
 
 @pytest.mark.parametrize("name", ["timestep", "hidden_states"])
@@ -184,9 +185,9 @@ def test_samples_that_see_each_other_a_little_are_called_one_by_one(name):
         given[name] = 0.99 * given[name] + 0.01 * given[name].flip(0)
         return kind.forward(self, **given)
     pipe.transformer.__class__ = type(kind.__name__, (kind,), {"forward": forward})
-    pipe.seam.probe = None  # a copy from before
+    pipe.flow.probe = None  # a copy from before
     encode_prompts(pipe, PROMPTS, 3.0)
-    assert pipe.seam.one_by_one == {None: False, 3.0: True}
+    assert pipe.flow.one_by_one == {None: False, 3.0: True}
 
 
 @pytest.mark.parametrize("name", ["z_image", "mochi", "flux2_klein"])
@@ -290,13 +291,13 @@ def test_what_is_no_such_pipeline_is_refused(folder, tmp_path, capsys):
             (image_to_image, ["StableDiffusion3Img2ImgPipeline", "image-to-image"]),
             (noise, ["DDIMScheduler", "flow-matching"])]:
         capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
             load_pipeline(str(name), CPU)
         error = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
         assert end.value.code == 2 and len(error) == 1 and f"--model {name}" in error[0], error
         assert all(word in error[0] for word in words), error
     for changes, word in [({"frames": 5}, "--frames 5"), ({"size": 60}, "--size 60")]:
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit), flow.cli.one_line_errors():
             load_pipeline("tiny/sd3", CPU, **changes)
         assert word in capsys.readouterr().err
 
@@ -304,7 +305,7 @@ def test_what_is_no_such_pipeline_is_refused(folder, tmp_path, capsys):
 def test_prompts_are_encoded_once(folder, monkeypatch):
     """By the pipeline's own encoding, each prompt; with the encoders gone a prompt that was not encoded is told."""
     pipe, asked = load_pipeline(folder("qwen_image"), CPU, 64), []
-    pipe.seam.encoders["text_encoder"].register_forward_hook(lambda *args: asked.append(None))
+    pipe.flow.encoders["text_encoder"].register_forward_hook(lambda *args: asked.append(None))
     encode_prompts(pipe, PROMPTS * 3)
     assert len(asked) == len(PROMPTS)
     noise = draw_noise(pipe, 6, torch.Generator().manual_seed(0))
@@ -338,7 +339,7 @@ def test_kept_encodings_are_the_encoders_own(folder, tmp_path, model):
     velocities = []
     for again in (False, True):
         pipe, asked = load_pipeline(name, CPU, 64), []
-        for encoder in pipe.seam.encoders.values():
+        for encoder in pipe.flow.encoders.values():
             encoder.register_forward_hook(lambda *args: asked.append(None))
         encode_prompts(pipe, PROMPTS, 3.0, tmp_path)
         assert bool(asked) != again
@@ -350,7 +351,7 @@ def test_kept_encodings_are_the_encoders_own(folder, tmp_path, model):
     with torch.no_grad():
         torch.testing.assert_close(velocity(pipe, noise, t, PROMPTS, 3.0), velocities[0][1])
     in_bf16, asked = load_pipeline(name, CPU, 64, base=torch.bfloat16), []
-    for encoder in in_bf16.seam.encoders.values():
+    for encoder in in_bf16.flow.encoders.values():
         encoder.register_forward_hook(lambda *args: asked.append(None))
     encode_prompts(in_bf16, PROMPTS, 3.0, tmp_path)
     assert asked  # what fp32 encoders have made is not taken for bf16's
@@ -358,8 +359,8 @@ def test_kept_encodings_are_the_encoders_own(folder, tmp_path, model):
         file.write_bytes(file.read_bytes()[:100])  # broken: they are encoded again
     encode_prompts(pipe := load_pipeline(name, CPU, 64), [*PROMPTS, "a new prompt"], 3.0, tmp_path)  # is encoded
     maps = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(tmp_path) in line]
-    kept = [x for key, row in pipe.seam.rows.items() if key[1] in PROMPTS for x in tensors(list(row))]
-    kept += [x for key, row in pipe.seam.last.items() if key in PROMPTS for x in tensors(list(row))]
+    kept = [x for key, row in pipe.flow.rows.items() if key[1] in PROMPTS for x in tensors(list(row))]
+    kept += [x for key, row in pipe.flow.last.items() if key in PROMPTS for x in tensors(list(row))]
     assert kept and all(any(int(a, 16) <= x.data_ptr() < int(b, 16) for a, b in maps) for x in kept)  # on disk
 
 

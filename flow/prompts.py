@@ -1,19 +1,41 @@
 """Prompts: each is encoded once and by itself, remembered, and put into batches; the text encoders come and go."""
 import functools
+import hashlib
 import inspect
-from contextlib import contextmanager
+import json
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
 
+import diffusers
 import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from tqdm import tqdm
 
-from flow.seam import Seen, call
+from flow.cli import InputError, progress, write_files
+from flow.intercept import Captured, call
+
+
+def read_prompts(path: str, flag: str) -> list[str]:
+    """The non-empty lines of a text file; a missing or empty one ends the process, naming `flag`."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        hint = "; the defaults are for the repository's folder" if path.startswith("tiny/") else ""
+        raise InputError(f"{flag} {path}: cannot be read ({e}){hint}")
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{flag} {path}: holds no prompt; one a line")
+    return prompts
 
 
 @contextmanager
 def text_encoders(pipe):
     """While this lasts, the text encoders are in their places and on the device; transformer and VAE make room for
     them."""
-    seam, encoders = pipe.seam, pipe.seam.encoders
+    seam, encoders = pipe.flow, pipe.flow.encoders
     if encoders is None:
         raise ValueError("the text encoders are gone: give all prompts to encode_prompts")
     if any(getattr(pipe, name) is not None for name in encoders):  # it is nested
@@ -40,7 +62,7 @@ def remember_prompts(pipe):
     encoded one by one, or in one go if that is the same: if in a batch the text encoders are given the very tokens and
     masks that they are given for each prompt alone (so no padding to the longest), and what comes out has the same
     shape and, but for rounding, the same numbers."""
-    encode, seam, rows = pipe.encode_prompt, pipe.seam, pipe.seam.rows
+    encode, seam, rows = pipe.encode_prompt, pipe.flow, pipe.flow.rows
     signature = inspect.signature(encode)
 
     @torch.no_grad()
@@ -104,7 +126,7 @@ def remember_prompts(pipe):
                 for i, key in enumerate(keys))
             same_encoding = all(alike(alone[key][0], row) for key, row in zip(keys, split(whole, n)))
             seam.in_one_go = same_tokens and same_encoding
-            raise Seen(None)
+            raise Captured(None)
         encoded = batch(keys)
         return encoded if len(encoded) > 1 else encoded[0]
 
@@ -170,11 +192,11 @@ def batches(pipe, prompts: list[str], most: int, guidance: float | None = None) 
     """Places of prompts in batches of at most `most`, in each of which all encodings have one length: padding might be
     seen."""
     groups = {}
-    for prompt in set(prompts) - pipe.seam.shapes.keys() if hasattr(pipe, "encode_prompt") else ():
+    for prompt in set(prompts) - pipe.flow.shapes.keys() if hasattr(pipe, "encode_prompt") else ():
         call(pipe, [prompt], levels=torch.zeros(1))  # nobody has asked encode_prompts for it
     for i, prompt in enumerate(prompts):
-        groups.setdefault(pipe.seam.shapes.get(prompt), []).append(i)
-    most = 1 if pipe.seam.one_by_one.get(guidance) else most
+        groups.setdefault(pipe.flow.shapes.get(prompt), []).append(i)
+    most = 1 if pipe.flow.one_by_one.get(guidance) else most
     return [rows[i:i + most] for rows in groups.values() for i in range(0, len(rows), most)]
 
 
@@ -195,21 +217,106 @@ def own_settings(pipe, takes, size: int | None, frames: int | None) -> dict:
     return {name: value for name, value in settings.items() if value is not None and name in takes}
 
 
-def tell_misfits(pipe, prompts: list[str], size: int | None):
+def warn_unsuitable(pipe, prompts: list[str], size: int | None):
     """Say what the model was not made for: prompts longer than any of its tokenizers reads, a size far from its own."""
     names = sorted(name for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None)
     tokenizers = [getattr(pipe.components[name], "tokenizer", pipe.components[name]) for name in names]  # a processor's
     limits = [tokenizer.model_max_length for tokenizer in tokenizers]
-    limits[-1:] = [pipe.seam.settings.get("max_sequence_length", limit) for limit in limits[-1:]]
+    limits[-1:] = [pipe.flow.settings.get("max_sequence_length", limit) for limit in limits[-1:]]
     unique = list(dict.fromkeys(prompts))
     cut = [prompt for prompt in unique if tokenizers and not any(
         len(tokenizer(prompt).input_ids) <= limit for tokenizer, limit in zip(tokenizers, limits))]
     if cut:
         tqdm.write(f"note: {len(cut)} of {len(unique)} prompts are longer than the {max(limits)} tokens that "
                    f"{type(pipe).__name__} reads; the end is lost, first of {cut[0][:80]!r}")
-    own = pipe.seam.takes["height"].default if "height" in pipe.seam.takes else None
+    own = pipe.flow.takes["height"].default if "height" in pipe.flow.takes else None
     own = own or getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
     made_for = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
     own = min(own, made_for) if isinstance(made_for, int) else own
     if size and own and not own / 2 <= size <= own * 2:
         tqdm.write(f"note: --size {size}: {type(pipe).__name__} was made for pictures of {own} pixels a side")
+
+
+# ---------------------------------------------------------------- encodings on disk
+
+def encode_each(pipe, prompts: list[str], size: int, guidance: float | None, store: Path | None):
+    """Have the pipeline encode each prompt once, `size` in one go, for calls without guidance and with that; a folder
+    `store` keeps them, and what it has kept is not encoded again. The text encoders are gone after that."""
+    unique = list(dict.fromkeys(prompts))
+    with ExitStack() as stack:
+        for i in progress(range(0, len(unique), size), desc="encode prompts", leave=False):
+            chunk = (unique[i:i + size] + [""] * size)[:size]
+            if store is not None and recall(pipe.flow, store, chunk, guidance):
+                continue
+            stack.enter_context(text_encoders(pipe))
+            known = len(pipe.flow.rows)
+            for scale in dict.fromkeys([None, guidance]):
+                call(pipe, chunk, levels=torch.zeros(1), guidance=scale)
+            if store is not None:
+                keep(pipe.flow, store, chunk, guidance, known)
+        pipe.flow.encoders = None
+
+
+def file_of(seam, store: Path, prompts: list[str], guidance: float | None) -> Path:
+    """Where the encodings of these prompts are, if they have been kept: by these settings, in this precision, on this
+    kind of device, by these libraries."""
+    precision = [str(encoder.dtype) for encoder in seam.encoders.values()], seam.device.type
+    libraries = torch.__version__, diffusers.__version__, transformers.__version__
+    settings = prompts, guidance, sorted(seam.settings.items()), precision, libraries
+    return store / (hashlib.sha256(repr(settings).encode()).hexdigest()[:16] + ".safetensors")
+
+
+def recall(seam, store: Path, prompts: list[str], guidance: float | None) -> bool:
+    """Take these prompts' encodings from the folder, if they are there and can be read."""
+    try:
+        rows = read_rows(file_of(seam, store, prompts, guidance))
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return False  # they are encoded again
+    for key, row in rows.items():
+        remember(seam, key, row)
+    return True
+
+
+def keep(seam, store: Path, prompts: list[str], guidance: float | None, known: int):
+    """Write to the folder what has been encoded since so many encodings were known, and hold that from now on."""
+    store.mkdir(parents=True, exist_ok=True)
+    write_rows(file_of(seam, store, prompts, guidance), dict(islice(seam.rows.items(), known, None)))
+    recall(seam, store, prompts, guidance)
+
+
+def write_rows(file: Path, rows: dict[tuple, tuple]):
+    """Write {key: encoding}; keys are tuples of strings, encodings nested tuples and lists of tensors and JSON's own
+    values."""
+    tensors, places = {}, {}
+
+    def outline(value):
+        """The encoding with each tensor's name in its place."""
+        if isinstance(value, (tuple, list)):
+            return {type(value).__name__: [outline(part) for part in value]}
+        if not torch.is_tensor(value):
+            return value
+        name = places.setdefault(id(value), f"{len(places)}")
+        tensors.setdefault(name, value.clone(memory_format=torch.contiguous_format))
+        return {"tensor": name}
+
+    index = json.dumps([[list(key), outline(row)] for key, row in rows.items()])
+    write_files({file: save(tensors, {"rows": index})})
+
+
+def read_rows(file: Path) -> dict[tuple, tuple]:
+    """Read them back; the tensors stay on disk until they are used."""
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        index = json.loads(opened.metadata()["rows"])
+
+    def filled(value):
+        """The reverse of `outline`."""
+        if not isinstance(value, dict):
+            return value
+        kind, content = next(iter(value.items()))
+        if kind == "tensor":
+            return tensors[content]
+        parts = [filled(part) for part in content]
+        return tuple(parts) if kind == "tuple" else parts
+
+    return {tuple(key): filled(row) for key, row in index}

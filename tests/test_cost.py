@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from flow import bench, blank, budget, meter
+from flow.cost import bench, budget, count, shapes
 from flow.lora import merged
 from normguard import reference
 
@@ -39,15 +39,15 @@ def z_image(tmp_path_factory) -> str:
 @functools.cache
 def counted(model: str, dtype: torch.dtype) -> dict:
     """What fake tensors say of a model."""
-    return meter.count(replace(FLAGS, model=model), dtype)
+    return count.count(replace(FLAGS, model=model), dtype)
 
 
 @functools.cache
 def real_pipeline(model: str, dtype: torch.dtype):
     """A real pipeline of random weights with a LoRA, ready for the phases."""
-    pipe = blank.blank_pipeline(model, CPU, 64, dtype=dtype)
-    blank.encode(pipe)
-    blank.blank_lora(pipe, FLAGS.rank)
+    pipe = shapes.blank_pipeline(model, CPU, 64, dtype=dtype)
+    shapes.encode(pipe)
+    shapes.blank_lora(pipe, FLAGS.rank)
     return pipe
 
 
@@ -86,12 +86,12 @@ def test_estimates_are_what_a_real_pipeline_takes():
     assert found["lora"] == sum(4 * p.numel() for p in lora) > 0
     n = 4  # counted for 1 and 8
     with reference(pipe.transformer):
-        real = {"rollout": allocated(lambda: meter.rollout_step(pipe, n))}
+        real = {"rollout": allocated(lambda: count.rollout_step(pipe, n))}
     with merged(pipe.transformer):
-        assert 0.9 < allocated(lambda: meter.rollout_step(pipe, n)) / real["rollout"] <= 1
+        assert 0.9 < allocated(lambda: count.rollout_step(pipe, n)) / real["rollout"] <= 1
     for on in (False, True):
-        with meter.checkpointing(pipe, on):
-            real[f"update {on}"] = allocated(lambda: meter.update(pipe, n))
+        with count.checkpointing(pipe, on):
+            real[f"update {on}"] = allocated(lambda: count.update(pipe, n))
     assert {phase: budget.at(found[phase], n) for phase in real} == pytest.approx(real, rel=0.07), n
     assert found["update True"][8] < found["update False"][8]
 
@@ -102,29 +102,29 @@ def test_estimates_are_what_a_real_pipeline_takes():
     ("z_image", torch.float32, False, 0.05)])
 def test_an_update_takes_as_much_on_real_tensors(name, dtype, on, tolerance, request):
     model = model_of(name, request)
-    fake = blank.blank_pipeline(model, CPU, 64, fake=True, dtype=dtype)
-    blank.encode(fake)
-    blank.blank_lora(fake, FLAGS.rank)
+    fake = shapes.blank_pipeline(model, CPU, 64, fake=True, dtype=dtype)
+    shapes.encode(fake)
+    shapes.blank_lora(fake, FLAGS.rank)
     real = real_pipeline(model, dtype)
-    with meter.as_on_cuda(), meter.checkpointing(fake, on), meter.checkpointing(real, on):
-        estimated, flops = meter.metered(lambda: meter.update(fake, 8))
-        assert estimated == pytest.approx(allocated(lambda: meter.update(real, 8)), rel=tolerance)
-        assert flops == flops_of(lambda: meter.update(real, 8))
+    with count.as_on_cuda(), count.checkpointing(fake, on), count.checkpointing(real, on):
+        estimated, flops = count.metered(lambda: count.update(fake, 8))
+        assert estimated == pytest.approx(allocated(lambda: count.update(real, 8)), rel=tolerance)
+        assert flops == flops_of(lambda: count.update(real, 8))
 
 
 def test_flops_are_those_that_pytorch_counts_on_a_real_pipeline():
     found, pipe = counted("tiny/sd3", torch.float32)["flops"], real_pipeline("tiny/sd3", torch.float32)
     with merged(pipe.transformer):
-        assert found["step"] == flops_of(lambda: meter.rollout_step(pipe, 2)) / 2
-    assert found["row"] == found["step"] == flops_of(lambda: meter.reference_pass(pipe, 1))
-    assert found["update False"] == flops_of(lambda: meter.update(pipe, 1)) - found["row"]
+        assert found["step"] == flops_of(lambda: count.rollout_step(pipe, 2)) / 2
+    assert found["row"] == found["step"] == flops_of(lambda: count.reference_pass(pipe, 1))
+    assert found["update False"] == flops_of(lambda: count.update(pipe, 1)) - found["row"]
     assert 2 * found["row"] < found["update False"] < found["update True"] < 4.5 * found["row"]
 
 
 def test_attention_is_counted():
     q = torch.randn(1, 2, 16, 8)
     attention = torch.nn.functional.scaled_dot_product_attention
-    assert meter.metered(lambda: attention(q, q, q))[1] == 2 * 2 * (2 * 16 * 16 * 8)
+    assert count.metered(lambda: attention(q, q, q))[1] == 2 * 2 * (2 * 16 * 16 * 8)
 
 
 def test_the_meter_counts_what_lives_at_once():
@@ -135,7 +135,7 @@ def test_the_meter_counts_what_lives_at_once():
         b = b * 2  # two of them live
         del b
         torch.zeros(1500)
-    assert meter.metered(run)[0] == 8000
+    assert count.metered(run)[0] == 8000
 
 
 # ---------------------------------------------------------------- published models
@@ -147,10 +147,10 @@ def test_the_meter_counts_what_lives_at_once():
     ("Qwen/Qwen-Image", 20_430_401_088),
     ("black-forest-labs/FLUX.2-klein-base-4B", 3_875_544_576)])
 def test_published_models_have_their_published_number_of_parameters(model, parameters):
-    assert model in blank.PUBLISHED
-    name, config = blank.read_configs(model)[1]["transformer"]
+    assert model in shapes.PUBLISHED
+    name, config = shapes.read_configs(model)[1]["transformer"]
     with torch.device("meta"):
-        transformer = getattr(blank.diffusers, name).from_config(config)
+        transformer = getattr(shapes.diffusers, name).from_config(config)
     assert sum(p.numel() for p in transformer.parameters()) == parameters
 
 
@@ -201,9 +201,9 @@ def test_work_and_hours_follow_the_recipe():
 def test_a_quantized_base_is_smaller_by_what_is_quantized():
     model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Conv2d(3, 8, 3)).to(torch.bfloat16)
     rest = 2 * (32 + 3 * 8 * 9 + 8)
-    assert meter.linear_bytes(model, "none") == (2 * 64 * 32 + rest, 0)
-    assert meter.linear_bytes(model, "int8") == (64 * 32 + 4 * 32 + rest, 2 * 64 * 32)
-    assert meter.linear_bytes(model, "nf4") == (64 * 32 // 2 + 64 * 32 // 64 * 4 + rest, 2 * 64 * 32)
+    assert count.linear_bytes(model, "none") == (2 * 64 * 32 + rest, 0)
+    assert count.linear_bytes(model, "int8") == (64 * 32 + 4 * 32 + rest, 2 * 64 * 32)
+    assert count.linear_bytes(model, "nf4") == (64 * 32 // 2 + 64 * 32 // 64 * 4 + rest, 2 * 64 * 32)
 
 
 # ---------------------------------------------------------------- the scripts

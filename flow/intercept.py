@@ -3,7 +3,7 @@ step.
 
 Every flow pipeline prepares latents, asks its scheduler for noise levels, and hands it v at each of them. `call` puts
 itself in those three places. What else a transformer takes (masks, positions, lists, packed text) the pipeline goes on
-to make itself. `pipe.seam` (made by flow/pipeline.py) holds what has been found out about the pipeline. """
+to make itself. `pipe.flow` (made by flow/pipeline.py) holds what has been found out about the pipeline. """
 import functools
 import inspect
 import itertools
@@ -17,23 +17,23 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
 )
 from torch import Tensor
 
-from flow.cli import fail
+from flow.cli import InputError
 
 
-class Seen(Exception):
+class Captured(Exception):
     """Leaves a pipeline's call from within, with what was to be seen there."""
 
 
-def seen(run):
+def capture(run):
     """What run() has left with."""
     try:
         run()
-    except Seen as left:
+    except Captured as left:
         return left.args[0]
 
 
 @contextmanager
-def pinned(obj, **attributes):
+def patched(obj, **attributes):
     """While this lasts, attributes of an object that stand before its class's, a method for one; it can be nested."""
     own = vars(obj)
     before = {name: own[name] for name in attributes if name in own}
@@ -50,8 +50,8 @@ def call(pipe, prompts: list[str], x: Tensor | None = None, levels: Tensor | Non
          guidance: float | None = None, output: str = "latent", steps: int = 1, generator=None):
     """Call the pipeline, recording gradients: from latents x (None: any), down noise levels (k + 1,), the i-th step of
     its scheduler replaced by step(v, x, i) -> next x. One level alone is no step: x is decoded, or prompts are encoded.
-    No levels at all: Seen leaves with the pipeline's own for so many steps, (levels, timesteps)."""
-    seam, scheduler, own, count = pipe.seam, pipe.scheduler, pipe.scheduler.set_timesteps, itertools.count()
+    No levels at all: Captured leaves with the pipeline's own for so many steps, (levels, timesteps)."""
+    seam, scheduler, own, count = pipe.flow, pipe.scheduler, pipe.scheduler.set_timesteps, itertools.count()
 
     def prepare_latents(*args, **kwargs):
         """What the pipeline's own makes, once for a size of batch, with x in the place of the noise."""
@@ -75,7 +75,7 @@ def call(pipe, prompts: list[str], x: Tensor | None = None, levels: Tensor | Non
         """The given levels, not those that the pipeline asks for."""
         if levels is None:
             own(*args, **kwargs)
-            raise Seen((scheduler.sigmas.cpu(), scheduler.timesteps.cpu()))
+            raise Captured((scheduler.sigmas.cpu(), scheduler.timesteps.cpu()))
         times = [timestep(pipe, level) for level in levels[:-1].tolist()]
         scheduler.timesteps = torch.tensor(times, device=seam.device)
         scheduler.sigmas = (1 - levels if seam.inverted else levels).to(seam.device)
@@ -91,7 +91,7 @@ def call(pipe, prompts: list[str], x: Tensor | None = None, levels: Tensor | Non
         given |= {"latents": x, "generator": generator or torch.Generator(seam.device)}
     scheduler_pins = {"set_timesteps": set_timesteps, "step": scheduler_step,
                       "timesteps": scheduler.timesteps, "sigmas": scheduler.sigmas}  # put back after a nested call
-    with pinned(pipe, prepare_latents=prepare_latents), pinned(scheduler, **scheduler_pins):
+    with patched(pipe, prepare_latents=prepare_latents), patched(scheduler, **scheduler_pins):
         return inspect.unwrap(type(pipe).__call__)(pipe, **given)
 
 
@@ -99,17 +99,17 @@ def guided(pipe, guidance: float | None, n: int = 1) -> dict:
     """The pipeline's arguments for n prompts and a guidance scale in its own convention. None: without guidance, or
     with what it tells a guidance embedding by default."""
     if guidance is None:
-        return pipe.seam.unguided
-    if "true_cfg_scale" in pipe.seam.takes and not pipe.transformer.config.get("guidance_embeds"):
+        return pipe.flow.unguided
+    if "true_cfg_scale" in pipe.flow.takes and not pipe.transformer.config.get("guidance_embeds"):
         return {"true_cfg_scale": guidance, "negative_prompt": [" "] * n}
-    if "guidance_scale" not in pipe.seam.takes:
-        fail(f"--guidance {guidance}: {type(pipe).__name__} takes none")
+    if "guidance_scale" not in pipe.flow.takes:
+        raise InputError(f"--guidance {guidance}: {type(pipe).__name__} takes none")
     return {"guidance_scale": guidance}
 
 
 def prepare(pipe, generator=None, **changes):
     """prepare_latents as the pipeline has called it last, but for these arguments. It moves no global generator."""
-    method, (args, kwargs) = type(pipe).prepare_latents, pipe.seam.prepare
+    method, (args, kwargs) = type(pipe).prepare_latents, pipe.flow.prepare
     bound = inspect.signature(method).bind(pipe, *args, **kwargs)
     changes["generator"] = generator or torch.Generator(bound.arguments.get("device") or "cpu")
     bound.arguments.update({name: value for name, value in changes.items() if name in bound.signature.parameters})
@@ -118,7 +118,7 @@ def prepare(pipe, generator=None, **changes):
 
 def timestep(pipe, level: float) -> float:
     """The scheduler's timestep at a noise level: of one of its schedules, or between two of theirs."""
-    known = pipe.seam.timesteps
+    known = pipe.flow.timesteps
     return known[level] if level in known else float(np.interp(level, *zip(*sorted(known.items()))))
 
 
@@ -126,7 +126,7 @@ def replace_scheduler(pipe, model: str) -> dict | None:
     """Any scheduler of a flow but plain Euler makes place for that, with its shift; returns its config, if so."""
     config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
     if not ("FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
-        fail(f"--model {model}: is a {type(pipe).__name__} with {name}; it takes a flow-matching pipeline")
+        raise InputError(f"--model {model}: is a {type(pipe).__name__} with {name}; it takes a flow-matching pipeline")
     if type(pipe.scheduler) is EULER and not config.stochastic_sampling:
         return None
     shift = config.get("shift", config.get("flow_shift", 1.0))
@@ -137,7 +137,7 @@ def replace_scheduler(pipe, model: str) -> dict | None:
 # ---------------------------------------------------------------- what the transformer is told
 
 @contextmanager
-def listening(pipe, listen):
+def transformer_inputs_hook(pipe, listen):
     """While this lasts, listen(given) sees, and may change, what the transformer is given: {place or name: value}."""
     def hook(module, args, kwargs):
         """diffusers' transformers take their inputs by place or by name."""
@@ -156,34 +156,34 @@ def latents_of(given: dict):
     return given.get("hidden_states", next(iter(given.values())))
 
 
-def told(pipe, level: float) -> dict:
-    """What the transformer is given for one sample at a noise level; once pipe.seam.clock is known, only that, and
+def timestep_inputs(pipe, level: float) -> dict:
+    """What the transformer is given for one sample at a noise level; once pipe.flow.clock is known, only that, and
     remembered."""
     def see(given):
-        raise Seen(given)
-    seam = pipe.seam
-    if level not in seam.told:
-        with listening(pipe, see):
+        raise Captured(given)
+    seam = pipe.flow
+    if level not in seam.timestep_inputs:
+        with transformer_inputs_hook(pipe, see):
             # latents of our own, in fp32 as in a rollout: the pipeline's would round the time to the base's bf16
             x = torch.zeros(1, *seam.latents, device=seam.device)
-            given = seen(lambda: call(pipe, [""], x, torch.tensor([level, 0.0])))
+            given = capture(lambda: call(pipe, [""], x, torch.tensor([level, 0.0])))
         if seam.clock is None:
             return given
-        seam.told[level] = {name: given[name].reshape(1, *given[name].shape[1:]) for name in seam.clock}
-    return seam.told[level]
+        seam.timestep_inputs[level] = {name: given[name].reshape(1, *given[name].shape[1:]) for name in seam.clock}
+    return seam.timestep_inputs[level]
 
 
 @contextmanager
-def telling(pipe, levels: list[float]):
+def with_timesteps(pipe, levels: list[float]):
     """While this lasts, the transformer is told a noise level of each sample's own."""
     if len(set(levels)) == 1:  # the pipeline tells it
         yield
         return
-    each = {name: torch.cat([told(pipe, level)[name] for level in levels]) for name in pipe.seam.clock}
+    each = {name: torch.cat([timestep_inputs(pipe, level)[name] for level in levels]) for name in pipe.flow.clock}
 
     def tell(given):
         """Twice, where there are as many samples again for guidance."""
         for name, value in each.items():
             given[name] = value.repeat(len(latents_of(given)) // len(levels), *[1] * (value.ndim - 1))
-    with listening(pipe, tell):
+    with transformer_inputs_hook(pipe, tell):
         yield

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval_judge
+import flow.cli
 import sample
 import train_awm
 import train_nft
-from flow import checkpoint, cli, files, pictures
+from flow import checkpoint, cli, pictures, prompts
 from flow.pipeline import decode, load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,7 @@ def refuses(capsys, folder: Path, call, *words):
     """It ends with exit code 2 and one line that has these words, and leaves the folder as it was."""
     before = contents(folder)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
         call()
     error = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
     assert end.value.code == 2 and len(error) == 1, error
@@ -176,13 +177,13 @@ def test_a_changed_input_is_named(tmp_path, capsys, flag):
 
 def test_a_fingerprint_sees_names_sizes_and_bytes(tmp_path):
     (tmp_path / "a").write_bytes(bytes(3_000_000))
-    before = files.fingerprint(str(tmp_path))
-    assert before == files.fingerprint(str(tmp_path)) and files.fingerprint("a/hub-id") is None
+    before = cli.fingerprint(str(tmp_path))
+    assert before == cli.fingerprint(str(tmp_path)) and cli.fingerprint("a/hub-id") is None
     (tmp_path / "a").write_bytes(bytes([1]) * 3_000_000)
-    assert files.fingerprint(str(tmp_path)) != before
+    assert cli.fingerprint(str(tmp_path)) != before
     (tmp_path / "a").rename(tmp_path / "b")
     (tmp_path / "b").write_bytes(bytes(3_000_000))
-    assert files.fingerprint(str(tmp_path)) != before
+    assert cli.fingerprint(str(tmp_path)) != before
 
 
 def test_a_damaged_checkpoint_is_refused_whole(trained, capsys):
@@ -243,11 +244,11 @@ def test_a_lora_of_nan_is_refused(trained, tmp_path, capsys):
 
 def test_a_byte_order_mark_is_no_prompt(tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red star\n")
-    assert cli.read_prompts(f"{tmp_path}/prompts.txt", "--prompts") == ["a red star"]
+    assert prompts.read_prompts(f"{tmp_path}/prompts.txt", "--prompts") == ["a red star"]
 
 
 def test_json_has_no_nan():
-    assert json.loads(files.json_text({"a": [math.nan, 1.0], "b": math.inf})) == {"a": [None, 1.0], "b": None}
+    assert json.loads(cli.json_text({"a": [math.nan, 1.0], "b": math.inf})) == {"a": [None, 1.0], "b": None}
 
 
 def test_a_run_ends_by_saying_what_came_of_it(tmp_path, capsys):
@@ -387,7 +388,8 @@ def test_a_full_disk_costs_no_more_than_the_epoch(trained, longer, capsys, file)
     if file != "checkpoint/prompts":
         shutil.copytree(longer / "checkpoint/prompts", trained / "checkpoint/prompts", dirs_exist_ok=True)
     before = contents(trained)
-    with full_beyond(len(before[file]) - 1 if file in before else 4000), pytest.raises(SystemExit) as end:
+    limit = len(before[file]) - 1 if file in before else 4000
+    with full_beyond(limit), pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
         train(trained, epochs=3)
     checkpoint.unlock()
     said = capsys.readouterr().err.replace("\x1b[A", "")  # bars go up a line
@@ -419,5 +421,5 @@ def test_a_full_disk_leaves_earlier_pictures_and_reports(tmp_path, capsys):
 def test_a_log_that_cannot_grow_stays_as_it_was(tmp_path, capsys):
     (tmp_path / "log").write_text("a line\n")
     with full_beyond(10):
-        refuses(capsys, tmp_path, lambda: files.append(tmp_path / "log", "another line\n"), "log", "room")
-    refuses(capsys, tmp_path, lambda: files.append(Path("/dev/full"), "a line\n"), "/dev/full", "No space left")
+        refuses(capsys, tmp_path, lambda: cli.append(tmp_path / "log", "another line\n"), "log", "room")
+    refuses(capsys, tmp_path, lambda: cli.append(Path("/dev/full"), "a line\n"), "/dev/full", "No space left")

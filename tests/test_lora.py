@@ -9,9 +9,10 @@ import diffusers
 import pytest
 import torch
 
+import flow.cli
 import sample
 from flow.evaluate import score
-from flow.lora import add_lora, lora_layers, merged, save_lora, swapped
+from flow.lora import add_lora, lora_layers, merged, quantization, save_lora, swapped
 from flow.pictures import load_pictures
 from flow.pipeline import (
     add_noise,
@@ -24,7 +25,6 @@ from flow.pipeline import (
     schedule,
     velocity,
 )
-from flow.precision import quantization
 from flow.rewards import load_reward
 from normguard import norm_hinge, norm_ratio, reference
 
@@ -177,7 +177,7 @@ def test_swapped_puts_back_the_very_tensors():
 def test_quantize_names_what_it_needs(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # none is installed
     for kind, said in (("int8", "pip install torchao"), ("nf4", "pip install bitsandbytes"), ("int7", "none, int8 or")):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit), flow.cli.one_line_errors():
             quantization(kind)
         assert f"--quantize {kind}: " in (line := capsys.readouterr().err) and said in line
 
