@@ -1,4 +1,4 @@
-"""Tests of the pipeline, how it is intercepted and LoRAs against plain diffusers, on tiny random pipelines (tests/families.py).
+"""Tests of pipelines, their interception and LoRAs against plain diffusers, on tiny random pipelines (families.py).
 
 They show that the velocities, pictures and LoRAs are right. Random weights can say nothing of quality.
 """
