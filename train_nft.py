@@ -43,7 +43,7 @@ from flow.cli import InputError, one_line_errors, parse, progress
 from flow.distributed import local_device, local_slice, sum_gradients
 from flow.evaluate import evaluate, reward_stats, score
 from flow.lora import add_lora, swapped, use_adapter
-from flow.pipeline import encode_prompts, integrate, schedule, velocity
+from flow.pipeline import integrate, schedule, velocity
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
 ADV_CLIP = 5.0  # advantages are clipped to +- this many standard deviations, then scaled to +- 1
@@ -159,10 +159,10 @@ def main(args: Args, rival=None):
     use_adapter(pipe.transformer, "default")
 
     # ---- start or resume
-    first_epoch, step, skipped, skipped_in_a_row = run.resume(out, saved, pipe.transformer, params, optimizer, ema=ema,
-                                                            old=old_params)
+    first_epoch, step, skipped, skipped_in_a_row = run.resume(
+        out, saved, pipe.transformer, params, optimizer, ema=ema, old=old_params)
     run.open_run(out, "nft", args, pipe, saved)
-    encode_prompts(pipe, run.local_prompts(args, prompts, eval_prompts), args.guidance, out / "checkpoint" / "prompts")
+    run.encode_local_prompts(out, args, pipe, prompts, eval_prompts)
     run.prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
     if first_epoch == 0 and args.eval_every:
         evaluate(out, args, pipe, reward, eval_prompts, step=0, epoch=0)
@@ -235,7 +235,7 @@ def main(args: Args, rival=None):
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             images = n * (u + 1) / args.updates  # of this epoch's, trained on so far
             run.log_step(out, bar, {"step": step, "epoch": epoch, **stats, **means, "grad_norm": grad_norm,
-                                "skipped": skipped, "img_per_s": images / (time.time() - start)})
+                                    "skipped": skipped, "img_per_s": images / (time.time() - start)})
             if skipped_in_a_row == 10:
                 raise InputError(f"{out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try "
                                  "a lower --lr in another --out")
@@ -253,8 +253,8 @@ def main(args: Args, rival=None):
                 evaluate(out, args, pipe, reward, eval_prompts, step, done)
         if done % args.save_every == 0 or done == args.epochs:
             run.save_checkpoint(out, "nft", args, pipe, eval_prompts, params, optimizer, epoch=done, step=step,
-                            skipped=skipped, skipped_in_a_row=skipped_in_a_row, ema=ema,
-                            old=[p.detach() for p in old_params])
+                                skipped=skipped, skipped_in_a_row=skipped_in_a_row, ema=ema,
+                                old=[p.detach() for p in old_params])
     run.finish_run(out, skipped)
 
 

@@ -33,7 +33,7 @@ from flow.cli import (
 from flow.distributed import PROCESSES, RANK, all_gather, barrier, local_slice, move_to_cpu, shutdown
 from flow.lora import base_dtype, quantization, save_lora, swapped
 from flow.pictures import plot_curves
-from flow.pipeline import load_pipeline
+from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import warn_unsuitable
 from flow.rewards import load_reward, reward_model, split_reward
 
@@ -92,11 +92,16 @@ def load_models(args, device: torch.device, prompts: list[str], eval_prompts: li
     return reward, pipe
 
 
-def local_prompts(args, prompts: list[str], eval_prompts: list[str]) -> list[str]:
-    """The prompts that this process draws pictures of: its slices of the held-out prompts and of each epoch's."""
+def encode_local_prompts(out: Path, args, pipe, prompts: list[str], eval_prompts: list[str]):
+    """Encode the prompts that this process draws pictures of: its slices of the held-out prompts and of each epoch's.
+    OUT/checkpoint/prompts keeps them for a run that resumes."""
     epochs = torch.arange(len(prompts)).split(args.groups)
-    training = [prompts[i] for epoch in epochs for i in epoch[local_slice(args.groups)]]
-    return eval_prompts[local_slice(len(eval_prompts))] + training
+    local = eval_prompts[local_slice(len(eval_prompts))]
+    local = local + [prompts[i] for epoch in epochs for i in epoch[local_slice(args.groups)]]
+    encode_prompts(pipe, local, args.guidance, out / "checkpoint" / "prompts")
+    if args.shard and len({pipe.flow.shapes.get(prompt) for prompt in local}) > 1:  # the processes' calls would differ
+        raise InputError(f"--shard: {type(pipe).__name__} encodes prompts to several lengths; it takes a model that "
+                         "pads to one")
 
 
 def prepare_transformer(pipe, args):
@@ -363,7 +368,7 @@ def digits(value: float, spread: float) -> str:
 
 def save_checkpoint(out: Path, method: str, args, pipe, eval_prompts: list[str], params: list, optimizer, *,
                     epoch: int, step: int, skipped: int, skipped_in_a_row: int, ema: list | None, **copies: list):
-    """Write lora/ (of `ema`, if there is one), curves.png, and last checkpoint/state.pt, on which the next epoch depends:
+    """Write lora/ (of `ema`, if given), curves.png, and last checkpoint/state.pt, on which the next epoch depends:
     a run that is killed in between repeats the epochs since the last checkpoint and writes the same files. copies:
     other lists of tensors like params, by name."""
     if RANK > 0:
