@@ -1,4 +1,4 @@
-"""A storm of odd inputs: each is one short line that names the flag or the file, exit code 2, and nothing is written.
+"""Bad input is refused in one short line that names the flag or the file, with exit code 2, and nothing is written.
 
 A case a line: script, flags, words of the line. RUN stands for the flags of the finished run in `run/`, of which the
 folders in `runs/` are copies with one thing wrong each. All but a few are called in this process, as the scripts'
@@ -20,14 +20,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import eval_judge
+import flow.rewards
 from flow import checkpoint, cli, pictures
+from flow.pipeline import load_pipeline
+from tests.helpers import ROOT, refuses
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tiny"))
 RUN = ("--group 2 --groups 2 --batch 8 --rank 4 --steps 2 --timesteps 1 --eval-n 2 --eval-every 2 --save-every 1 "
        "--epochs 3 --out")
 BIG = "1" + "0" * 12
-
 CASES = [line.split("|") for line in f"""
 train_awm | --lr 0 | --lr 0 positive
 train_awm | --lr -1e-3 | --lr
@@ -328,6 +329,7 @@ reproduce | --results /dev/null/x | --results /dev/null no folder
 reproduce | --results {"y" * 300} | --results long
 """.strip().splitlines()]
 
+
 REWARDS = """import numpy as np
 import torch
 number = 3
@@ -574,3 +576,23 @@ def test_a_real_process_says_the_same(home, command):
     assert end.returncode == 2 and end.stdout == ""
     check_line(end.stderr, words)
     assert tree(home) == before
+
+
+def test_a_model_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys):
+    """A hub id without network and without a cache: what to accept or download, and how to point the flag to a
+    folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for flag, call, name in [
+        ("--model", lambda n: load_pipeline(n, torch.device("cpu")), "stabilityai/stable-diffusion-3.5-medium"),
+        ("--embed", lambda n: eval_judge.load_embed(n, torch.device("cpu")), "facebook/dinov2-base"),
+    ]:
+        refuses(capsys, lambda: call(name),
+                f"{flag} {name}", "licence", f"hf download {name} --local-dir DIR", f"{flag} DIR")
+    for name, needs in (
+        ("pickscore", "yuvalkirstain/PickScore_v1"),
+        ("hpsv2.1", "xswu/HPSv2"),
+        ("clipscore", "openai/clip-vit-large-patch14"),
+    ):
+        refuses(capsys, lambda: flow.rewards.load_reward(name, torch.device("cpu")),
+                f"--reward {name}", needs, "HF_HOME")
