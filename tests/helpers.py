@@ -95,6 +95,11 @@ def lora_weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "lora/pytorch_lora_weights.safetensors")
 
 
+def flat_copy(params) -> torch.Tensor:
+    """A copy of all parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in params])
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

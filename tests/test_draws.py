@@ -8,9 +8,7 @@ import torch
 
 import flow.draws
 import train_awm
-from tests.helpers import (
-    generator,
-)
+from tests.helpers import generator
 
 
 def test_advantages():

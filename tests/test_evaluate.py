@@ -14,7 +14,7 @@ import flow.run
 from flow.evaluate import score
 from flow.pipeline import decode, draw_noise, encode_prompts, load_pipeline
 from flow.rewards import load_reward
-from tests.helpers import CPU, PROMPTS, generator, metrics, small_run
+from tests.helpers import CPU, PROMPTS, flat_copy, generator, metrics, small_run
 
 REWARDS = """
 import torch
@@ -26,11 +26,6 @@ def red(images, prompts):
 def length(images, prompts):
     return torch.tensor([float(len(prompt)) for prompt in prompts])
 """
-
-
-def values(params) -> torch.Tensor:
-    """A copy of all parameters, flat."""
-    return torch.cat([p.detach().flatten() for p in params])
 
 
 def test_a_summed_rewards_parts_see_the_same_pictures_with_their_prompts(tmp_path, monkeypatch):
@@ -58,12 +53,12 @@ def test_what_an_evaluation_says(tmp_path, monkeypatch):
     honest = flow.run.evaluate
 
     def watched(run, epoch):
-        seen.append({"run": run, "own": values(run.params), "ema": values(run.ema)})
+        seen.append({"run": run, "own": flat_copy(run.params), "ema": flat_copy(run.ema)})
         honest(run, epoch)
-        assert torch.equal(values(run.params), seen[-1]["own"])
+        assert torch.equal(flat_copy(run.params), seen[-1]["own"])
 
     def drawn(pipe, noise, prompts, sigmas, **kwargs):
-        seen[-1] |= {"noise": noise, "prompts": prompts, "sigmas": sigmas, "used": values(seen[-1]["run"].params)}
+        seen[-1] |= {"noise": noise, "prompts": prompts, "sigmas": sigmas, "used": flat_copy(seen[-1]["run"].params)}
         return 0.3 * noise, ratios
     monkeypatch.setattr(flow.run, "evaluate", watched)
     monkeypatch.setattr(flow.evaluate, "integrate", drawn)

@@ -135,13 +135,10 @@ def test_a_server_that_refuses(server, folders, capsys, status, words):
     assert len(asked) <= 4  # two at a time; the rest is not asked
 
 
-def test_no_server_no_url_no_package(folders, capsys, monkeypatch):
-    files = [[f"{folders[0]}/00000.png"]]
-    url = "http://127.0.0.1:9/v1"
-    refuses(capsys, lambda: http_judge(url, "m", retries=0)("?", files), f"--judge {url}", "cannot be reached")
+def test_no_url_no_package(capsys, monkeypatch):
     refuses(capsys, lambda: http_judge("http://HOST:PORT/v1", "m"), "--judge http://HOST:PORT/v1", "no URL")
     monkeypatch.setitem(sys.modules, "openai", None)
-    refuses(capsys, lambda: http_judge(url, "m"), "--judge", "pip install openai")
+    refuses(capsys, lambda: http_judge("http://127.0.0.1:9/v1", "m"), "--judge", "pip install openai")
 
 
 def test_a_server_that_answers_nothing(server, folders, capsys):

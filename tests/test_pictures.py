@@ -1,5 +1,4 @@
 """Tests of picture files and grids."""
-
 import torch
 
 from flow import pictures

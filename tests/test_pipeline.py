@@ -259,8 +259,6 @@ def test_what_is_no_such_pipeline_is_refused(family, tmp_path, capsys):
             (image_to_image, ["StableDiffusion3Img2ImgPipeline", "image-to-image"]),
             (noise, ["DDIMScheduler", "flow-matching"])]:
         refuses(capsys, lambda: load_pipeline(str(name), CPU), f"--model {name}", *words)
-    refuses(capsys, lambda: load_pipeline("tiny/sd3", CPU, frames=5), "--frames 5")
-    refuses(capsys, lambda: load_pipeline("tiny/sd3", CPU, size=60), "--size 60")
 
 
 def test_the_empty_loop_decodes_and_nothing_else(family):

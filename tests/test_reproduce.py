@@ -286,14 +286,6 @@ def test_several_jobs_are_other_processes(tmp_path, monkeypatch):
     assert told[-1]
 
 
-def test_reproduce_refuses(capsys):
-    refuses(capsys, lambda: reproduce.main(reproduce.Args(bases=("sdxl",))), "--bases", "sdxl", "flux")
-    refuses(capsys, lambda: reproduce.main(reproduce.Args(only=11)), "--only")
-    refuses(capsys, lambda: reproduce.main(reproduce.Args(seeds=())), "--seeds")
-    refuses(capsys, lambda: reproduce.main(reproduce.Args(jobs=0)), "--jobs")
-    refuses(capsys, lambda: reproduce.main(reproduce.Args(runs="a b")), "--runs", "a b")
-
-
 def test_world_is_deterministic_and_split():
     f = [world.scene(torch.arange(64), torch.Generator().manual_seed(3)) for _ in range(2)]
     a, b = (world.render(x) for x in f)

@@ -15,14 +15,9 @@ import train_dpo
 import train_nft
 from flow.lora import lora_layers
 from flow.pipeline import load_pipeline, schedule
-from tests.helpers import SCRIPTS, SMALL, generator, lora_bytes, metrics, small_run, timeless
+from tests.helpers import SCRIPTS, SMALL, flat_copy, generator, lora_bytes, metrics, small_run, timeless
 
 QUICK = dict(seed=5, epochs=2, group=2, steps=3, batch=3, lr=2e-2, eval_every=0, save_every=1, eval_n=3)
-
-
-def values(params) -> torch.Tensor:
-    """A copy of all parameters, flat."""
-    return torch.cat([p.detach().flatten() for p in params])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -33,7 +28,7 @@ def test_rollouts_are_of_the_epochs_prompts_and_the_right_policy(tmp_path, monke
     def watched(pipe, noise, prompts, sigmas, **kwargs):
         layers = lora_layers(pipe.transformer)
         assert all(layer.active_adapters == [name] for layer in layers)
-        weights = {key: values(layer.lora_B[key].weight for layer in layers) for key in ("default", name)}
+        weights = {key: flat_copy(layer.lora_B[key].weight for layer in layers) for key in ("default", name)}
         rollouts.append((noise, prompts, weights))
         return noise.clone(), None
     monkeypatch.setattr(script, "integrate", watched)
