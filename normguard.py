@@ -98,8 +98,8 @@ def reference(model: torch.nn.Module, keep: tuple[str, ...] = ()):
     after an exception and when nested, the active adapters, what trains, and train/eval mode are as before. If the
     model has dropout, compute v in eval mode too: the noise of dropout would count as excess norm.
 
-    keep: adapters that were there before RL, such as a frozen style LoRA; they stay on. Warns once if trained parameters
-    stay on, such as LoRA biases. Raises ValueError if the model has no adapter, or a merged one; if an adapter in `keep`
+    keep: adapters that were there before RL, such as a frozen style LoRA; they stay on. Warns once if parameters that
+    stay on are trained (LoRA biases). Raises ValueError if the model has no adapter or a merged one; if one in `keep`
     does not exist or is trained; if a frozen adapter is active beside a trained one and not in `keep`."""
     modules = list(model.modules())
     # peft's adapter layers read this flag in forward; its own disable_adapters() would reset requires_grad

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import eval_judge
 import flow.rewards
-from flow import checkpoint, cli, pictures
+from flow import cli, pictures, run
 from flow.pipeline import load_pipeline
 from tests.helpers import ROOT, refuses
 
@@ -555,7 +555,7 @@ def home(tmp_path_factory) -> Path:
         patch.setattr(sys, "argv", sys.argv)
         call("train_awm", [*RUN.split(), "run", "--epochs", "2"])
         call("train_nft", [*RUN.split(), "nft", "--epochs", "1"])
-    checkpoint.unlock()
+    run.unlock()
     make_odd(home / "odd")
     make_runs(home / "runs", home / "run")
     make_nft_runs(home / "runs", home / "nft")
@@ -600,7 +600,7 @@ def test_it_is_one_line_and_nothing_is_written(home, monkeypatch, capfd, script,
             call(script.strip(), shlex.split(flags))
     finally:
         signal.alarm(0)
-        checkpoint.unlock()
+        run.unlock()
     assert end.value.code == 2
     check_error(capfd.readouterr().err, words)
     assert tree(home) == before

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_awm
-from flow import checkpoint, cli
+from flow import cli, run
 from tests.helpers import ROOT
 
 SCRIPTS = ["train_nft", "train_awm", "train_dpo", "sample", "eval_judge", "make", "reproduce", "world"]
@@ -78,7 +78,7 @@ def test_out_of_memory_keeps_its_traceback_and_advises_what_can_be_changed(capsy
         cli.excepthook(*sys.exc_info())
     first, *_, said, advice = capsys.readouterr().err.splitlines()
     advised = set(re.findall(r"--([a-z-]+)", advice))
-    assert advised and {flag.replace("-", "_") for flag in advised} <= set(checkpoint.FREE + checkpoint.NEARLY_FREE)
+    assert advised and {flag.replace("-", "_") for flag in advised} <= set(run.MAY_CHANGE + run.CHANGES_ROUNDING)
     assert first.startswith("Traceback") and said.endswith("tried to allocate 2 GiB")
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from flow import prompts
-from flow.checkpoint import tensors
 from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.prompts import warn_unsuitable
+from flow.run import float_tensors as tensors
 from tests.helpers import CPU, PROMPTS
 
 LONG = "a very very very very very very red star before a wall"

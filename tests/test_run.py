@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import eval_judge
-import flow.checkpoint
 import flow.cli
+import flow.run
 import train_awm
 import train_dpo
-from flow import checkpoint, cli, pictures
+from flow import cli, pictures, run
 from tests.helpers import CPU, SMALL, contents, lora_bytes, lora_weights, refuses, small_run, timeless
 
 SHORT = dict(epochs=2, group=2, updates=1, steps=3, eval_n=2, save_every=2)
@@ -73,7 +73,7 @@ def test_a_save_cut_short_anywhere_resumes_bit_for_bit(tmp_path, monkeypatch):
     """save_checkpoint fails at each of its own steps in turn, at the end of some epoch; the next start goes on."""
     flags = dict(epochs=2, group=2, updates=1, steps=2, eval_every=0, save_every=1)
     whole = lora_bytes(small_run(tmp_path / "whole", **flags))
-    for module, name in ((flow.checkpoint, "save_lora"), (flow.checkpoint, "plot_curves"), (torch, "save")):
+    for module, name in ((flow.run, "save_lora"), (flow.run, "plot_curves"), (torch, "save")):
         honest, calls = getattr(module, name), []
 
         def cut(*args, **kwargs):
@@ -168,7 +168,7 @@ def test_two_runs_into_one_folder(trained, capsys):
     holder = os.fork()
     if not holder:
         try:
-            checkpoint.lock(trained)
+            run.lock(trained)
             os.write(write, b"held")
             time.sleep(60)
         finally:
@@ -215,17 +215,17 @@ def test_another_revision_of_a_hub_model_is_refused(trained, tmp_path, monkeypat
         (tmp_path / "models--some--model/refs").mkdir(exist_ok=True)
         (tmp_path / "models--some--model/refs/main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert checkpoint.revision("some/model") is None and checkpoint.revision("tiny/sd3") is None
-    assert checkpoint.revision("no/such/folder") is None
+    assert run.revision("some/model") is None and run.revision("tiny/sd3") is None
+    assert run.revision("no/such/folder") is None
     cache("abc123")
     args = json.loads((trained / "args.json").read_text())
     args |= {"model": "some/model", "inputs": {**args["inputs"], "model": "abc123"}}
     (trained / "args.json").write_text(json.dumps(args))
     given = train_awm.Args(**SMALL | SHORT | dict(epochs=3, model="some/model", out=str(trained)))
-    checkpoint.find_run("awm", given, CPU)
-    checkpoint.unlock()
+    run.find_run("awm", given, CPU)
+    run.unlock()
     cache("def456")
-    refuses(capsys, lambda: checkpoint.find_run("awm", given, CPU), "--model some/model", "changed since",
+    refuses(capsys, lambda: run.find_run("awm", given, CPU), "--model some/model", "changed since",
             unchanged=trained)
 
 
@@ -237,7 +237,7 @@ def test_another_revision_of_a_hub_model_is_refused(trained, tmp_path, monkeypat
     ("auto", "lamauto")])
 def test_the_default_folder_tells_lam(tmp_path, monkeypatch, lam, name):
     monkeypatch.chdir(tmp_path)
-    out, state = checkpoint.find_run("awm", train_awm.Args(lam=lam), CPU)
+    out, state = run.find_run("awm", train_awm.Args(lam=lam), CPU)
     assert (str(out), state) == (f"runs/awm-sd3-pickscore-{name}-s0", None)
 
 
@@ -323,7 +323,7 @@ def test_a_full_disk_costs_no_more_than_the_epoch(trained, longer, capsys, file)
     limit = len(before[file]) - 1 if file in before else 4000
     with full_beyond(limit), pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
         train(trained, epochs=3)
-    checkpoint.unlock()
+    run.unlock()
     said = capsys.readouterr().err.replace("\x1b[A", "")  # bars go up a line
     error = [line for line in said.splitlines() if line.strip() and "%|" not in line]
     assert end.value.code == 2 and len(error) == 1 and re.search(f"{file}\\S*: cannot be written", error[0]), error
