@@ -345,13 +345,13 @@ def recorded_run(script, out, monkeypatch, **changes) -> tuple[list[dict], torch
         names["all"] = [n for n, p in pipe.transformer.named_parameters() if ".default." in n]
         return x0.clone(), None
 
-    def given_rewards(run, *args):
-        run.parts = PARTS
-        return REWARDS.clone()
+    def given_scores(pipe, reward, *args):
+        reward.names, reward.weighted = list(PARTS), lambda scores: REWARDS.clone()
+        return torch.stack([*PARTS.values()])
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched_clip)
     monkeypatch.setattr(torch.optim.AdamW, "step", watched_step)
     monkeypatch.setattr(script, "integrate", given_pictures)
-    monkeypatch.setattr(script, "score", given_rewards)
+    monkeypatch.setattr(script, "score", given_scores)
     monkeypatch.setattr(train_awm, "CLIP", 0.05)  # only of the log's clip_share; no ratio here reaches the loss's 1
     more = {train_nft: {"old_decay": (1, 0.2, 0.5)}, train_dpo: {"pairs": 2, "dpo_beta": 30.0},
             train_awm: {"adv_clip": 1.0, "power": 0.3}}

@@ -11,7 +11,6 @@ import uuid
 import zipfile
 from dataclasses import asdict, fields
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ FORMAT = 2  # of args.json; runs of another format had other advantages, noise l
 FOLDERS = "samples", "lora", "checkpoint"
 FILES = ("args.json", "metrics.jsonl", "curves.png", "lora/pytorch_lora_weights.safetensors", "lora/README.md",
          "checkpoint/state.pt", "checkpoint/lock")
-LOCKS = {}  # the open lock file of each folder that this process holds
+LOCKS, WANDB = {}, {}  # of each folder that this process holds: its open lock file; its wandb run, if it has one
 BINS = 5  # of the noise level t in norm_ratio_by_t: equal parts of [0, 1]
 
 
@@ -71,7 +70,10 @@ def check_args(args):
         if not 0 < getattr(args, flag, 1) < float("inf"):
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
     quantization(args.quantize)
-    if args.wandb and find_spec("wandb") is None:
+    try:
+        if args.wandb:
+            import wandb  # noqa: F401 - an optional package
+    except ImportError:
         raise InputError("--wandb: needs a package that is not installed: pip install wandb")
 
 
@@ -270,7 +272,7 @@ def open_run(out: Path, method: str, args, pipe, saved: dict | None):
             log.truncate(saved["log_bytes"] if saved else 0)
         if args.wandb:
             import wandb  # check_args has found it
-            wandb.init(project=args.wandb, name=out.name, id=wandb_id, resume="allow", config=asdict(args))
+            WANDB[out] = wandb.init(project=args.wandb, name=out.name, id=wandb_id, resume="allow", config=asdict(args))
     barrier()
 
 
@@ -297,6 +299,7 @@ def finish_run(out: Path, skipped: int):
     prompts if there are evaluations."""
     unlock()
     shutdown()
+    WANDB.pop(out, None)
     if RANK > 0:
         return
     lines = read_log(out / "metrics.jsonl")
@@ -348,14 +351,14 @@ def log_step(out: Path, bar, line: dict):
 
 
 def log_line(out: Path, line: dict, picture: Path | None = None):
-    """Append a line to metrics.jsonl; send its numbers and a picture to wandb if open_run has started that."""
+    """Append a line to metrics.jsonl; send its numbers and a picture to wandb if asked for."""
     if RANK > 0:
         return
     append(out / "metrics.jsonl", json_text(line) + "\n")
-    wandb = sys.modules.get("wandb")
-    if wandb and wandb.run:
+    if out in WANDB:
+        import wandb  # open_run has imported it
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
-        wandb.log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=line["step"])
+        WANDB[out].log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=line["step"])
 
 
 def digits(value: float, spread: float) -> str:

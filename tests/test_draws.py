@@ -39,8 +39,8 @@ def test_rewards_that_are_equal_to_rounding_have_no_advantage(level):
     assert flow.draws.zero_std_share(equal, group=4) == 0.5
 
 
-def test_stratified_moments():
-    k = flow.draws.stratified(4000, 6, 12, torch.Generator().manual_seed(0))
+def test_stratified_steps():
+    k = flow.draws.stratified_steps(4000, 6, 12, torch.Generator().manual_seed(0))
     # the official "discrete" ones for 14 steps and 6 moments
     expected = [{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}]
     assert [set(column.tolist()) for column in k.T] == expected
@@ -56,11 +56,15 @@ def test_each_pass_over_the_prompts_is_a_shuffle_of_its_own():
     assert eval_prompts == list(itertools.islice(itertools.cycle(held_out), 100))
 
 
-def test_own_batches_are_an_updates_rows_once():
+def test_local_batches_are_an_updates_rows_once(monkeypatch):
     picture, update = torch.tensor([3, 0, 5, 2, 1, 4]).repeat_interleave(2), torch.arange(2, 11)
     for owns in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
-        batches = [flow.draws.local_batches(update, picture, own, 4) for own in owns]
+        batches = []
+        for own in owns:
+            monkeypatch.setattr(flow.draws, "local_slice", lambda n: own)
+            batches.append(flow.draws.local_batches(update, picture, 6, 4))
         assert sorted(row for own in batches for b in own for row in b.tolist()) == update.tolist()
         for own, parts in zip(owns, batches):
             assert all(own.start <= picture[row] < own.stop for b in parts for row in b) and max(map(len, parts)) <= 4
-    assert flow.draws.local_batches(update, picture, slice(6, 8), 4) == []
+    monkeypatch.setattr(flow.draws, "local_slice", lambda n: slice(6, 8))
+    assert flow.draws.local_batches(update, picture, 8, 4) == []

@@ -10,7 +10,7 @@ import torch
 
 import flow.evaluate
 import flow.rewards
-import flow.run
+import train_awm
 from flow.evaluate import score
 from flow.pipeline import decode, draw_noise, encode_prompts, load_pipeline
 from flow.rewards import load_reward
@@ -35,13 +35,12 @@ def test_a_summed_rewards_parts_see_the_same_pictures_with_their_prompts(tmp_pat
     reward = flow.rewards.load_reward(spec, torch.device("cpu"), batch=3)
     monkeypatch.setattr(flow.evaluate, "decode", lambda pipe, x0: x0)
     large = SimpleNamespace(flow=SimpleNamespace(picture=(3, 2048, 2048)))  # four of them are decoded at a time
-    run = SimpleNamespace(pipe=large, reward=reward, peaks={}, parts={})
     images, prompts = torch.rand(10, 3, 8, 8, generator=generator(0)), ["x" * k for k in range(10)]
     before, red, length = images.clone(), images[:, 0].double().mean((1, 2)), torch.arange(10.0)
-    scores = flow.evaluate.score(run, images, prompts)
-    torch.testing.assert_close(scores.double(), 2 * (1 - red) + red - 0.5 * length)
+    scores = flow.evaluate.score(large, reward, images, prompts)
+    torch.testing.assert_close(reward.weighted(scores).double(), 2 * (1 - red) + red - 0.5 * length)
     expected = {"r.py:spoiling": 1 - red, "r.py:red": red, "r.py:length": length.double()}
-    torch.testing.assert_close({name: part.double() for name, part in run.parts.items()}, expected)
+    torch.testing.assert_close({name: part.double() for name, part in zip(reward.names, scores)}, expected)
     assert torch.equal(images, before)
 
 
@@ -50,34 +49,39 @@ def test_what_an_evaluation_says(tmp_path, monkeypatch):
     (tmp_path / "r.py").write_text(REWARDS)
     seen, ratios = [], 1 + torch.rand(3, 4, generator=generator(1))
     ratios[1, 2] += 1
-    honest = flow.run.evaluate
+    decay = [min((1 + s) / (10 + s), 0.6) for s in range(1, 5)]
 
-    def watched(run, epoch):
-        seen.append({"run": run, "own": flat_copy(run.params), "ema": flat_copy(run.ema)})
-        honest(run, epoch)
-        assert torch.equal(flat_copy(run.params), seen[-1]["own"])
+    def lora(pipe):
+        return flat_copy(p for p in pipe.transformer.parameters() if p.requires_grad)
 
     def drawn(pipe, noise, prompts, sigmas, **kwargs):
-        seen[-1] |= {"noise": noise, "prompts": prompts, "sigmas": sigmas, "used": flat_copy(seen[-1]["run"].params)}
+        seen.append({"pipe": pipe, "noise": noise, "prompts": prompts, "sigmas": sigmas, "used": lora(pipe)})
         return 0.3 * noise, ratios
-    monkeypatch.setattr(flow.run, "evaluate", watched)
+
+    def stepped(optimizer, *args, **kwargs):
+        honest(optimizer, *args, **kwargs)
+        policies.append(flat_copy(optimizer.param_groups[0]["params"]))
+    policies, honest = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepped)
     monkeypatch.setattr(flow.evaluate, "integrate", drawn)
-    monkeypatch.setattr(flow.run, "time", SimpleNamespace(time=itertools.count(0, 10).__next__))
+    monkeypatch.setattr(train_awm, "time", SimpleNamespace(time=itertools.count(0, 10).__next__))
     small_run(tmp_path / "run", seed=5, epochs=2, group=2, steps=3, batch=3, lr=2e-2, eval_n=3, eval_every=1,
               eval_steps=4, ema=0.6, reward=f"{tmp_path}/r.py:red:3,{tmp_path}/r.py:length")
     held_out = Path("tiny/eval_prompts.txt").read_text().splitlines()[:3]
     noise = torch.cat([torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)])
-    pictures = decode(seen[0]["run"].pipe, 0.3 * noise).double().numpy()
+    pictures = decode(seen[0]["pipe"], 0.3 * noise).double().numpy()
     red, length = pictures[:, 0].mean((1, 2)), np.array([len(prompt) for prompt in held_out])
     reward = 3 * red + length
     said = [line for line in metrics(tmp_path / "run") if "eval_reward" in line]
     assert len(seen) == len(said) == 3
+    average = [seen[0]["used"]]
+    for policy, d in zip(policies, decay):
+        average.append(d * average[-1] + (1 - d) * policy)
     for epoch, (line, evaluation) in enumerate(zip(said, seen)):
         assert (line["epoch"], line["step"]) == (epoch, 2 * epoch)
         assert torch.equal(evaluation["noise"], noise) and evaluation["prompts"] == held_out
         assert len(evaluation["sigmas"]) == 5
-        assert torch.equal(evaluation["used"], evaluation["ema"])
-        assert torch.equal(evaluation["own"], evaluation["ema"]) == (epoch == 0)
+        torch.testing.assert_close(evaluation["used"], average[2 * epoch])
         expected = {"eval_reward": reward.mean(), "eval_reward_se": reward.std(ddof=1) / 3**0.5,
                     "eval_reward/r.py:red": red.mean(), "eval_reward/r.py:length": length.mean(),
                     "eval_norm_ratio": ratios.mean().item(), "eval_norm_ratio_max": ratios.mean(0).max().item(),
@@ -106,8 +110,7 @@ def test_a_reward_rests_on_the_cpu(monkeypatch):
     reward, sent = load_reward("tiny/pickscore", CPU), []
     (model,) = reward.models
     monkeypatch.setattr(model, "to", sent.append)
-    run = SimpleNamespace(pipe=pipe, reward=reward, peaks={})
     x0 = draw_noise(pipe, 3, torch.Generator().manual_seed(0))
-    scores = score(run, x0, PROMPTS)
+    (scores,) = score(pipe, reward, x0, PROMPTS)
     assert sent == [CPU, "cpu"] and isinstance(sent[0], torch.device) and isinstance(sent[1], str)
     torch.testing.assert_close(scores, reward(decode(pipe, x0), PROMPTS))

@@ -1,13 +1,14 @@
 """Tests of the training loop that no formula of test_normguard.py covers: what rollouts are of, what a step adds up,
 which policy is kept, what the guard does to a run."""
+import contextlib
 import functools
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import flow.cli
+import flow.draws
 import flow.pipeline
 import flow.run
 import train_awm
@@ -32,7 +33,7 @@ def test_rollouts_are_of_the_epochs_prompts_and_the_right_policy(tmp_path, monke
         rollouts.append((noise, prompts, weights))
         return noise.clone(), None
     monkeypatch.setattr(script, "integrate", watched)
-    monkeypatch.setattr(script, "score", lambda *args: torch.tensor([0.1, 0.5, 0.3, 0.2]))
+    monkeypatch.setattr(script, "score", lambda *args: torch.tensor([[0.1, 0.5, 0.3, 0.2]]))
     more = {"old_decay": (0, 0.2, 0.5)} if script is train_nft else {"pairs": 1} if script is train_dpo else {}
     small_run(tmp_path, script, **QUICK | more)
     captions = Path("tiny/prompts.txt").read_text().splitlines()
@@ -46,45 +47,36 @@ def test_rollouts_are_of_the_epochs_prompts_and_the_right_policy(tmp_path, monke
         assert weights[name].any() == (epoch == 1)
 
 
-def bare_run(out: Path):
-    """As much of a run as a step's end needs, and its only parameter."""
-    p = torch.nn.Parameter(torch.zeros(2))
-    bar = SimpleNamespace(set_postfix=lambda **said: None)
-    return SimpleNamespace(name="awm", args=train_awm.Args(group=2), params=[p], opt=torch.optim.SGD([p], lr=1),
-                           ema=None, step=0, epoch=0, skipped=0, bad=0, parts={}, peaks={}, start=0.0, out=out,
-                           wandb=None, bar=bar), p
-
-
-def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path):
-    run, p = bare_run(tmp_path)
-    reward = torch.tensor([0.1, 0.2, 0.5, 0.5])
-
-    def step(good: bool):
-        p.grad = torch.tensor([0.0, 0.5 if good else float("nan")])
-        flow.run.finish_step(run, {"loss": torch.tensor(1.0)}, 1, reward, 1.0)
-    for good in [False] * 9 + [True] + [False] * 9:
-        step(good)
-    assert p.tolist() == [0, -0.5] and run.skipped == 18 and run.step == 19
-    with pytest.raises(SystemExit), flow.cli.one_line_errors():
-        step(good=False)
-
-
-@pytest.mark.parametrize("sums, loss", [
-    ({"loss": torch.tensor(1.0)}, 1.5),
-    ({}, 1.25),
+@pytest.mark.parametrize("good, steps", [
+    ([10], 19),  # nine bad steps, a good one, nine bad ones
+    ([], 10),
 ])
-def test_a_steps_means_are_over_the_rows_of_all_processes(tmp_path, monkeypatch, sums, loss):
-    """Of four rows; this process has one, or none."""
-    theirs = {"loss": 5.0, "norm_ratio": 4.4, "ratio_at_4": 3.3, "rows_at_4": 3.0}
+def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path, monkeypatch, good, steps):
+    calls, honest = [], train_awm.awm_loss
+
+    def broken(*args):
+        calls.append(None)
+        return honest(*args) * (1 if len(calls) in good else float("nan"))
+    monkeypatch.setattr(train_awm, "awm_loss", broken)
+    monkeypatch.setattr(train_awm, "integrate", lambda pipe, noise, *args, **kwargs: (noise.clone(), None))
+    monkeypatch.setattr(train_awm, "score", lambda *args: torch.tensor([[0.1, 0.5, 0.3, 0.2]]))
+    with contextlib.nullcontext() if good else pytest.raises(SystemExit):
+        small_run(tmp_path, **QUICK | dict(epochs=19, updates=1, batch=8))
+    lines = metrics(tmp_path)
+    assert len(lines) == steps and lines[-1]["skipped"] == steps - len(good)
+
+
+@pytest.mark.parametrize("local, loss", [
+    ([{"loss": torch.tensor([0.25, 0.75])}], 1.5),
+    ([], 1.25),
+])
+def test_a_steps_means_are_over_the_rows_of_all_processes(monkeypatch, local, loss):
+    """Of four rows; this process has two, or none."""
+    theirs = {"loss": 5.0, "norm_ratio": 4.4, "ratio in bin 4": 3.3, "rows in bin 4": 3.0}
     monkeypatch.setattr(flow.run, "all_gather", lambda own: [own, theirs])
-    run, p = bare_run(tmp_path)
-    p.grad = torch.tensor([3.0, 4.0])
-    flow.run.finish_step(run, sums, 4, torch.tensor([0.1, 0.2, 0.5, 0.5]), 1.0)
-    (line,) = timeless(tmp_path)
-    said = [line[name] for name in ("loss", "norm_ratio", "grad_norm", "zero_std_share")]
-    assert said == pytest.approx([loss, 1.1, 5, 0.5])
-    assert line["norm_ratio_by_t"] == [None] * 4 + [pytest.approx(1.1)] and line["guard"] is None
-    torch.testing.assert_close(p.detach(), torch.tensor([-0.6, -0.8]))  # clipped to 1
+    means = flow.run.mean_over_rows(local, 4)
+    assert [means["loss"], means["norm_ratio"]] == pytest.approx([loss, 1.1]) and means["active"] is None
+    assert means["norm_ratio_by_t"] == [None] * 4 + [pytest.approx(1.1)]
 
 
 def same(a, b) -> bool:
@@ -106,7 +98,7 @@ def test_a_resumed_run_has_kept_everything(tmp_path, monkeypatch):
         return honest(*args) * (float("nan") if len(calls) == 2 else 1)
     monkeypatch.setattr(train_nft, "nft_loss", second_is_nan)
     monkeypatch.setattr(train_nft, "integrate", lambda pipe, noise, *args, **kwargs: (noise.clone(), None))
-    monkeypatch.setattr(train_nft, "score", lambda *args: torch.tensor([0.1, 0.5, 0.3, 0.2]))
+    monkeypatch.setattr(train_nft, "score", lambda *args: torch.tensor([[0.1, 0.5, 0.3, 0.2]]))
 
     def train(out, epochs):
         more = dict(epochs=epochs, save_every=3, ema=0.6, old_decay=(0, 0.2, 0.5))
@@ -192,16 +184,16 @@ def test_lam_auto_knows_no_scale_and_resumes_bit_for_bit(tmp_path, monkeypatch, 
 
 
 def test_dpo_with_lam_auto_also_trains_where_sampling_goes(tmp_path, monkeypatch):
-    moments, honest = [], train_dpo.add_noise
+    levels, honest = [], flow.draws.add_noise
 
     def capture(x0, noise, t):
-        moments.append(t[:len(t) // 2])
+        levels.append(t[:len(t) // 2])
         return honest(x0, noise, t)
-    monkeypatch.setattr(train_dpo, "add_noise", capture)
+    monkeypatch.setattr(flow.draws, "add_noise", capture)
     for lam in (0.05, "auto"):
         small_run(tmp_path / str(lam), train_dpo, lam=lam, groups=4, updates=1, timesteps=2, epochs=1, batch=64,
                   eval_every=0)
-    plain, auto = moments
+    plain, auto = levels
     changed = plain != auto
     assert len(plain) == 16 and set(changed.nonzero().flatten().tolist()) == {0, 8}
     pipe = load_pipeline("tiny/sd3", torch.device("cpu"))
@@ -245,4 +237,4 @@ def test_guard_holds_the_norm(tmp_path):
 def test_a_reward_that_cannot_teach_is_told(tmp_path, capsys):
     (tmp_path / "flat.py").write_text("def flat(images, prompts):\n    return images.new_ones(len(images))\n")
     small_run(tmp_path / "run", reward=f"{tmp_path}/flat.py:flat", epochs=1, eval_every=0)
-    assert "note: epoch 0: all pictures of a prompt have the same reward (1, ...)" in capsys.readouterr().out
+    assert "note: all pictures of a prompt have the same reward (1, ...)" in capsys.readouterr().out
