@@ -24,7 +24,7 @@ import eval_judge
 import flow.rewards
 from flow import cli, pictures, run
 from flow.pipeline import load_pipeline
-from tests.helpers import ROOT, refuses
+from tests.helpers import CPU, ROOT, refuses
 
 RUN = ("--group 2 --groups 2 --batch 8 --rank 4 --steps 2 --timesteps 1 --eval-n 2 --eval-every 2 --save-every 1 "
        "--epochs 3 --out")
@@ -626,8 +626,8 @@ def test_a_model_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for flag, call, name in [
-        ("--model", lambda n: load_pipeline(n, torch.device("cpu")), "stabilityai/stable-diffusion-3.5-medium"),
-        ("--embed", lambda n: eval_judge.load_embed(n, torch.device("cpu")), "facebook/dinov2-base"),
+        ("--model", lambda n: load_pipeline(n, CPU), "stabilityai/stable-diffusion-3.5-medium"),
+        ("--embed", lambda n: eval_judge.load_embed(n, CPU), "facebook/dinov2-base"),
     ]:
         refuses(capsys, lambda: call(name),
                 f"{flag} {name}", "licence", f"hf download {name} --local-dir DIR", f"{flag} DIR")
@@ -636,5 +636,5 @@ def test_a_model_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys):
         ("hpsv2.1", "xswu/HPSv2"),
         ("clipscore", "openai/clip-vit-large-patch14"),
     ):
-        refuses(capsys, lambda: flow.rewards.load_reward(name, torch.device("cpu")),
+        refuses(capsys, lambda: flow.rewards.load_reward(name, CPU),
                 f"--reward {name}", needs, "HF_HOME")

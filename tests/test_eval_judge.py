@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import eval_judge
 import flow.pictures
 import sample
-from tests.helpers import answer, refuses, sample_rows, serve
+from tests.helpers import CPU, answer, refuses, sample_rows, serve
 
 PICKSCORE = ("tiny/pickscore",)
 OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_judge.py's questions only; it has commas
@@ -30,8 +30,6 @@ OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_jud
 def base_and_lora(run, tmp_path_factory) -> tuple[str, str]:
     """16 pictures of the base and of a trained LoRA, same prompts and noise."""
     root = tmp_path_factory.mktemp("pictures")
-    # more pictures than the next sample into that folder has
-    sample.main(sample.Args(steps=1, n=2, out=str(root / "base")))
     for name, lora in (("base", None), ("lora", str(run / "lora"))):
         sample.main(sample.Args(steps=4, lora=lora, out=str(root / name), reward="tiny/pickscore"))
     return f"{root}/base", f"{root}/lora"
@@ -218,7 +216,7 @@ def test_faults_of_the_server_are_counted(base_and_lora, judge_server, tmp_path,
 def test_forensic_tells_renders_from_samples(tmp_path):
     """Of a base and of prompts that the detector was not trained on."""
     sample.main(sample.Args(steps=12, n=6, seed=500, out=str(tmp_path / "base")))
-    score = eval_judge.load_forensic("tiny/forensic", None, torch.device("cpu"))
+    score = eval_judge.load_forensic("tiny/forensic", None, CPU)
     dirs = (render_folder(tmp_path / "renders", n=96), str(tmp_path / "base"))
     real, drawn = (score([row["file"] for row in flow.pictures.read_folder(folder)]) for folder in dirs)
     auc = (real[:, None] > drawn[None]).float().mean().item()  # P(a render scores above a sample)
@@ -346,7 +344,7 @@ def test_nan_is_null_in_the_report(folders, tmp_path, monkeypatch, capsys):
 
 def test_a_score_is_kept_with_its_device_and_libraries(monkeypatch):
     """What another device or library computes is another score; a server's is the server's."""
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    cpu, gpu = CPU, torch.device("cuda")
     assert eval_judge.identity("tiny/judge", cpu) != eval_judge.identity("tiny/judge", gpu)
     assert "bfloat16" in eval_judge.identity("tiny/judge", gpu)
     before, url = eval_judge.identity("tiny/judge", cpu), "http://127.0.0.1:9/v1"
@@ -364,6 +362,6 @@ def test_a_vlm_reward_in_a_report(folders, server, tmp_path):
     assert report["metrics"]["reward/m"][folders[0]]["mean"] == pytest.approx(0.6 / 0.9)
     assert len(set(eval_judge.short_names((spec, f"vlm:m@{url}[Bad?]")))) == 2
     (tmp_path / "model").mkdir()
-    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", torch.device("cpu"))
+    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", CPU)
     (tmp_path / "model" / "weights").write_text("1")
-    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", torch.device("cpu")) != before
+    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", CPU) != before

@@ -32,7 +32,7 @@ def test_a_summed_rewards_parts_see_the_same_pictures_with_their_prompts(tmp_pat
     """What one does to the pictures no other sees, whatever the pieces in which they are decoded and scored."""
     (tmp_path / "r.py").write_text(REWARDS)
     spec = ",".join(f"{tmp_path}/r.py:{name}" for name in ("spoiling:2", "red", "length:-0.5"))
-    reward = flow.rewards.load_reward(spec, torch.device("cpu"), batch=3)
+    reward = flow.rewards.load_reward(spec, CPU, batch=3)
     monkeypatch.setattr(flow.evaluate, "decode", lambda pipe, x0: x0)
     large = SimpleNamespace(flow=SimpleNamespace(picture=(3, 2048, 2048)))  # four of them are decoded at a time
     images, prompts = torch.rand(10, 3, 8, 8, generator=generator(0)), ["x" * k for k in range(10)]

@@ -20,7 +20,7 @@ import sample
 import train_awm
 import train_dpo
 import train_nft
-from flow import pipeline, run
+from flow import run
 from flow.intercept import latents_of, timestep_inputs
 from flow.lora import add_lora
 from flow.pipeline import (
@@ -35,7 +35,7 @@ from flow.pipeline import (
     velocity,
 )
 from normguard import reference
-from tests.helpers import CPU, PROMPTS, refuses
+from tests.helpers import CPU, PROMPTS, metrics, refuses, sample_rows
 
 IMAGES = ["z_image", "qwen_image", "flux2_klein", "sana", "lumina2", "chroma", "aura_flow", "cogview4", "prx",
           "ernie_image"]
@@ -70,7 +70,7 @@ def plain_picture(row: dict) -> np.ndarray:
 
 def compare_with_plain(out: Path, most: int = 1):
     """The pictures in a folder are plain diffusers', up to the last of 8 bits."""
-    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    rows = sample_rows(out)
     for row in rows:
         ours = np.asarray(Image.open(out / row["file"]).convert("RGB")).astype(int)
         assert ours.std() > 5  # something is to be seen
@@ -199,7 +199,7 @@ def test_short_training(family, tmp_path, script, name):
     script.main(script.Args(
         model=family(name), out=str(out), epochs=2, group=2, groups=2, batch=3, rank=4, steps=3, timesteps=1, eval_n=2,
         eval_every=2, save_every=2, lr=2e-2, guidance=guidance, **shape(name), **more))
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(out)
     assert [lines[0]["eval_norm_ratio"], lines[1]["norm_ratio"]] == pytest.approx([1, 1], abs=1e-5)
     assert lines[-1]["eval_norm_ratio"] != 1 and all(line["grad_norm"] > 0 for line in lines if "loss" in line)
     assert (out / "samples/00002.png").exists() and (out / "samples/00002.gif").exists() == (name in VIDEOS)
@@ -266,7 +266,7 @@ def test_the_empty_loop_decodes_and_nothing_else(family):
     pipe = load_pipeline(family("flux2_klein"), CPU, 64)
     x0 = draw_noise(pipe, 3, torch.Generator().manual_seed(0))
     pipe.transformer.register_forward_pre_hook(lambda *args: pytest.fail("the transformer was called"))
-    assert pipeline.decode(pipe, x0).shape == (3, 3, 64, 64)
+    assert decode(pipe, x0).shape == (3, 3, 64, 64)
 
 
 def test_compiled_blocks_are_the_blocks_and_are_compiled_once():
@@ -304,7 +304,7 @@ def test_schedule_is_the_pipelines_own():
     def shift(s):
         return 3 * s / (1 + 2 * s)
     expected = np.append(shift(np.linspace(1, shift(0.001), 8)), 0)
-    np.testing.assert_allclose(schedule(load_pipeline("tiny/sd3", torch.device("cpu")), 8), expected, atol=1e-6)
+    np.testing.assert_allclose(schedule(load_pipeline("tiny/sd3", CPU), 8), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["tiny/sd3", "tiny/flux"])
@@ -312,7 +312,7 @@ def test_dpo_trains_at_the_schedulers_own_levels(model):
     """As officially: the levels and timesteps that the scheduler is made with, shifted once (sd3) or not at all (flux,
     whose shift depends on the size); and it is these timesteps that the transformer is told."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
-    pipe = load_pipeline(model, torch.device("cpu"))
+    pipe = load_pipeline(model, CPU)
     levels = training_levels(pipe)
     assert torch.equal(levels, scheduler.sigmas) and len(levels) == 1000
     assert levels[-1].item() == pytest.approx(0.003 / 1.002 if model == "tiny/sd3" else 0.001)
@@ -322,7 +322,7 @@ def test_dpo_trains_at_the_schedulers_own_levels(model):
 
 
 def test_pictures_that_are_not_finite_end_the_run(capsys):
-    pipe = load_pipeline("tiny/sd3", torch.device("cpu"))
+    pipe = load_pipeline("tiny/sd3", CPU)
     latents = torch.zeros(2, 16, 8, 8)
     latents[1, 0, 0, 0] = math.nan
     refuses(capsys, lambda: decode(pipe, latents), "not finite")

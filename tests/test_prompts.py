@@ -14,7 +14,7 @@ LONG = "a very very very very very very red star before a wall"
 
 @pytest.fixture(scope="module", params=["tiny/sd3", "tiny/flux"])
 def pipe(request):
-    return load_pipeline(request.param, torch.device("cpu"))
+    return load_pipeline(request.param, CPU)
 
 
 def test_prompts_that_are_cut_are_told_once_with_the_limit(pipe, capsys):

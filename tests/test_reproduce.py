@@ -26,7 +26,7 @@ import flow.rewards
 import train_awm
 import train_dpo
 from normguard import norm_hinge
-from tests.helpers import lora_bytes, pixels, random_pair, refuses
+from tests.helpers import CPU, lora_bytes, pixels, random_pair, refuses, sample_rows
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.02])
@@ -66,7 +66,7 @@ def test_rivals_in_a_training(tmp_path, monkeypatch, script):
 
     def make(training):
         own = {name: maker(training) for name, maker in makers.items()}
-        hps = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))
+        hps = flow.rewards.load_reward("tiny/hps", CPU)
 
         def guard(v, v_ref, margin=0.0):
             pictures = flow.pipeline.decode(training.run.pipe, training.x0)
@@ -262,9 +262,9 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     again = {line for line in commands if commands.count(line) > 1}
     assert len(again) == 1 and "--lam 0.05" in again.pop()  # the one that was killed
 
-    hps = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))
+    hps = flow.rewards.load_reward("tiny/hps", CPU)
     for name, folder in (("unguarded", "awm"), ("guarded", "awm+normguard")):
-        rows = [json.loads(line) for line in (home / folder / "samples.jsonl").read_text().splitlines()]
+        rows = sample_rows(home / folder)
         arrays = [pixels(home / folder / row["file"]) for row in rows]
         pictures = torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
         score = hps(pictures, [row["prompt"] for row in rows])

@@ -17,13 +17,7 @@ from flow.judge import local_judge, read_answer
 from flow.pictures import to_image
 from flow.rewards import VLM_QUESTION, load_reward
 from tests.families import fast_tokenizer, vocab_size
-from tests.helpers import (
-    CPU,
-    answer,
-    refuses,
-    renders,
-    small_run,
-)
+from tests.helpers import CPU, answer, refuses, renders, small_run
 
 OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_judge.py's questions only; it has commas
 
@@ -36,7 +30,7 @@ def test_differentiable_rewards_are_the_rewards(size):
     drawn = world.render(world.scene(torch.arange(8), torch.Generator().manual_seed(1)))
     pictures = torch.nn.functional.interpolate(drawn, size, mode="bicubic").clamp(0, 1)
     ours, theirs = (
-        flow.rewards.load_reward("tiny/pickscore", torch.device("cpu"), differentiable=d)(pictures, world.CAPTIONS[:8])
+        flow.rewards.load_reward("tiny/pickscore", CPU, differentiable=d)(pictures, world.CAPTIONS[:8])
         for d in (True, False)
     )
     np.testing.assert_allclose(ours, theirs, atol=0.01)
@@ -60,7 +54,7 @@ def test_pickscore_formula():
         words = clip.get_text_features(**tokenizer(prompts, padding=True, return_tensors="pt")).pooler_output
     image, words = image.numpy().astype(np.float64), words.numpy().astype(np.float64)
     cosine = (image * words).sum(1) / np.linalg.norm(image, axis=1) / np.linalg.norm(words, axis=1)
-    ours = flow.rewards.load_reward("tiny/pickscore", torch.device("cpu"))(pictures, prompts)
+    ours = flow.rewards.load_reward("tiny/pickscore", CPU)(pictures, prompts)
     np.testing.assert_allclose(ours.numpy(), cosine * math.exp(clip.logit_scale.item()) / 26, rtol=1e-4)
     assert ours[:2].min() > ours[2:].max()  # renders of the first captions: right ones score above wrong colours
 
@@ -151,7 +145,7 @@ def test_the_two_proxies_differ():
     pictures = world.render(world.scene(torch.arange(64), torch.Generator().manual_seed(5)))
     dim = 0.65 * pictures
     blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(pictures, 4), 64, mode="bilinear")
-    pick, hps = (flow.rewards.load_reward(f"tiny/{name}", torch.device("cpu")) for name in ("pickscore", "hps"))
+    pick, hps = (flow.rewards.load_reward(f"tiny/{name}", CPU) for name in ("pickscore", "hps"))
     for reward in (pick, hps):
         mismatched = reward(pictures, world.CAPTIONS[9:] + world.CAPTIONS[:9])
         assert reward(pictures, world.CAPTIONS).mean() > mismatched.mean() + 0.7
@@ -173,7 +167,7 @@ def test_a_siglip_reward_does_not_depend_on_the_other_prompts(tmp_path):
     processor.save_pretrained(tmp_path)
     pictures, prompts = torch.rand(2, 3, 32, 32), ["a red star", "a red ring and a blue heart and a green moon"]
     pictures = (pictures * 255).round() / 255
-    load = functools.partial(flow.rewards.load_reward, str(tmp_path), torch.device("cpu"))
+    load = functools.partial(flow.rewards.load_reward, str(tmp_path), CPU)
     together = load()(pictures, prompts)
     alone = torch.cat([load()(pictures[i:i + 1], prompts[i:i + 1]) for i in range(2)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-7)
@@ -191,7 +185,7 @@ def test_a_siglip_reward_does_not_depend_on_the_other_prompts(tmp_path):
 def test_reward_from_a_function(tmp_path):
     (tmp_path / "red.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2)) + len(prompts)\n")
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = flow.rewards.load_reward(f"{tmp_path}/red.py:red", torch.device("cpu"), batch=2)(images, ["a"] * 3)
+    ours = flow.rewards.load_reward(f"{tmp_path}/red.py:red", CPU, batch=2)(images, ["a"] * 3)
     np.testing.assert_allclose(ours.numpy(), images[:, 0].numpy().reshape(3, -1).mean(1) + [2, 2, 1], rtol=1e-6)
 
 
@@ -203,7 +197,7 @@ def test_a_reward_cannot_change_pictures_that_others_see(tmp_path):
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     before = images.clone()
     spec = f"{tmp_path}/rude.py:rude,{tmp_path}/rude.py:after"
-    scores = flow.rewards.load_reward(spec, torch.device("cpu")).scores_of(images, ["a"] * 3)
+    scores = flow.rewards.load_reward(spec, CPU).scores_of(images, ["a"] * 3)
     torch.testing.assert_close(scores, torch.stack([255 * before.mean((1, 2, 3)), before.amax((1, 2, 3)) + 3]))
     assert torch.equal(images, before)
     for name, reward in (("plain", None), ("rude", f"{tmp_path}/rude.py:rude")):

@@ -20,7 +20,7 @@ import flow.run
 import train_awm
 import train_dpo
 from flow import cli, pictures, run
-from tests.helpers import CPU, SMALL, contents, lora_bytes, lora_weights, refuses, small_run, timeless
+from tests.helpers import CPU, SMALL, contents, lora_bytes, lora_weights, metrics, refuses, small_run, timeless
 
 SHORT = dict(epochs=2, group=2, updates=1, steps=3, eval_n=2, save_every=2)
 
@@ -244,7 +244,7 @@ def test_the_default_folder_tells_lam(tmp_path, monkeypatch, lam, name):
 def test_a_run_ends_by_saying_what_came_of_it(tmp_path, capsys):
     train(tmp_path / "run")
     said = capsys.readouterr().out.splitlines()[-1]
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "run")
     evals = [line for line in lines if "eval_reward" in line]
     first, last = re.search(r"reward (\S+) -> (\S+),", said).groups()
     assert first != last  # as many digits as are needed to tell them apart
@@ -280,7 +280,7 @@ def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
 
 def test_wandb_gets_the_numbers_and_the_grids(tmp_path, wandb):
     out = train(tmp_path / "run", wandb="project", epochs=1, eval_every=1)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(out)
     ((_, logged),) = wandb
     assert [numbers["loss"] for numbers in logged if "loss" in numbers] == [lines[1]["loss"]]
     assert sum("samples" in numbers for numbers in logged) == 2

@@ -16,7 +16,7 @@ import train_dpo
 import train_nft
 from flow.lora import lora_layers
 from flow.pipeline import load_pipeline, schedule
-from tests.helpers import SCRIPTS, SMALL, flat_copy, generator, lora_bytes, metrics, small_run, timeless
+from tests.helpers import CPU, SCRIPTS, SMALL, flat_copy, generator, lora_bytes, metrics, small_run, timeless
 
 QUICK = dict(seed=5, epochs=2, group=2, steps=3, batch=3, lr=2e-2, eval_every=0, save_every=1, eval_n=3)
 
@@ -196,7 +196,7 @@ def test_dpo_with_lam_auto_also_trains_where_sampling_goes(tmp_path, monkeypatch
     plain, auto = levels
     changed = plain != auto
     assert len(plain) == 16 and set(changed.nonzero().flatten().tolist()) == {0, 8}
-    pipe = load_pipeline("tiny/sd3", torch.device("cpu"))
+    pipe = load_pipeline("tiny/sd3", CPU)
     assert all(t in schedule(pipe, SMALL["steps"])[:-1] for t in auto[changed])
 
 
