@@ -86,6 +86,21 @@ def decode_latents(pipe, x: Tensor) -> Tensor:
     return run_loop(pipe, [""] * len(x), x, torch.zeros(1), None, output="pt")[0]
 
 
+def first_step(pipe, prompts: list[str], x: Tensor | None, level: float, guidance: float | None = None):
+    """What the scheduler gets at the first step of a loop that starts at a noise level: (v, x), each (b, ...)."""
+    def see(v, x, i):
+        raise Captured((v, x))
+    return capture(lambda: run_loop(pipe, prompts, x, torch.tensor([level, 0.0]), see, guidance))
+
+
+def first_inputs(pipe, prompts: list[str], x: Tensor | None, level: float, generator=None) -> dict:
+    """What the transformer gets at the first step: {position or name: value}."""
+    def see(inputs):
+        raise Captured(inputs)
+    with transformer_inputs_hook(pipe, see):
+        return capture(lambda: run_loop(pipe, prompts, x, torch.tensor([level, 0.0]), None, generator=generator))
+
+
 def call_pipeline(pipe, prompts: list[str], steps: int, set_timesteps, step=None, x: Tensor | None = None,
                   guidance: float | None = None, output: str = "latent", generator=None):
     """Call the pipeline with its scheduler's set_timesteps and step replaced, and with x in place of its noise."""
@@ -111,13 +126,13 @@ def prepare_latents(pipe, x: Tensor | None, *args, **kwargs):
     prepared = pipe.flow.prepared[key]
     if x is None:
         return prepared
-    latents = prepared[0] if isinstance(prepared, tuple) else prepared
+    latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
     if latents.shape == x.shape:
         latents = x
     else:  # a condition follows the noise, and stays
         latents = latents.to(x.dtype, copy=True)
         latents[tuple(map(slice, x.shape))] = x
-    return (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
+    return (latents, *others) if isinstance(prepared, tuple) else latents
 
 
 def call_prepare_latents(pipe, generator=None, **changes):
@@ -185,21 +200,13 @@ def latents_of(inputs: dict):
     return inputs.get("hidden_states", next(iter(inputs.values())))
 
 
-def transformer_inputs(pipe, level: float) -> dict:
-    """All inputs of the transformer for one sample at a noise level."""
-    def see(inputs):
-        raise Captured(inputs)
-    # fp32 latents, as in a rollout: with the pipeline's own the timestep would be rounded to the base's bf16
-    x = torch.zeros(1, *pipe.flow.latents, device=pipe.flow.device)
-    with transformer_inputs_hook(pipe, see):
-        return capture(lambda: run_loop(pipe, [""], x, torch.tensor([level, 0.0]), None))
-
-
 def timestep_inputs(pipe, level: float) -> dict:
     """The inputs of the transformer that depend on the timestep, for one sample at a noise level; cached."""
     cache = pipe.flow.timestep_inputs
     if level not in cache:
-        inputs = transformer_inputs(pipe, level)
+        # fp32 latents, as in a rollout: with the pipeline's own the timestep would be rounded to the base's bf16
+        x = torch.zeros(1, *pipe.flow.latents, device=pipe.flow.device)
+        inputs = first_inputs(pipe, [""], x, level)
         cache[level] = {name: inputs[name].reshape(1, *inputs[name].shape[1:]) for name in pipe.flow.timestep_names}
     return cache[level]
 

@@ -30,18 +30,9 @@ from tqdm import tqdm
 from flow import intercept
 from flow.cli import InputError, cannot_load, check_model, progress, quiet_libraries, reason
 from flow.distributed import shard
-from flow.intercept import Captured, capture, latents_of, patched, run_loop, transformer_inputs_hook
+from flow.intercept import first_step, latents_of, patched, transformer_inputs_hook
 from flow.lora import base_dtype, merged, quantization, use_autocast, use_fast_kernels
-from flow.prompts import (
-    PROBE_PAIR,
-    batches,
-    cache_prompts,
-    call_settings,
-    encode_each,
-    encodes_in_one_go,
-    same_tensor,
-    text_encoders,
-)
+from flow.prompts import PROBE_PAIR, batches, cache_prompts, call_settings, encode_all, encodes_in_one_go, text_encoders
 from normguard import norm_ratio, reference, renormalize
 
 # ---------------------------------------------------------------- loading
@@ -135,85 +126,68 @@ def check_parts(model: str, config: dict):
                          "it takes a flow-matching pipeline with one transformer")
 
 
-# ---------------------------------------------------------------- what a pipeline is like, found out by calling it
+# ---------------------------------------------------------------- learning about a pipeline by calling it
 
 @torch.no_grad()
 def learn(pipe):
     """Fill in the fields of pipe.flow that only calls of the pipeline can tell."""
-    flow = pipe.flow
     if hasattr(pipe, "encode_prompt"):
-        with text_encoders(pipe):  # on the device once for all of these
-            flow.in_one_go = encodes_in_one_go(pipe)
-            cache_prompts(pipe)
-            for prompt in ("", *PROBE_PAIR):
-                intercept.run_text_encoders(pipe, [prompt])
+        cache_prompts(pipe)
     find_unguided(pipe)
+    if hasattr(pipe, "encode_prompt"):
+        pipe.flow.in_one_go = encodes_in_one_go(pipe)
     levels = schedule(pipe, 1000)
     if levels[0] > 1.001:
         raise ValueError(f"its noise levels reach {levels[0]:g}; a rectified flow's end at 1")
-    find_shapes(pipe)
+    find_shapes(pipe, levels)
     find_timestep_inputs(pipe, levels)
-    flow.one_by_one = {None: not holds_in_batches(pipe)}
+    pipe.flow.one_by_one = {None: not holds_in_batches(pipe)}
 
 
 def find_unguided(pipe):
-    """Find a guidance_scale at which the transformer is called once a step, for one sample: no guidance."""
+    """Find a guidance_scale without guidance, at which the transformer gets each sample once a step."""
     parameter = intercept.call_parameters(pipe).get("guidance_scale")
     scales = [parameter.default, 1.0, 0.0] if parameter else [None]
     for scale in scales:
-        pipe.flow.unguided = {} if scale is None else {"guidance_scale": scale}
+        pipe.flow.unguided, samples = {} if scale is None else {"guidance_scale": scale}, []
         try:
-            if samples_per_step(pipe) == [1]:
-                return
+            with text_encoders(pipe):
+                for prompt in ("", *PROBE_PAIR):
+                    intercept.run_text_encoders(pipe, [prompt])
+            level = schedule(pipe, 1000)[0].item()
+            with transformer_inputs_hook(pipe, lambda inputs: samples.append(len(latents_of(inputs)))):
+                first_step(pipe, [""], None, level)
         except (TypeError, ValueError):  # guided by default, it may need more arguments
             if scale == scales[-1]:
                 raise
+            continue
+        if samples == [1]:
+            return
     raise ValueError("its guidance cannot be switched off")
 
 
-def samples_per_step(pipe) -> list[int]:
-    """The number of samples in each call of the transformer, when the pipeline makes one step for one prompt."""
-    calls = []
-    with transformer_inputs_hook(pipe, lambda inputs: calls.append(len(latents_of(inputs)))):
-        first_latents(pipe)
-    return calls
-
-
-def first_latents(pipe) -> Tensor:
-    """The latents (1, ...) that the scheduler gets at the pipeline's first step, for the empty prompt."""
-    def see(v, x, i):
-        raise Captured(x)
-    level = schedule(pipe, 1000)[0]
-    return capture(lambda: run_loop(pipe, [""], None, torch.tensor([level, 0.0]), see))
-
-
-def find_shapes(pipe):
+def find_shapes(pipe, levels: Tensor):
     """Find the shapes of one sample's latents and of its picture."""
-    x = first_latents(pipe).float()
+    _, x = first_step(pipe, [""], None, levels[0].item())
     pipe.flow.latents = tuple(x.shape[1:])
-    pipe.flow.picture = tuple(decode_batch(pipe, x).shape[1:])
+    pipe.flow.picture = tuple(decode_batch(pipe, x.float()).shape[1:])
 
 
 def find_timestep_inputs(pipe, levels: Tensor):
     """Find the transformer's inputs that differ at two noise levels."""
-    one, other = (intercept.transformer_inputs(pipe, level) for level in levels[[100, 700]].tolist())
+    one, other = (intercept.first_inputs(pipe, [""], None, level) for level in levels[[100, 700]].tolist())
     pipe.flow.timestep_names = [name for name, value in one.items()
-                                if torch.is_tensor(value) and not same_tensor(value, other[name])]
+                                if torch.is_tensor(value) and not torch.equal(value, other[name])]
 
 
 def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
     """Copy a transformer in fp32 with one block of each list of blocks: enough to see how it treats its inputs, at a
     small part of its size. Quantized layers become random ones."""
     repeated = {*(transformer._repeated_blocks or ()), *(transformer._no_split_modules or ())}  # if they are named
-    blocks = {name: part for name, part in transformer.named_children() if isinstance(part, torch.nn.ModuleList)
-              and (not repeated or any(type(inner).__name__ in repeated for inner in part.modules()))}
-    for name, part in blocks.items():
-        setattr(transformer, name, part[:1])
-    try:
-        copied = copy.deepcopy(transformer)
-    finally:
-        for name, part in blocks.items():
-            setattr(transformer, name, part)
+    lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)
+             and (not repeated or any(type(inner).__name__ in repeated for inner in part.modules()))]
+    shortened = {id(blocks): copy.deepcopy(blocks[:1]) for blocks in lists}
+    copied = copy.deepcopy(transformer, shortened)  # takes these for the copies of the lists
     for name, layer in list(copied.named_modules()):
         vars(layer).pop("forward", None)  # autocast's, which calls the original
         if isinstance(layer, torch.nn.Linear) and (type(layer.weight.data) is not Tensor
@@ -223,39 +197,39 @@ def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextmanager
-def probe_transformer(pipe):
-    """Put the small fp32 copy in place of the transformer, and switch TF32 off."""
-    flow, matmul, cudnn = pipe.flow, torch.backends.cuda.matmul, torch.backends.cudnn
-    flow.probe = flow.probe or shallow_copy(pipe.transformer)
-    tf32 = matmul.allow_tf32, cudnn.allow_tf32
+def fp32_transformer(pipe):
+    """Call a small fp32 copy in place of the transformer, with inputs in fp32 and without TF32."""
+    matmul, cudnn, probe = torch.backends.cuda.matmul, torch.backends.cudnn, pipe.flow.probe
+    allowed = matmul.allow_tf32, cudnn.allow_tf32
 
     def to_fp32(inputs):
         inputs |= tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, inputs)
     try:
         matmul.allow_tf32 = cudnn.allow_tf32 = False
-        with (patched(pipe, transformer=flow.probe.to(flow.device)), patched(flow, timestep_inputs={}, prepared={}),
-              transformer_inputs_hook(pipe, to_fp32)):
+        with (patched(pipe, transformer=probe.to(pipe.flow.device)), transformer_inputs_hook(pipe, to_fp32),
+              patched(pipe.flow, timestep_inputs={}, prepared={})):
             yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = tf32
-        flow.probe.to("cpu")
+        matmul.allow_tf32, cudnn.allow_tf32 = allowed
+        probe.to("cpu")
 
 
 @torch.no_grad()
 def holds_in_batches(pipe, guidance: float | None = None) -> bool:
-    """Try whether two samples have the same velocities together as each alone. If not, batches are of one sample. The
-    probe is in fp32, since bf16 rounds differently in batches of another size."""
+    """Try whether two samples have the same velocities together and alone. In fp32, since bf16 rounds differently in
+    batches of another size."""
     if getattr(next(pipe.transformer.parameters()), "fake_mode", None):
         return True  # fake tensors cannot tell
     prompts = PROBE_PAIR if len(batches(pipe, PROBE_PAIR, 2)) == 1 else PROBE_PAIR[:1] * 2
     x = draw_noise(pipe, 2, torch.Generator().manual_seed(0)).to(pipe.flow.device)
+    pipe.flow.probe = pipe.flow.probe or shallow_copy(pipe.transformer)
     try:
-        with probe_transformer(pipe):
+        with fp32_transformer(pipe):
             for t in torch.tensor([[0.9, 0.4], [0.4, 0.4]]):
                 v = velocity(pipe, x, t, prompts, guidance)
                 alone = [velocity(pipe, x[i:i + 1], t[i:i + 1], prompts[i:i + 1], guidance) for i in range(2)]
                 if (v - torch.cat(alone)).norm() > 1e-4 * v.norm():
-                    raise ValueError("the samples of a batch are not as each alone")
+                    raise ValueError("a sample's velocity depends on the other samples of its batch")
         return True
     except torch.OutOfMemoryError:
         raise
@@ -273,7 +247,7 @@ def encode_prompts(pipe, prompts: list[str], guidance: float | None = None, stor
     if guidance is not None and pipe.transformer.config.get("guidance_embeds"):
         pipe.flow.unguided = intercept.guided(pipe, guidance)
     if hasattr(pipe, "encode_prompt"):
-        encode_each(pipe, ["", *PROBE_PAIR, *prompts], guidance, store)
+        encode_all(pipe, ["", *PROBE_PAIR, *prompts], guidance, store)
     if guidance is not None:
         pipe.flow.one_by_one[guidance] = not holds_in_batches(pipe, guidance)
     pipe.flow.probe = None
@@ -301,12 +275,8 @@ def training_levels(pipe) -> Tensor:
 
 def draw_noise(pipe, n: int, generator: torch.Generator | list[torch.Generator]) -> Tensor:
     """Draw noise latents (n, ...) as the pipeline does, on the CPU, from one generator or from n, one for each."""
-    def see(inputs):
-        raise Captured(latents_of(inputs).float().cpu())
-    if not hasattr(type(pipe), "prepare_latents"):  # the noise is seen on its way to the transformer
-        levels = torch.tensor([1.0, 0.0])
-        with transformer_inputs_hook(pipe, see):
-            return capture(lambda: run_loop(pipe, [""] * n, None, levels, None, generator=generator))
+    if not hasattr(type(pipe), "prepare_latents"):
+        return latents_of(intercept.first_inputs(pipe, [""] * n, None, 1.0, generator)).float().cpu()
     cpu = torch.device("cpu")
     noise = intercept.call_prepare_latents(pipe, generator, batch_size=n, dtype=torch.float32, device=cpu)
     noise = noise[0] if isinstance(noise, tuple) else noise
@@ -322,16 +292,13 @@ def velocity(pipe, x: Tensor, t: Tensor, prompts: list[str], guidance: float | N
     """v(x_t, t | prompt) in fp32, (b, ...). x (b, ...), t (b,) in [0, 1]; guidance: a scale in the pipeline's own
     convention. Gradients reach x and the transformer's weights. The caller decides which adapter is active and whether
     gradients are recorded."""
-    def see(v, x, i):
-        raise Captured(v.float())
     rows, parts = batches(pipe, prompts, len(prompts), guidance), []
     for batch in rows:
-        whole = len(batch) == len(prompts)
+        whole, levels = len(batch) == len(prompts), t[batch].tolist()
         batch_x, batch_prompts = (x, prompts) if whole else (x[batch], [prompts[i] for i in batch])
-        levels = t[batch].tolist()
         with intercept.with_timesteps(pipe, levels):
-            first = torch.tensor([levels[0], 0.0])
-            parts.append(capture(lambda: run_loop(pipe, batch_prompts, batch_x, first, see, guidance)))
+            v, _ = first_step(pipe, batch_prompts, batch_x, levels[0], guidance)
+        parts.append(v.float())
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts)[torch.tensor(sum(rows, [])).argsort().to(x.device)]  # in the order of x
@@ -371,7 +338,7 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
                 if i == len(dts) - 1:
                     x0[rows] = x.cpu()
                 return x
-            run_loop(pipe, batch_prompts, noise[rows].to(pipe.flow.device), sigmas, step, guidance)
+            intercept.run_loop(pipe, batch_prompts, noise[rows].to(pipe.flow.device), sigmas, step, guidance)
     return x0, ratios
 
 

@@ -44,45 +44,42 @@ def tokenizers_of(pipe) -> list:
     return [getattr(part, "tokenizer", part) for part in parts if part is not None]  # a processor holds one
 
 
-def vae_sample_size(pipe) -> int | None:
-    """The pixels a side that the VAE is made for, if its config gives one number."""
-    size = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
-    return size if isinstance(size, int) else None
+def sizes_of(pipe) -> tuple[int, int]:
+    """The pipeline's default size in pixels (0: unknown), and the size that its VAE is made for (unknown: the same)."""
+    height = call_parameters(pipe).get("height")
+    default = height and height.default
+    default = default or getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
+    vae_size = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
+    return default, vae_size if isinstance(vae_size, int) else default
 
 
 def call_settings(pipe, size: int | None, frames: int | None) -> dict:
-    """The pipeline's arguments besides steps and guidance. Where the pipeline's default is larger, the picture is of
-    the size that the VAE is made for, and the text is padded to what the last tokenizer reads."""
-    parameters, tokenizers = call_parameters(pipe), tokenizers_of(pipe)
+    """The pipeline's arguments besides steps and guidance. If size and text length are left to the pipeline, but its
+    VAE is made for smaller pictures or its last tokenizer reads less text, these are set to what those can do."""
+    parameters, tokenizers, (default, vae_size) = call_parameters(pipe), tokenizers_of(pipe), sizes_of(pipe)
     length = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
     if length and tokenizers:
         length = min(length, tokenizers[-1].model_max_length)
-    takes_size = "height" in parameters and parameters["height"].default is None
-    if size is None and takes_size and hasattr(pipe, "default_sample_size") and vae_sample_size(pipe):
-        if vae_sample_size(pipe) < pipe.default_sample_size * pipe.vae_scale_factor:
-            size = vae_sample_size(pipe)
+    if size is None and vae_size < default and "height" in parameters and parameters["height"].default is None:
+        size = vae_size
     settings = {"height": size, "width": size, "num_frames": frames, "frames": frames, "max_sequence_length": length,
-                "enable_prompt_rewrite": False,  # a reward is asked about the prompt that was given
-                "use_resolution_binning": False}  # the transformer draws the size that was given
+                "enable_prompt_rewrite": False,  # rewards judge the prompt that was given
+                "use_resolution_binning": False}  # the transformer draws in the size that was given
     return {name: value for name, value in settings.items() if value is not None and name in parameters}
 
 
 def warn_unsuitable(pipe, prompts: list[str], size: int | None):
     """Print a note if prompts are longer than every tokenizer reads, and one if `size` is far from the model's own."""
-    tokenizers, height = tokenizers_of(pipe), call_parameters(pipe).get("height")
+    tokenizers, unique, made_for = tokenizers_of(pipe), list(dict.fromkeys(prompts)), min(sizes_of(pipe))
     limits = [tokenizer.model_max_length for tokenizer in tokenizers]
     limits[-1:] = [pipe.flow.settings.get("max_sequence_length", limit) for limit in limits[-1:]]
 
     def is_cut(prompt):
         return all(len(tokenizer(prompt).input_ids) > limit for tokenizer, limit in zip(tokenizers, limits))
-    unique = list(dict.fromkeys(prompts))
     cut = [prompt for prompt in unique if tokenizers and is_cut(prompt)]
     if cut:
         tqdm.write(f"note: {len(cut)} of {len(unique)} prompts are longer than the {max(limits)} tokens that "
                    f"{type(pipe).__name__} reads; the end is lost, first of {cut[0][:80]!r}")
-    made_for = height and height.default
-    made_for = made_for or getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
-    made_for = min(made_for, vae_sample_size(pipe) or made_for)
     if size and made_for and not made_for / 2 <= size <= made_for * 2:
         tqdm.write(f"note: --size {size}: {type(pipe).__name__} was made for pictures of {made_for} pixels a side")
 
@@ -117,21 +114,21 @@ def text_encoders(pipe):
 def cache_prompts(pipe):
     """Replace pipe.encode_prompt by a function that encodes each prompt once and returns batches of cached encodings.
     The encodings of a batch must have one length: see `batches`."""
-    encode, flow = pipe.encode_prompt, pipe.flow
-    signature = inspect.signature(encode)
+    flow, signature = pipe.flow, inspect.signature(pipe.encode_prompt)
 
     @functools.lru_cache(2)  # a rollout asks for the same batches again and again
     def batch(keys: tuple) -> tuple:
         return to_device(concat_encodings([flow.rows[key] for key in keys]), flow.device)
 
+    @functools.wraps(pipe.encode_prompt)
     def encode_prompt(*args, **kwargs):
         call = signature.bind(*args, **kwargs)
         keys, single_calls = split_call(call, flow.device)
         missing = [key for key in single_calls if key not in flow.rows]
         if flow.in_one_go and len(missing) > 1:
-            encodings = zip(keys, split_encodings(encode_call(pipe, encode, call), len(keys)))
+            encodings = zip(keys, split_encodings(encode_call(pipe, call), len(keys)))
         else:
-            encodings = [(key, encode_call(pipe, encode, single_calls[key])) for key in missing]
+            encodings = [(key, encode_call(pipe, single_calls[key])) for key in missing]
         for key, encoding in encodings:
             if key not in flow.rows:
                 cache_encoding(flow, key, share_tensors(flow, key, encoding))
@@ -163,10 +160,10 @@ def split_call(call: BoundArguments, device: torch.device) -> tuple[list[tuple],
 
 
 @torch.no_grad()
-def encode_call(pipe, encode, call: BoundArguments) -> tuple:
+def encode_call(pipe, call: BoundArguments) -> tuple:
     """Make a call of the pipeline's own encode_prompt. Returns its encodings on the CPU."""
     with text_encoders(pipe):
-        encoded = encode(*call.args, **call.kwargs)
+        encoded = pipe.encode_prompt.__wrapped__(*call.args, **call.kwargs)  # by cache_prompts
     return to_device(encoded if isinstance(encoded, tuple) else (encoded,), "cpu")
 
 
@@ -186,17 +183,16 @@ def cache_encoding(flow, key: tuple, encoding: tuple):
 def encodes_in_one_go(pipe) -> bool:
     """Try whether one call for several prompts gives what a call for each gives: the text encoders get the same tokens
     and masks (so no padding to the longest prompt), and the encodings are nearly equal."""
-    encode = pipe.encode_prompt
+    signature = inspect.signature(pipe.encode_prompt)
 
     def see(*args, **kwargs):
-        raise Captured(inspect.signature(encode).bind(*args, **kwargs))
+        raise Captured(signature.bind(*args, **kwargs))
     with patched(pipe, encode_prompt=see):
         call = capture(lambda: run_text_encoders(pipe, PROBE_PROMPTS))
-    if call is None:  # the pipeline did not encode them
-        return False
     keys, single_calls = split_call(call, pipe.flow.device)
-    singles = {key: encode_and_record(pipe, encode, single) for key, single in single_calls.items()}
-    together, tokens = encode_and_record(pipe, encode, call)
+    with text_encoders(pipe):
+        singles = {key: encode_and_record(pipe, single) for key, single in single_calls.items()}
+        together, tokens = encode_and_record(pipe, call)
     for i, encoding in enumerate(split_encodings(together, len(keys))):
         single, single_tokens = singles[keys[i]]
         rows = [value[i::len(keys)] for value in tokens]  # two rows, if negative prompts follow in the same tensor
@@ -206,7 +202,7 @@ def encodes_in_one_go(pipe) -> bool:
     return True
 
 
-def encode_and_record(pipe, encode, call: BoundArguments) -> tuple[tuple, list[torch.Tensor]]:
+def encode_and_record(pipe, call: BoundArguments) -> tuple[tuple, list[torch.Tensor]]:
     """encode_call, and the tokens and masks (b, length) that the text encoders get during it, in order."""
     tokens = []
 
@@ -216,7 +212,7 @@ def encode_and_record(pipe, encode, call: BoundArguments) -> tuple[tuple, list[t
     with ExitStack() as hooks:
         for encoder in pipe.flow.encoders.values():
             hooks.enter_context(encoder.register_forward_pre_hook(record, with_kwargs=True))
-        return encode_call(pipe, encode, call), tokens
+        return encode_call(pipe, call), tokens
 
 
 # ---------------------------------------------------------------- encodings of one prompt and of a batch
@@ -281,7 +277,7 @@ def batches(pipe, prompts: list[str], size: int, guidance: float | None = None) 
 
 # ---------------------------------------------------------------- all prompts of a run
 
-def encode_each(pipe, prompts: list[str], guidance: float | None, store: Path | None):
+def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | None):
     """Encode each prompt once, without guidance and with it, and let the text encoders go. The encodings are kept in
     the folder `store`, and what is there already is not encoded again."""
     unique, size = list(dict.fromkeys(prompts)), CHUNK if pipe.flow.in_one_go else 1
