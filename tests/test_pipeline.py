@@ -117,7 +117,7 @@ def test_a_size_is_the_size_that_the_transformer_draws(family, tmp_path):
 
 def times_told(pipe, run) -> list[dict]:
     """What the transformer is told of the time, call by call, while run() lasts: {place or name: values}."""
-    told, clock = [], pipe.flow.clock
+    told, clock = [], pipe.flow.timestep_names
 
     def hear(module, args, kwargs, out):
         """After all hooks that change what is given."""
