@@ -2,6 +2,7 @@
 which policy is kept, what the guard does to a run."""
 import contextlib
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,48 @@ def test_a_reward_that_cannot_teach_is_told(tmp_path, capsys):
     (tmp_path / "flat.py").write_text("def flat(images, prompts):\n    return images.new_ones(len(images))\n")
     small_run(tmp_path / "run", reward=f"{tmp_path}/flat.py:flat", epochs=1, eval_every=0)
     assert "note: all pictures of a prompt have the same reward (1, ...)" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the three scripts are twins
+
+def blocks(method: str) -> dict[str, str]:
+    """A script's main, by its headings; and its imports and the first lines of main under names of our own."""
+    text = Path(f"train_{method}.py").read_text().replace(f'"{method}"', '"METHOD"')
+    main = text[text.index("@one_line_errors()"):]
+    parts = re.split(r"^ +# ---- (.*)\n", main, flags=re.MULTILINE)
+    return dict(zip(["begin", *parts[1::2]], [parts[0], *parts[2::2]]))
+
+
+@pytest.mark.parametrize("heading, methods", [
+    ("load; what can fail, fails before anything is written", ["awm", "nft"]),  # DPO's has one line more
+    ("LoRA and optimizer", ["awm", "dpo"]),  # NFT's has the old policy
+    ("start or resume", ["awm", "dpo"]),
+    ("rollout: `group` pictures of each prompt from the policy as it stands", ["awm", "dpo"]),
+    ("optimizer step, unless the loss or a gradient is not finite", ["awm", "nft", "dpo"]),
+    ("evaluation and checkpoint", ["awm", "dpo"]),
+])
+def test_shared_blocks_of_the_scripts_are_the_same_word_for_word(heading, methods):
+    assert len({blocks(method)[heading] for method in methods}) == 1
+
+
+def test_what_a_script_adds_to_a_shared_block_is_added_lines():
+    """NFT's old policy, DPO's noise levels and pairs: without these lines the blocks are the same."""
+    for heading, method, words in (
+            ("load; what can fail, fails before anything is written", "dpo", "training_levels"),
+            ("LoRA and optimizer", "nft", "old|use_adapter"),
+            ("start or resume", "nft", "old_decay"),
+            ("evaluation and checkpoint", "nft", "old=")):
+        theirs = blocks(method)[heading].replace(", old=old_params", "").replace("ema=ema,\n", "ema=ema)\n")
+        lines = [line for line in theirs.splitlines() if not re.search(words, line)]
+        assert "\n".join(lines).split() == blocks("awm")[heading].split(), heading
+
+
+def test_shared_flags_have_one_default_and_one_help():
+    """But for what the methods mean differently."""
+    fields = [dict(re.findall(r"^((?:    # .*\n)?    (\w+): .*)$", Path(f"train_{method}.py").read_text(), re.MULTILINE))
+              for method in ("nft", "awm", "dpo")]
+    fields = [{name: line for line, name in lines.items()} for lines in fields]
+    own = {"lam", "lr", "kl", "updates", "timesteps", "batch", "out"}
+    for name in set().union(*fields) - own:
+        assert len({lines[name] for lines in fields if name in lines}) == 1, name
+    assert len(set.intersection(*map(set, fields)) - own) > 20
