@@ -1,6 +1,5 @@
 """A training run's folder: found, opened, resumed, logged to, saved to. Nothing that the run itself has not written is
 overwritten or deleted."""
-import contextlib
 import fcntl
 import io
 import json
@@ -18,17 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from flow.cli import (
-    InputError,
-    append,
-    check_flags,
-    check_place,
-    fingerprint,
-    json_text,
-    make_dir,
-    reason,
-    write_files,
-)
+from flow.cli import InputError, append, check_flags, check_place, fingerprint, json_text, make_dir, write_files
 from flow.distributed import PROCESSES, RANK, all_gather, barrier, local_slice, move_to_cpu, shutdown
 from flow.lora import base_dtype, quantization, save_lora, swapped
 from flow.pictures import plot_curves
@@ -59,15 +48,15 @@ def check_args(args):
     if args.ema is not None and not 0 < args.ema < 1:
         raise InputError(f"--ema {args.ema}: must be above 0 and below 1")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
-        raise InputError(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must "
-                         "be a multiple of that and the second no less")
+        raise InputError(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must be "
+                         "a multiple of that and the second no less")
     if args.shard and (PROCESSES == 1 or args.updates > 1 or args.eval_n % PROCESSES or args.quantize != "none"):
         raise InputError("--shard: takes several processes (torchrun), --updates 1, an --eval-n that is a multiple of "
                          "their number, and no --quantize")
     if args.seed >= 2**63:
         raise InputError(f"--seed {args.seed}: must be below 2^63")
     for flag in ("lr", "max_grad_norm", "adv_clip", "power", "nft_beta", "dpo_beta"):
-        if not 0 < getattr(args, flag, 1) < float("inf"):
+        if not 0 < getattr(args, flag, 1) < math.inf:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
     quantization(args.quantize)
     try:
@@ -133,16 +122,16 @@ def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None
     samples = tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*"))
     check_place(out, "--out", FILES + samples, FOLDERS)
     files = [path for part in (*FILES, *FOLDERS, "samples.jsonl") for path in (out / part, *(out / part).rglob("*"))]
-    files = [path for path in files if path.is_file() and path.name != "lock"]  # a run killed at its start left a lock
+    files = {path.relative_to(out).parts[0] for path in files if path.is_file() and path.name != "lock"}
     if not files:
         return out, None
     recorded, state_file, log = read_args(out, method, files), out / "checkpoint" / "state.pt", out / "metrics.jsonl"
-    now, before = as_flags(args), as_flags(type(args)(), recorded)  # a flag that is newer than the run had its default
-    if differ := differences(before, now, now.keys() - {*MAY_CHANGE, *CHANGES_ROUNDING}):
-        raise InputError(f"--out {out}: holds a run with other args: {', '.join(differ)}; give another --out, or the "
+    before, now, here = flags_of(type(args)(), recorded), flags_of(args), machine(device)
+    if changed := differences(before, now, now.keys() - {*MAY_CHANGE, *CHANGES_ROUNDING}):
+        raise InputError(f"--out {out}: holds a run with other args: {', '.join(changed)}; give another --out, or the "
                          "same args to resume it")
     check_inputs(out, args, recorded)
-    if not state_file.exists() and (not state_file.parent.is_dir() or has_saved(log, recorded["save_every"])):
+    if not state_file.exists() and (not state_file.parent.is_dir() or epochs_logged(log) >= recorded["save_every"]):
         raise InputError(f"--out {out}: its checkpoint is gone; restore {state_file}, or give another --out")
     lock(out)
     if not state_file.exists():
@@ -155,34 +144,25 @@ def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None
         print(f"{out}: this run is finished ({args.epochs} epochs); a larger --epochs goes on with it")
         sys.exit(0)
     read_log(log, saved["log_bytes"])
-    rounding, here = differences(before, now, CHANGES_ROUNDING), machine(device)
+    changed = differences(before, now, CHANGES_ROUNDING)
     for there in (recorded, *recorded["resumed_on"]):
-        rounding += differences(there, here, here.keys() - {"versions"})
-        rounding += differences(there["versions"], here["versions"], here["versions"])
-    if rounding:
-        print(f"{out}: {', '.join(dict.fromkeys(rounding))} changed: from here on equal to an uninterrupted run but "
-              "for rounding")
+        changed += differences(there | there["versions"], here | here["versions"], {*here, *here["versions"]} - {"versions"})
+    if changed:
+        print(f"{out}: {', '.join(dict.fromkeys(changed))} changed: from here on equal to an uninterrupted run but for "
+              "rounding")
     return out, saved
 
 
-def has_saved(log: Path, save_every: int) -> bool:
-    """Does the log show that a checkpoint was once written?"""
-    with contextlib.suppress(InputError, KeyError):  # a log cut short in its first epochs
-        return any(line["epoch"] >= save_every for line in read_log(log) if "loss" in line)
-    return False
-
-
-def as_flags(args, recorded: dict | None = None) -> dict:
-    """{"--flag": value} of the args but --out, or of what args.json recorded in their place, in JSON's types."""
+def flags_of(args, recorded: dict = {}) -> dict:
+    """{"--flag": value} of all args but --out, in JSON's types; a value in `recorded` takes precedence."""
     values = json.loads(json_text(asdict(args)))
-    return {f"--{name.replace('_', '-')}": (recorded or values).get(name, value) for name, value in values.items()
-            if name != "out"}
+    return {f"--{name.replace('_', '-')}": recorded.get(name, value) for name, value in values.items() if name != "out"}
 
 
 def differences(before: dict, now: dict, names) -> list[str]:
     """The names whose values differ, as "--lr (0.1 there, 0.2 here)", in the order of `now`."""
-    return [f"{name} ({before[name]} there, {now[name]} here)" for name in now
-            if name in names and before[name] != now[name]]
+    return [f"{name} ({before[name]} there, {value} here)" for name, value in now.items()
+            if name in names and before[name] != value]
 
 
 def default_folder(method: str, args) -> str:
@@ -192,19 +172,17 @@ def default_folder(method: str, args) -> str:
     return f"runs/{method}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}"
 
 
-def read_args(out: Path, method: str, files: list[Path]) -> dict:
+def read_args(out: Path, method: str, files: set[str]) -> dict:
     """args.json of a run of this method. Raises InputError if the folder's files are not of such a run."""
-    file, recorded = out / "args.json", None
-    if file.exists():
-        try:
-            recorded = json.loads(file.read_text())
-        except (OSError, ValueError) as e:
-            raise InputError(f"{file}: cannot be read ({reason(e)}); restore it, or give another --out")
     kinds = {"script": str, "inputs": dict, "save_every": int, "epochs": int}
+    try:
+        recorded = json.loads((out / "args.json").read_text()) if "args.json" in files else None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{out / 'args.json'}: cannot be read ({e}); restore it, or give another --out")
     known = isinstance(recorded, dict) and all(isinstance(recorded.get(name), kind) for name, kind in kinds.items())
     if not known or recorded["script"] != f"train_{method}.py":
-        names = ", ".join(sorted({path.relative_to(out).parts[0] for path in files}))
-        raise InputError(f"--out {out}: {names} there is not of a run of train_{method}.py; give another --out")
+        raise InputError(f"--out {out}: {', '.join(sorted(files))} there is not of a run of train_{method}.py; give "
+                         "another --out")
     if recorded.get("format") != FORMAT:
         raise InputError(f"--out {out}: the run there was begun by an earlier version of this code, which computed "
                          "advantages, DPO's noise levels and --ema otherwise; finish it with that version, or give "
@@ -295,21 +273,19 @@ def unlock():
 
 
 def finish_run(out: Path, skipped: int):
-    """Let go of the folder, and print what came of the run: reward and norm ratio, first against last, of held-out
-    prompts if there are evaluations."""
+    """Let go of the folder, and print what came of the run: reward and norm ratio, first and last, of held-out prompts
+    if they were evaluated."""
     unlock()
     shutdown()
     WANDB.pop(out, None)
     if RANK > 0:
         return
-    lines = read_log(out / "metrics.jsonl")
-    parts = [f"{skipped} steps skipped"] if skipped else []
-    for name in ("reward", "norm_ratio"):
-        values = [line[f"eval_{name}"] for line in lines if f"eval_{name}" in line]
-        prompts = "held-out" if values else "training"
-        values = values or [line[name] for line in lines if line.get(name) is not None]
+    lines, parts = read_log(out / "metrics.jsonl"), [f"{skipped} steps skipped"] if skipped else []
+    prefix, prompts = ("eval_", "held-out") if any("eval_reward" in line for line in lines) else ("", "training")
+    for name, decimals in (("reward", None), ("norm_ratio", 3)):
+        values = [line[prefix + name] for line in lines if line.get(prefix + name) is not None]
         if values:
-            change = abs(values[-1] - values[0]) if name == "reward" else 0.1
+            change = abs(values[-1] - values[0]) if decimals is None else 0.1
             first, last = digits(values[0], change), digits(values[-1], change)
             parts.append(f"{prompts} {name.replace('_', ' ')} {first} -> {last}")
     print(f"done: {', '.join(parts)}; {out}/ holds lora/, samples/, curves.png and metrics.jsonl")
@@ -443,17 +419,23 @@ def float_tensors(value) -> list[Tensor]:
 
 
 def read_log(log: Path, size: int | None = None) -> list[dict]:
-    """The lines of metrics.jsonl, of its first `size` bytes. Raises InputError if they are not there or not JSON."""
+    """The lines in the first `size` bytes of metrics.jsonl. Raises InputError if they are not there or no JSON."""
     try:
         content = log.read_bytes()
-        if size is not None and len(content) < size:
-            raise ValueError("it is shorter than the checkpoint says")
         lines = [json.loads(line) for line in content[:size].splitlines()]
-        if not all(isinstance(line, dict) for line in lines):
-            raise ValueError("a line is no JSON object")
+        if len(content) < (size or 0) or not all(isinstance(line, dict) for line in lines):
+            raise ValueError("it is shorter than the checkpoint says, or a line is no JSON object")
         return lines
     except (OSError, ValueError) as e:
-        raise InputError(f"{log}: cannot be read ({reason(e)}); restore it, or give another --out")
+        raise InputError(f"{log}: cannot be read ({e}); restore it, or give another --out")
+
+
+def epochs_logged(log: Path) -> int:
+    """The number of the last epoch that metrics.jsonl has a training step of, 0 if there is none."""
+    try:
+        return max((line["epoch"] for line in read_log(log) if "loss" in line), default=0)
+    except (InputError, KeyError):  # cut short in its first epoch
+        return 0
 
 
 def model_card(method: str, args, eval_prompts: list[str]) -> str:
