@@ -2,8 +2,8 @@ r"""AWM (Advantage Weighted Matching) + NormGuard for flow-matching models, on o
 
     python train_awm.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_awm.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
-        --eval-prompts FILE --size 512 --steps 14 --timesteps 6 --group 24 --groups 24 --batch 4 --rollout-batch 16 \
-        --lr 3e-4 --eval-steps 40 --epochs 100                  # 8 hours of a GPU at 200 TFLOP/s, estimated
+        --eval-prompts FILE --size 512 --steps 14 --timesteps 6 --group 24 --groups 24 --batch 16 --rollout-batch 16 \
+        --lr 3e-4 --eval-n 32 --eval-steps 40 --epochs 100      # hours: docs/machines.md
     torchrun --nproc-per-node 8 train_awm.py ...                # the same on eight GPUs
 
 AWM (arXiv 2509.25050, github.com/scxue/advantage_weighted_matching) is policy gradient with the flow-matching loss as
@@ -13,13 +13,16 @@ the log-likelihood. For a picture x0 of the policy, x_t = (1 - t) x0 + t eps:
     base_loss = max(-A r, -A clip(r, 1 - c, 1 + c)),   r = exp(log p - log p_old)                  c = 1, A in [-1, 1]
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2                         guard: normguard.py
 
-As in the official PickScore recipe: pictures without guidance; A is the reward minus its group's mean, over the global
-std, clipped at +- 5 and divided by 5; t is stratified over the rollout's own timesteps but the last tenth (the least
-noise); one update an epoch, on policy
-(with more --updates, the later ones keep the velocities from before the first). Not as there: Euler instead of a
-second-order sampler; t drawn per picture instead of per micro-batch; diffusers' T5 length of 256 instead of 128; A is
-divided by the deviation alone (there by the deviation + 1e-4), so that the reward's scale does not matter; no EMA of
-the weights but with --ema, and no second KL to such an EMA.
+As in the official PickScore recipe:
+- Pictures are drawn without guidance.
+- The advantage A is the reward minus its group's mean, over the global std, clipped at +- 5 and divided by 5.
+- t is stratified over the rollout's own noise levels, without the last tenth of them, which has the least noise.
+- There is one update an epoch, on policy. With more --updates, p_old is the policy before the first of them.
+Different from there:
+- Euler steps instead of a second-order sampler; t is drawn per picture instead of per micro-batch; T5 reads 256 tokens,
+  diffusers' default, instead of 128.
+- A is divided by the std alone (there by std + 1e-4), so that the reward's scale does not matter.
+- There is no EMA of the weights without --ema, and no second KL to such an EMA.
 
 To resume, run the same command again.
 """

@@ -2,26 +2,32 @@ r"""Flow-DPO, online, + NormGuard for flow-matching models, on one GPU or severa
 
     python train_dpo.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_dpo.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
-        --eval-prompts FILE --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --pairs 1 --batch 4 --lr 3e-4 \
-        --guidance 4.5 --dpo-beta 100 --max-grad-norm 0.02 --rollout-batch 16 --eval-steps 40 --epochs 100  # 6 h
+        --eval-prompts FILE --size 512 --steps 40 --timesteps 39 --group 24 --groups 8 --pairs 1 --batch 16 \
+        --rollout-batch 16 --lr 3e-4 --guidance 4.5 --dpo-beta 100 --max-grad-norm 0.02 --eval-steps 40 --epochs 100
     torchrun --nproc-per-node 8 train_dpo.py ...                # the same on eight GPUs
 
 Diffusion-DPO (arXiv 2311.12908) on velocities, as Flow-DPO (arXiv 2501.13918) and Flow-GRPO's train_sd3_dpo.py
 (github.com/yifan123/flow_grpo): of a prompt's pictures the best by reward, w, is preferred to the worst, l. Both get
-the same noise eps and moment t, x_t = (1 - t) x0 + t eps, and with e(v) = mean ||v - (eps - x0)||^2
+the same noise eps and noise level t, x_t = (1 - t) x0 + t eps. With e(v) = mean ||v - (eps - x0)||^2,
 
     base_loss = -2 / beta * log sigmoid(-beta / 2 * [(e(v_w) - e(v_ref,w)) - (e(v_l) - e(v_ref,l))])
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2      guard: normguard.py, the mean over w and l
 
-As there: the reference is the base model. t is logit-normal in the scheduler's own 1000 training levels, which have its
-fixed shift, or none where the shift depends on the size of the picture. With --guidance (4.5 there, by default none
-here) rollouts are guided, while the velocities in the loss are the conditional ones. Not as there: the pictures come
-from the policy as it stands (there from the reference, which train.ref_update_step may update); several pairs a prompt,
-by --pairs (i-th best against i-th worst); a pair of equal reward counts as zero loss; the factor 2 / beta, by which lam
-and kl weigh as in the other methods (Adam does not see it, but max_grad_norm does: the official 1 is 0.02 here); Euler
-steps; diffusers' T5 length of 256 instead of 128; no EMA of the weights but with --ema (there it is updated at every
-eighth step). With --lam auto, every eighth row is at one of the rollout's own noise levels: the logit-normal all but
-leaves out the last, and the guard acts only at noise levels that are trained.
+As there:
+- The reference is the base model.
+- t is logit-normal in the scheduler's own 1000 training levels. These have its fixed shift, or none where the shift
+  depends on the size of the picture.
+- With --guidance (4.5 there, by default none here) rollouts are guided; the velocities in the loss are conditional.
+Different from there:
+- The current policy draws the pictures (there the reference, which train.ref_update_step may update).
+- --pairs takes several pairs a prompt: best and worst, second best and second worst, ... A pair of equal reward has
+  zero loss.
+- The factor 2 / beta makes lam and kl weigh as in the other methods. Adam does not see it, but max_grad_norm does: the
+  official 1 is 0.02 here.
+- Euler steps; T5 reads 256 tokens, diffusers' default, instead of 128; no EMA of the weights without --ema (there it
+  is updated at every eighth step).
+- With --lam auto, every eighth row is at one of the rollout's own noise levels: logit-normal draws hardly ever come
+  near the last one, and the guard acts only at noise levels that are trained.
 
 To resume, run the same command again.
 """

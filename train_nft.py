@@ -2,12 +2,12 @@ r"""DiffusionNFT (negative-aware fine-tuning) + NormGuard for flow-matching mode
 
     python train_nft.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_nft.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
-        --eval-prompts FILE --size 512 --steps 10 --timesteps 9 --group 24 --groups 48 --batch 4 --lr 3e-4 --kl 2e-5 \
-        --max-grad-norm 0.2 --rollout-batch 16 --ema 0.9 --eval-steps 40 --epochs 100   # 23 hours, estimated
+        --eval-prompts FILE --size 512 --steps 10 --timesteps 9 --group 24 --groups 48 --batch 16 --rollout-batch 16 \
+        --lr 3e-4 --kl 2e-5 --max-grad-norm 0.2 --ema 0.9 --eval-steps 40 --epochs 100   # hours: docs/machines.md
     torchrun --nproc-per-node 8 train_nft.py ...                # the same on eight GPUs
 
 DiffusionNFT (arXiv 2509.16117, github.com/NVlabs/DiffusionNFT) is supervised learning on the policy's own pictures,
-good and bad. A picture x0 of the old policy is good with probability r; with x_t = (1 - t) x0 + t eps and
+good and bad. A picture x0 of the old policy is good with probability r. With x_t = (1 - t) x0 + t eps and
 x0(v) = x_t - t v,
 
     v+ = (1 - beta) v_old + beta v_theta,   v- = (1 + beta) v_old - beta v_theta
@@ -15,13 +15,16 @@ x0(v) = x_t - t v,
     base_loss = (r L(v+) + (1 - r) L(v-)) / beta
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2                       guard: normguard.py
 
-As in the official PickScore recipe: the old policy is an EMA of the trained LoRA, and it is the old policy that draws
-the pictures, without guidance; group mean and global std for A, clipped at 5 and scaled to 1; one update an
-epoch, at random moments t of the rollout's schedule (nine of ten in the command above); --ema 0.9 for what is evaluated
-and kept in lora/. Not as there: Euler instead of a second-order sampler; diffusers' T5 length of 256 instead of 128;
-A is divided by the deviation alone (there by the deviation + 1e-4), so that the reward's scale does not matter; no
-factor 5 on base_loss, so that one lam fits all three methods (kl and max_grad_norm are therefore a fifth of the
-official ones in the command above).
+As in the official PickScore recipe:
+- The old policy is an EMA of the trained LoRA. It draws the pictures, without guidance.
+- The advantage A is the reward minus its group's mean, over the global std, clipped at +- 5 and divided by 5.
+- There is one update an epoch, at random noise levels of the rollout (nine of ten in the command above).
+- --ema 0.9 is the average that is evaluated and kept in lora/.
+Different from there:
+- Euler steps instead of a second-order sampler; T5 reads 256 tokens, diffusers' default, instead of 128.
+- A is divided by the std alone (there by std + 1e-4), so that the reward's scale does not matter.
+- base_loss lacks the factor 5, so that one lam suits all three methods. In the command above kl and max_grad_norm are
+  therefore a fifth of the official ones.
 
 To resume, run the same command again.
 """
