@@ -51,6 +51,17 @@ def reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+@contextlib.contextmanager
+def reading(file: Path, advice: str = "restore it, or give another --out"):
+    """Inside, any error becomes an InputError: the file cannot be read."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:  # each library's reader raises its own
+        raise InputError(f"{file}: cannot be read ({type(e).__name__}: {reason(e)}); {advice}")
+
+
 # ---------------------------------------------------------------- flags
 
 def parse(args_class, doc: str):

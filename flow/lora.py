@@ -3,8 +3,10 @@ import importlib.util
 import json
 import logging
 import re
+import shlex
 import warnings
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import MethodType
 
@@ -236,3 +238,47 @@ def use_fast_kernels(vae: torch.nn.Module | None):
     for layer in vae.modules() if vae is not None else ():
         if isinstance(layer, torch.nn.Conv2d):
             layer.to(memory_format=torch.channels_last)
+
+
+def model_card(method: str, args, eval_prompts: list[str]) -> str:
+    """lora/README.md: a model card for the hub. The user chooses the licence."""
+    flags = []
+    for field in fields(args):
+        value, flag = getattr(args, field.name), field.name.replace("_", "-")
+        if value != field.default:
+            words = value if isinstance(value, tuple) else [value]
+            switch = f"--{flag}" if value else f"--no-{flag}"
+            flags.append(switch if isinstance(value, bool) else shlex.join([f"--{flag}", *map(str, words)]))
+    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(eval_prompts[:4]))
+    return f"""---
+base_model: {args.model}
+library_name: diffusers
+tags: [lora, diffusers, normguard, {method}]
+---
+A LoRA of rank {args.rank} for `{args.model}` (`pipe.load_lora_weights(FOLDER)`), trained for the reward
+`{args.reward}` with {method.upper()} and NormGuard (arXiv 2606.27771), lam {args.lam}:
+
+    python train_{method}.py {" ".join(flags)}
+
+Prompts to try:
+
+{prompts}
+"""
+
+
+def prepare_transformer(pipe, args):
+    """Gradient checkpointing (by default on a GPU) and torch.compile, as the flags say."""
+    on = pipe.device.type == "cuda" if args.checkpointing is None else args.checkpointing
+    if on and pipe.transformer._supports_gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(pipe.transformer)
+
+
+def compile_blocks(model: torch.nn.Module, backend: str = "inductor"):
+    """torch.compile each of a transformer's blocks; the whole is called through hooks. Each kind of block is compiled
+    up to five times: for the rollout, the update, the reference in either, and NFT's old policy."""
+    torch._dynamo.config.recompile_limit = 64  # the default, 8, would leave blocks uncompiled
+    for blocks in model.children():
+        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
+            block.compile(backend=backend)

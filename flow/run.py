@@ -4,11 +4,10 @@ import fcntl
 import io
 import json
 import math
-import shlex
 import sys
 import uuid
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,9 +16,19 @@ from huggingface_hub import try_to_load_from_cache
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from flow.cli import InputError, append, check_flags, check_place, fingerprint, json_text, make_dir, write_files
-from flow.distributed import PROCESSES, RANK, all_gather, barrier, local_slice, move_to_cpu, shutdown
-from flow.lora import base_dtype, quantization, save_lora, swapped
+from flow.cli import (
+    InputError,
+    append,
+    check_flags,
+    check_place,
+    fingerprint,
+    json_text,
+    make_dir,
+    reading,
+    write_files,
+)
+from flow.distributed import PROCESSES, RANK, barrier, local_slice, move_to_cpu, shutdown
+from flow.lora import base_dtype, model_card, quantization, save_lora, swapped
 from flow.pictures import plot_curves
 from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import warn_unsuitable
@@ -33,7 +42,6 @@ FOLDERS = "samples", "lora", "checkpoint"
 FILES = ("args.json", "metrics.jsonl", "curves.png", "lora/pytorch_lora_weights.safetensors", "lora/README.md",
          "checkpoint/state.pt", "checkpoint/lock")
 LOCKS, WANDB = {}, {}  # of each folder that this process holds: its open lock file; its wandb run, if it has one
-BINS = 5  # of the noise level t in norm_ratio_by_t: equal parts of [0, 1]
 
 
 # ---------------------------------------------------------------- flags and models
@@ -48,8 +56,8 @@ def check_args(args):
     if args.ema is not None and not 0 < args.ema < 1:
         raise InputError(f"--ema {args.ema}: must be above 0 and below 1")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
-        raise InputError(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must be "
-                         "a multiple of that and the second no less")
+        raise InputError(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must "
+                         "be a multiple of that and the second no less")
     if args.shard and (PROCESSES == 1 or args.updates > 1 or args.eval_n % PROCESSES or args.quantize != "none"):
         raise InputError("--shard: takes several processes (torchrun), --updates 1, an --eval-n that is a multiple of "
                          "their number, and no --quantize")
@@ -95,24 +103,6 @@ def encode_local_prompts(out: Path, args, pipe, prompts: list[str], eval_prompts
                          "pads to one")
 
 
-def prepare_transformer(pipe, args):
-    """Gradient checkpointing (by default on a GPU) and torch.compile, as the flags say."""
-    on = pipe.device.type == "cuda" if args.checkpointing is None else args.checkpointing
-    if on and pipe.transformer._supports_gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
-    if args.compile:
-        compile_blocks(pipe.transformer)
-
-
-def compile_blocks(model: torch.nn.Module, backend: str = "inductor"):
-    """torch.compile each of a transformer's blocks; the whole is called through hooks. Each kind of block is compiled
-    up to five times: for the rollout, the update, the reference in either, and NFT's old policy."""
-    torch._dynamo.config.recompile_limit = 64  # the default, 8, would leave blocks uncompiled
-    for blocks in model.children():
-        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
-            block.compile(backend=backend)
-
-
 # ---------------------------------------------------------------- find, open and finish a run
 
 def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None]:
@@ -146,7 +136,8 @@ def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None
     read_log(log, saved["log_bytes"])
     changed = differences(before, now, CHANGES_ROUNDING)
     for there in (recorded, *recorded["resumed_on"]):
-        changed += differences(there | there["versions"], here | here["versions"], {*here, *here["versions"]} - {"versions"})
+        changed += differences(there, here, here.keys() - {"versions"})
+        changed += differences(there["versions"], here["versions"], here["versions"])
     if changed:
         print(f"{out}: {', '.join(dict.fromkeys(changed))} changed: from here on equal to an uninterrupted run but for "
               "rounding")
@@ -174,11 +165,9 @@ def default_folder(method: str, args) -> str:
 
 def read_args(out: Path, method: str, files: set[str]) -> dict:
     """args.json of a run of this method. Raises InputError if the folder's files are not of such a run."""
-    kinds = {"script": str, "inputs": dict, "save_every": int, "epochs": int}
-    try:
+    with reading(out / "args.json"):
         recorded = json.loads((out / "args.json").read_text()) if "args.json" in files else None
-    except (OSError, ValueError) as e:
-        raise InputError(f"{out / 'args.json'}: cannot be read ({e}); restore it, or give another --out")
+    kinds = {"script": str, "inputs": dict, "save_every": int, "epochs": int}
     known = isinstance(recorded, dict) and all(isinstance(recorded.get(name), kind) for name, kind in kinds.items())
     if not known or recorded["script"] != f"train_{method}.py":
         raise InputError(f"--out {out}: {', '.join(sorted(files))} there is not of a run of train_{method}.py; give "
@@ -293,29 +282,6 @@ def finish_run(out: Path, skipped: int):
 
 # ---------------------------------------------------------------- log
 
-def mean_over_rows(batches: list[dict[str, Tensor]], rows: int) -> dict:
-    """Means over an update's rows, of all processes, by name. batches: of each micro-batch, values (b,) by name. With
-    norm_ratio there must be t (b,): it gives norm_ratio_by_t, the ratio in BINS equal bins of the noise level. Waits
-    for the GPU."""
-    sums = {}
-    for values in batches:
-        values = {name: value.detach() for name, value in values.items()}
-        t, ratio = values.pop("t", None), values.get("norm_ratio")
-        for k in range(BINS) if ratio is not None else ():
-            in_bin = ((t * BINS).long().clamp_max(BINS - 1) == k).to(ratio.device)
-            values |= {f"ratio in bin {k}": ratio * in_bin, f"rows in bin {k}": in_bin}
-        for name, value in values.items():
-            value = value if value.dtype == torch.float64 else value.float()
-            sums[name] = sums.get(name, 0) + value.sum()
-    local = dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}
-    totals = all_gather(local)  # of each process
-    names = dict.fromkeys(name for total in totals for name in total)
-    means = {name: sum(total[name] for total in totals if name in total) / rows for name in names}
-    bins = [(means.pop(f"ratio in bin {k}", 0), means.pop(f"rows in bin {k}", 0)) for k in range(BINS)]
-    by_t = [ratio / count if count else None for ratio, count in bins]
-    return {"norm_ratio": None, "active": None, **means, "norm_ratio_by_t": by_t}
-
-
 def log_step(out: Path, bar, line: dict):
     """Log an optimizer step, and show it on the bar."""
     if torch.cuda.is_available():
@@ -393,21 +359,16 @@ def resume(out: Path, saved: dict | None, model: torch.nn.Module, params: list, 
 def read_state(file: Path, more: dict[str, type]) -> dict:
     """The checkpoint. Raises InputError if it is damaged, lacks a part, or holds numbers that are not finite. more: the
     parts that a method adds, with their types."""
-    why = ""
-    try:
+    kinds = {"lora": dict, "opt": dict, "epoch": int, "step": int, "skipped": int, "bad": int, "log_bytes": int} | more
+    with reading(file):
         with zipfile.ZipFile(file) as opened:  # torch.load does not check the checksums
-            why = opened.testzip() and "a checksum is wrong"
+            if opened.testzip():
+                raise ValueError("a checksum is wrong")
         state = torch.load(file, weights_only=True, map_location="cpu")
-        kinds = {"lora": dict, "opt": dict, "epoch": int, "step": int, "skipped": int, "bad": int, "log_bytes": int}
-        lacks = sorted(name for name, kind in (kinds | more).items() if not isinstance(state.get(name), kind))
-        if not why and lacks:
-            why = f"it lacks {', '.join(lacks)}"
-        if not why and not all(x.isfinite().all() for x in float_tensors(state)):
-            why = "it holds numbers that are not finite"
-    except Exception as e:  # torch and zipfile raise many kinds
-        why = type(e).__name__
-    if why:
-        raise InputError(f"{file}: cannot be read ({why}); restore it, or give another --out")
+        if lacks := sorted(name for name, kind in kinds.items() if not isinstance(state.get(name), kind)):
+            raise ValueError(f"it lacks {', '.join(lacks)}")
+        if not all(x.isfinite().all() for x in float_tensors(state)):
+            raise ValueError("it holds numbers that are not finite")
     return state
 
 
@@ -420,14 +381,12 @@ def float_tensors(value) -> list[Tensor]:
 
 def read_log(log: Path, size: int | None = None) -> list[dict]:
     """The lines in the first `size` bytes of metrics.jsonl. Raises InputError if they are not there or no JSON."""
-    try:
+    with reading(log):
         content = log.read_bytes()
         lines = [json.loads(line) for line in content[:size].splitlines()]
         if len(content) < (size or 0) or not all(isinstance(line, dict) for line in lines):
             raise ValueError("it is shorter than the checkpoint says, or a line is no JSON object")
-        return lines
-    except (OSError, ValueError) as e:
-        raise InputError(f"{log}: cannot be read ({e}); restore it, or give another --out")
+    return lines
 
 
 def epochs_logged(log: Path) -> int:
@@ -436,29 +395,3 @@ def epochs_logged(log: Path) -> int:
         return max((line["epoch"] for line in read_log(log) if "loss" in line), default=0)
     except (InputError, KeyError):  # cut short in its first epoch
         return 0
-
-
-def model_card(method: str, args, eval_prompts: list[str]) -> str:
-    """lora/README.md: a model card for the hub. The user chooses the licence."""
-    flags = []
-    for field in fields(args):
-        value, flag = getattr(args, field.name), field.name.replace("_", "-")
-        if value != field.default:
-            words = value if isinstance(value, tuple) else [value]
-            switch = f"--{flag}" if value else f"--no-{flag}"
-            flags.append(switch if isinstance(value, bool) else shlex.join([f"--{flag}", *map(str, words)]))
-    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(eval_prompts[:4]))
-    return f"""---
-base_model: {args.model}
-library_name: diffusers
-tags: [lora, diffusers, normguard, {method}]
----
-A LoRA of rank {args.rank} for `{args.model}` (`pipe.load_lora_weights(FOLDER)`), trained for the reward
-`{args.reward}` with {method.upper()} and NormGuard (arXiv 2606.27771), lam {args.lam}:
-
-    python train_{method}.py {" ".join(flags)}
-
-Prompts to try:
-
-{prompts}
-"""

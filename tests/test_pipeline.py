@@ -20,7 +20,7 @@ import sample
 import train_awm
 import train_dpo
 import train_nft
-from flow import run
+from flow import lora, run
 from flow.intercept import latents_of, timestep_inputs
 from flow.lora import add_lora
 from flow.pipeline import (
@@ -289,7 +289,7 @@ def test_compiled_blocks_are_the_blocks_and_are_compiled_once():
 
     plain, graphs = epoch(), []
     torch._dynamo.reset()
-    run.compile_blocks(pipe.transformer, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    lora.compile_blocks(pipe.transformer, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for ours, theirs in zip(epoch(), plain):
         torch.testing.assert_close(ours, theirs)
     compiled = len(graphs)

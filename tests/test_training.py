@@ -74,8 +74,8 @@ def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path, monkeypatch, good, step
 def test_a_steps_means_are_over_the_rows_of_all_processes(monkeypatch, local, loss):
     """Of four rows; this process has two, or none."""
     theirs = {"loss": 5.0, "norm_ratio": 4.4, "ratio in bin 4": 3.3, "rows in bin 4": 3.0}
-    monkeypatch.setattr(flow.run, "all_gather", lambda own: [own, theirs])
-    means = flow.run.mean_over_rows(local, 4)
+    monkeypatch.setattr(flow.distributed, "all_gather", lambda own: [own, theirs])
+    means = flow.distributed.mean_over_rows(local, 4)
     assert [means["loss"], means["norm_ratio"]] == pytest.approx([loss, 1.1]) and means["active"] is None
     assert means["norm_ratio_by_t"] == [None] * 4 + [pytest.approx(1.1)]
 
@@ -277,9 +277,9 @@ def test_what_a_script_adds_to_a_shared_block_is_added_lines():
 
 def test_shared_flags_have_one_default_and_one_help():
     """But for what the methods mean differently."""
-    fields = [dict(re.findall(r"^((?:    # .*\n)?    (\w+): .*)$", Path(f"train_{method}.py").read_text(), re.MULTILINE))
-              for method in ("nft", "awm", "dpo")]
-    fields = [{name: line for line, name in lines.items()} for lines in fields]
+    texts = [Path(f"train_{method}.py").read_text() for method in ("nft", "awm", "dpo")]
+    found = [re.findall(r"^((?:    # .*\n)?    (\w+): .*)$", text, re.MULTILINE) for text in texts]
+    fields = [{name: line for line, name in lines} for lines in found]
     own = {"lam", "lr", "kl", "updates", "timesteps", "batch", "out"}
     for name in set().union(*fields) - own:
         assert len({lines[name] for lines in fields if name in lines}) == 1, name
