@@ -222,6 +222,10 @@ def test_a_videos_reward_is_the_mean_over_four_frames(tmp_path):
     np.testing.assert_allclose(reward(videos[:, :3], ["a", "b"]), videos[:, :3, 0].mean((1, 2, 3)), rtol=1e-6)
 
 
+def test_an_empty_reward_names_the_known_ones(capsys):
+    refuses(capsys, lambda: load_reward("", CPU), "--reward ''", "pickscore")
+
+
 def test_a_function_may_be_named_nan(tmp_path):
     """Its name is not read as a weight."""
     (tmp_path / "f.py").write_text("def nan(images, prompts):\n    return images.mean((1, 2, 3))\n")
