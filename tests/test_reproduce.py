@@ -31,8 +31,8 @@ from tests.helpers import CPU, lora_bytes, pixels, random_pair, refuses, sample_
 
 @pytest.mark.parametrize("margin", [0.0, 0.02])
 def test_other_guards(margin):
-    """Claim 9's hinges against numpy in float64, their slopes against finite differences, and no pull where all norms
-    are small."""
+    """Claim 9's hinges against NumPy in float64, and their slopes against finite differences. They are zero where all
+    norms are small."""
     v, v_ref = (F.interpolate(x, (4, 2)) for x in random_pair(scale=1.6))  # (5, 4, 4, 2): two tokens a sample
     a, b = v.numpy(), v_ref.numpy()
     norms = [np.sqrt((x**2).sum((1, 2, 3))) for x in (a, b)]
@@ -57,8 +57,8 @@ def test_other_guards(margin):
 
 @pytest.mark.parametrize("script", [train_awm, train_dpo])
 def test_rivals_in_a_training(tmp_path, monkeypatch, script):
-    """Claim 10's guards that follow their training, all in one of three epochs in several batches: which pictures the
-    rows are, what their rewards are, what they are kept close to. The script comes out as it went in."""
+    """Claim 10's guards that need the training's state, all in one training of three epochs: which pictures the rows
+    are, what their rewards are, and what policy they are kept close to. Afterwards the script is as before."""
     seen, noised, before = [], [], dict(vars(script))
     add_noise = script.add_noise
     monkeypatch.setattr(script, "add_noise", lambda *given: noised.append(given[0]) or add_noise(*given))
@@ -99,8 +99,8 @@ def test_rivals_in_a_training(tmp_path, monkeypatch, script):
 
 
 def test_paired_differences_and_verdicts():
-    """Student's quantiles from a table; a seed counts once, whatever the cells; verdicts of both signs; the judge's
-    counts from either side."""
+    """Student's quantiles against a table; a seed counts once, however many cells it has; verdicts of both signs; the
+    judge's counts from either side."""
     for df, expected in ((1, 12.706), (2, 4.303), (11, 2.201), (35, 2.030)):
         assert paired.quantile(df) == pytest.approx(expected, rel=1e-3)
     g = np.random.default_rng(0)
@@ -181,15 +181,15 @@ def test_rivals_at_equal_reward(monkeypatch):
 
 
 def test_results_are_what_the_report_says(tmp_path):
-    """RESULTS.md and results.json are what report.py makes of tiny/results: nobody has edited them by hand."""
+    """RESULTS.md and results.json are what report.py makes of tiny/results; nobody has edited them."""
     report.write_report(*reproduce.gathered(Path("tiny/results")), reproduce.Size(), tmp_path, Path("assets"))
     text = (tmp_path / "RESULTS.md").read_text().replace(os.path.relpath("assets", tmp_path), "../assets")
     assert text.replace(str(tmp_path), "tiny") == Path("tiny/RESULTS.md").read_text()
     assert (tmp_path / "results.json").read_text() == Path("tiny/results.json").read_text()
 
 
-def test_the_texts_hold_no_numbers_of_their_own():
-    """What is said of the numbers is filled in from them, and each text is in RESULTS.md."""
+def test_the_texts_hold_no_numbers():
+    """The numbers in the texts are filled in from the results, and each text is in RESULTS.md."""
     names = r"\{\w+\}|sd3|claim 6|lam 0\.\d+|may lose 5 %|With 5 % less"
     for _, _, text in reading.READING.values():
         assert not re.search(r"\d", re.sub(names, "", text)), text
@@ -197,8 +197,8 @@ def test_the_texts_hold_no_numbers_of_their_own():
 
 
 def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
-    """Numbers know the weights, the code and the flags they come from; a comment changes none of it. What other weights
-    or code made is not used again, and what is not reproduce.py's is not deleted."""
+    """Results record the weights, code and flags that they come from; comments do not count. Results of other weights
+    or code are not used again. Files that reproduce.py did not write are not deleted."""
     run, size = reproduce.Run("sd3", "awm", "hps", 0), reproduce.Size()
     numbers = {part: {"of": reproduce.depends(run, size, part)} for part in ("main", "guard: per token")}
     assert reproduce.stale_parts({run: numbers}, {}, size) == {}
@@ -239,8 +239,8 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
 
 
 def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    """The smoke run of two parts, killed without warning in its second training: what it has is kept, nothing is
-    computed again, and the report is of its own pictures. A rival and another guard are really in place."""
+    """A smoke run of two parts, killed in its second training: what it has is kept, nothing is computed twice, and the
+    report is of its pictures. A rival and another guard are really in place."""
     command = [sys.executable, "tiny/reproduce.py", "--smoke", "--jobs", "1", "--runs", str(tmp_path)]
     parts = "main", "rival: EMA-KL 0.3"
     home, state = tmp_path / "sd3-awm-hps-s0", tmp_path / "sd3-awm-hps-s0" / "lam0" / "checkpoint" / "state.pt"
