@@ -40,9 +40,8 @@ from normguard import norm_ratio, reference, renormalize
 def load_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None,
                   quantize: str = "none", sharded: bool = False, base: torch.dtype | None = None):
     """Load a frozen pipeline from a diffusers folder or hub id, for pictures of `size` pixels a side and videos of
-    `frames` frames (None: the model's own). Transformer and VAE are on `device`, the transformer in `base` (default:
-    bf16 on a GPU) or quantized, the VAE in fp32; text encoders wait on the CPU. InputError if it cannot be loaded or
-    is no flow-matching pipeline that draws from a prompt alone."""
+    `frames` frames (None: the model's own). The transformer is on `device` in `base` (None: base_dtype) or quantized,
+    the VAE there in fp32, text encoders on the CPU. InputError if it is no flow pipeline that needs only a prompt."""
     quiet_libraries()
     check_model("--model", model)
     base = base or base_dtype(device)
@@ -304,6 +303,12 @@ def velocity(pipe, x: Tensor, t: Tensor, prompts: list[str], guidance: float | N
     return torch.cat(parts)[torch.tensor(sum(rows, [])).argsort().to(x.device)]  # in the order of x
 
 
+def reference_velocity(pipe, x: Tensor, t: Tensor, prompts: list[str], guidance: float | None = None) -> Tensor:
+    """velocity of the frozen base."""
+    with reference(pipe.transformer):
+        return velocity(pipe, x, t, prompts, guidance)
+
+
 def project(v: Tensor, v_ref: Tensor) -> Tensor:
     """Remove from v the part of v - v_ref along v_ref, per sample (b, ...). What is left changes only the direction, to
     first order. Compare APG (arXiv 2410.02416), which does this to guidance."""
@@ -330,8 +335,7 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
             def step(v, x, i):
                 v = v.float()
                 if ratios is not None:
-                    with reference(pipe.transformer):
-                        v_ref = velocity(pipe, x, sigmas[i].expand(len(x)), batch_prompts, guidance)
+                    v_ref = reference_velocity(pipe, x, sigmas[i].expand(len(x)), batch_prompts, guidance)
                     ratios[rows, i] = norm_ratio(v, v_ref).cpu()
                     v = v if renorm == "none" else REPAIRS[renorm](v, v_ref)
                 x = x + dts[i] * v
@@ -343,8 +347,7 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
 
 
 def decode_batch(pipe, x0: Tensor) -> Tensor:
-    """Decode latents (b, ...) to pictures (b, 3, h, w) or videos (b, frames, 3, h, w), fp32 in [0, 1], with gradients.
-    """
+    """Decode latents (b, ...) to pictures (b, 3, h, w) or videos (b, frames, 3, h, w) in [0, 1], with gradients."""
     return intercept.decode_latents(pipe, x0).float()
 
 
