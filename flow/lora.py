@@ -76,11 +76,11 @@ def merged_forward(layer, x: torch.Tensor) -> torch.Tensor:
 
 def can_merge(layer: BaseTunerLayer) -> bool:
     """Whether a plain LoRA can be merged into the layer: a linear layer in fp32, neither quantized nor sharded."""
-    base = layer.base_layer
-    if not isinstance(base, torch.nn.Linear) or layer.lora_variant or any(layer.lora_bias.values()):
+    if not isinstance(layer.base_layer, torch.nn.Linear) or layer.lora_variant or any(layer.lora_bias.values()):
         return False
-    plain = type(base.weight) is torch.nn.Parameter and type(base.weight.data) is torch.Tensor
-    return plain and base.weight.dtype == torch.float32
+    weight = layer.base_layer.weight
+    plain = type(weight) is torch.nn.Parameter and type(weight.data) is torch.Tensor
+    return plain and weight.dtype == torch.float32
 
 
 @contextmanager
@@ -115,8 +115,6 @@ def swapped(params: list[torch.nn.Parameter], values: list[torch.Tensor] | None)
         for p, data in zip(params, before):
             p.data = data
 
-
-# ---------------------------------------------------------------- files
 
 def save_lora(pipe, folder: Path):
     """Write the LoRA to a folder, for `pipe.load_lora_weights(folder)`, which also restores rank and alpha. Not by

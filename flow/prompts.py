@@ -18,7 +18,7 @@ from tqdm import tqdm
 from flow.cli import InputError, progress, write_files
 from flow.intercept import Captured, call_parameters, capture, patched, run_text_encoders
 
-CHUNK = 16  # prompts in one call of the text encoders; always as many, since their number can change the last bits
+CHUNK = 16  # prompts per call of the text encoders; always that many, since another number can change the last bits
 PROBE_PAIR = ["a grey cat", "a grey dog"]  # prompts of one length, to try out a pipeline
 PROBE_PROMPTS = [*PROBE_PAIR, "", "a grey cat asleep beside a grey dog by the fire"] * (CHUNK // 4)
 
@@ -117,7 +117,7 @@ def cache_prompts(pipe):
     flow, signature = pipe.flow, inspect.signature(pipe.encode_prompt)
 
     @functools.lru_cache(2)  # a rollout asks for the same batches again and again
-    def batch(keys: tuple) -> tuple:
+    def make_batch(keys: tuple) -> tuple:
         return to_device(concat_encodings([flow.rows[key] for key in keys]), flow.device)
 
     @functools.wraps(pipe.encode_prompt)
@@ -132,15 +132,14 @@ def cache_prompts(pipe):
         for key, encoding in encodings:
             if key not in flow.rows:
                 cache_encoding(flow, key, share_tensors(flow, key, encoding))
-        encoded = batch(tuple(keys))
+        encoded = make_batch(tuple(keys))
         return encoded if len(encoded) > 1 else encoded[0]
     pipe.encode_prompt = encode_prompt
 
 
 def split_call(call: BoundArguments, device: torch.device) -> tuple[list[tuple], dict[tuple, BoundArguments]]:
     """Split a call of encode_prompt for n prompts into calls for one prompt each. Returns n keys, and the call for each
-    different key. A key is (all other arguments, prompt, negative prompt, ...). Arguments that the pipeline leaves out
-    are filled in, also in `call`."""
+    different key. A key is (settings, prompt, negative prompt, ...). `call` itself gets its default arguments."""
     call.apply_defaults()
     arguments = call.arguments
     prompts = arguments["prompt"] or [""] * arguments.get("batch_size", 1)
@@ -148,9 +147,9 @@ def split_call(call: BoundArguments, device: torch.device) -> tuple[list[tuple],
     lists = {name: list(value) for name, value in arguments.items()
              if "prompt" in name and isinstance(value, list) and len(value) == len(prompts)}
     lists = {"prompt": prompts, **lists}
-    others = [value for name, value in arguments.items() if name not in {*lists, "batch_size", "device", "dtype"}]
-    keys = [(repr(others), *values) for values in zip(*lists.values())]
-    # names that encode_prompt does not take are ignored
+    settings = [value for name, value in arguments.items() if name not in {*lists, "batch_size", "device", "dtype"}]
+    keys = [(repr(settings), *values) for values in zip(*lists.values())]
+    # BoundArguments leaves out what encode_prompt does not take
     arguments |= {**lists, "batch_size": len(prompts), "device": device}
     calls = {}
     for key in keys:
@@ -163,12 +162,12 @@ def split_call(call: BoundArguments, device: torch.device) -> tuple[list[tuple],
 def encode_call(pipe, call: BoundArguments) -> tuple:
     """Make a call of the pipeline's own encode_prompt. Returns its encodings on the CPU."""
     with text_encoders(pipe):
-        encoded = pipe.encode_prompt.__wrapped__(*call.args, **call.kwargs)  # by cache_prompts
+        encoded = pipe.encode_prompt.__wrapped__(*call.args, **call.kwargs)  # as it was before cache_prompts
     return to_device(encoded if isinstance(encoded, tuple) else (encoded,), "cpu")
 
 
 def share_tensors(flow, key: tuple, encoding: tuple) -> tuple:
-    """Take tensors that equal those of another encoding from there, so that memory holds them once."""
+    """Replace tensors by equal ones that are cached already, so that memory holds them once."""
     known = [*flow.last.get(key[0], ()), *flow.last.get(key[1], ())]
     return tuple(next((x for x in known if same_tensor(x, value)), value) for value in encoding)
 
@@ -278,8 +277,8 @@ def batches(pipe, prompts: list[str], size: int, guidance: float | None = None) 
 # ---------------------------------------------------------------- all prompts of a run
 
 def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | None):
-    """Encode each prompt once, without guidance and with it, and let the text encoders go. The encodings are kept in
-    the folder `store`, and what is there already is not encoded again."""
+    """Encode each prompt once, without guidance and with it, and remove the text encoders. Encodings are kept in the
+    folder `store`, and those that are there already are read."""
     unique, size = list(dict.fromkeys(prompts)), CHUNK if pipe.flow.in_one_go else 1
     with ExitStack() as stack:
         for i in progress(range(0, len(unique), size), desc="encode prompts", leave=False):
@@ -293,7 +292,7 @@ def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | N
                 run_text_encoders(pipe, chunk, scale)
             if file:
                 save_encodings(file, dict(islice(pipe.flow.rows.items(), known, None)))
-                load_encodings(pipe.flow, file)  # from disk, so that memory need not hold them
+                load_encodings(pipe.flow, file)  # the cache then refers to the file, and memory is freed
         pipe.flow.encoders = None
 
 
