@@ -19,7 +19,7 @@ from flow.cli import InputError, check_place, fingerprint, json_text, make_dir, 
 from flow.distributed import PROCESSES, RANK
 from flow.lora import base_dtype, save_lora, swapped
 from flow.pictures import plot_curves
-from flow.rewards import without_questions
+from flow.rewards import reward_model, short_reward, split_reward
 
 # may differ when a run is resumed: these leave it bit for bit what it would be, and those but for rounding
 FREE = ["epochs", "save_every", "eval_every", "wandb"]
@@ -53,8 +53,7 @@ def revision(model: str) -> str | None:
 
 def inputs_of(args) -> dict[str, str | None]:
     """Fingerprints of what the run reads, by flag; None of what cannot be known."""
-    rewards = [part.rpartition(".py:")[0] + ".py" if ".py:" in part else part.split(":")[0]
-               for part in without_questions(args.reward).split(",")]
+    rewards = [reward_model(name) for name, _ in split_reward(args.reward)]
     return {"prompts": fingerprint(args.prompts), "eval_prompts": fingerprint(args.eval_prompts),
             "model": fingerprint(args.model) or revision(args.model),
             "reward": " ".join(str(fingerprint(part)) for part in rewards)}
@@ -80,8 +79,7 @@ def unlock():
 def find_run(name: str, args, device: torch.device) -> tuple[Path, dict | None]:
     """The run's folder and the state to resume from, if any. Whatever is no unfinished run of this command ends the
     process before anything is touched."""
-    rewards = without_questions(args.reward).split(",")
-    reward = "+".join(Path(part).name.replace(".py:", "-").replace(":", "") for part in rewards)
+    reward = short_reward(args.reward).replace(",", "+").replace(".py:", "-").replace(":", "")
     lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
     out = Path(args.out or f"runs/{name}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}")
     check_place(out, "--out", FILES, FOLDERS)

@@ -198,7 +198,7 @@ def append(file: Path, text: str):
 
 
 def fingerprint(path: str) -> str | None:
-    """A hash of a file, or of all files in a folder: names, sizes and 16 samples of each. None if `path` is a hub id."""
+    """A hash of a file, or of all files in a folder: their names, sizes and 16 samples of each. None of a hub id."""
     root, digest = Path(path), hashlib.sha256()
     if not root.exists():
         return None

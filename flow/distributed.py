@@ -128,3 +128,10 @@ def mark_peak(run, phase: str):
     if torch.cuda.is_available():
         run.peaks[f"peak_gb_{phase}"] = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
+
+
+# ---------------------------------------------------------------- precision
+
+def base_dtype(device: torch.device) -> torch.dtype:
+    """The precision of frozen models, including a local judge: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

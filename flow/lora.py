@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from flow.cli import InputError, make_dir, reason, write_files
+from flow.distributed import base_dtype  # noqa: F401 - pipeline imports it from here
 
 NAME = "pytorch_lora_weights.safetensors"  # diffusers'
 
@@ -201,11 +202,6 @@ def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
         config = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                               bnb_4bit_compute_dtype=torch.bfloat16)
     return diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": config})
-
-
-def base_dtype(device: torch.device) -> torch.dtype:
-    """Of the frozen transformer and the text encoders: bf16 on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def use_autocast(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype):
