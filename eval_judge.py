@@ -212,9 +212,8 @@ def cached(out: Path, who: str, jobs: list[list[dict]], load: Callable, batch: i
 
 
 def summary(values: Tensor, prompts: list[str], draws: int) -> dict:
-    """Mean of the values (n,) that are not NaN, how many are NaN, and the mean's 95 % bootstrap interval. `draws` times
-    the bootstrap resamples the prompts, each with all its pictures, or the pictures if all have one prompt. The seed is
-    fixed, so that all metrics and folders see the same resamples."""
+    """Mean of the values (n,) that are not NaN, the number of NaN, and a 95 % bootstrap interval of the mean. Prompts,
+    each with all its pictures, are resampled `draws` times (pictures, if all have one prompt), with a fixed seed."""
     units = prompts if len(set(prompts)) > 1 else list(range(len(prompts)))
     known = (~values.isnan()).nonzero().flatten().tolist()
     units, values = [units[i] for i in known], values[known].double()
@@ -326,7 +325,9 @@ def draw_report(folders: Folders, metrics: dict, verdicts: dict) -> bytes:
     colours = {d: matplotlib.colormaps["tab10"](i % 10) for i, d in enumerate(folders)}
     columns = min(5, len(metrics))
     rows = -(-len(metrics) // columns)
-    heights = [1.02 * len(names), rows * (0.22 * len(names) + 0.6), 0.3 * len(verdicts) + 0.4][:3 if verdicts else 2]
+    heights = [1.02 * len(names), rows * (0.22 * len(names) + 0.6)]
+    if verdicts:
+        heights.append(0.3 * len(verdicts) + 0.4)
     prompts = dict.fromkeys(row["prompt"] for row in next(iter(folders.values())))
     figure = Figure(figsize=(min(max(len(prompts), 8), 12) + 1.2, sum(heights) + 0.3), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights)

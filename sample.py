@@ -27,7 +27,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: its 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -220,9 +219,9 @@ def main(args: Args):
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reward = load_reward(args.reward, device, question=args.vlm_question) if args.reward else None
-    rewards = {}
+    rewards = {"energy (control)": energy}
     if args.adjoint:
-        rewards = {args.reward: load_reward(args.reward, device, differentiable=True), "energy (control)": energy}
+        rewards = {args.reward: load_reward(args.reward, device, differentiable=True), **rewards}
     pipe = load_pipeline(args.model, device, args.size, args.frames)
     if args.adjoint and device.type == "cuda":
         pipe.transformer.enable_gradient_checkpointing()
@@ -245,9 +244,9 @@ def main(args: Args):
              "scheduler": pipe.flow.scheduler, "renorm": args.renorm, "pipe": settings}
             for prompt, seed in zip(prompts, seeds)]
     if reward:
-        scores = reward(pictures, prompts).tolist()
-        rows = [{**row, "reward": score} for row, score in zip(rows, scores)]
-        print(f"reward: {np.mean(scores):.4f}")
+        scores = reward(pictures, prompts)
+        rows = [{**row, "reward": score} for row, score in zip(rows, scores.tolist())]
+        print(f"reward: {scores.mean():.4f}")
     save_samples(args.out, pictures, rows)
 
     out = Path(args.out)

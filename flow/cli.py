@@ -61,8 +61,7 @@ def parse(args_class, doc: str):
 
 
 def excepthook(kind, error, trace):
-    """Print an uncaught error: one line for Ctrl-C and for a full disk, else the traceback. Running out of GPU memory
-    adds a line that says which flags to lower."""
+    """Print one line for Ctrl-C or a full disk, else the traceback, and after running out of GPU memory some advice."""
     training = Path(sys.argv[0]).name.startswith("train_")
     resume = "; the same command resumes from the last checkpoint" if training else ""
     if issubclass(kind, KeyboardInterrupt):
@@ -133,8 +132,8 @@ def cannot_load(flag: str, name: str, error: Exception, needs: tuple[str, ...] =
 # ---------------------------------------------------------------- folders and files
 
 def check_place(path: str | Path, flag: str, files: tuple = (), folders: tuple = ()):
-    """Raise InputError if the folder `path` cannot be made or written to, or if one of `files` in it is not a file or
-    one of `folders` not a folder. Makes nothing, so that a script can check its output before hours of work."""
+    """Raise InputError if the folder `path` cannot be made or written to, or if one of `files` in it is no file, or one
+    of `folders` no folder. Makes nothing: it is for a script's start, before hours of work."""
     place = Path(path)
     try:
         nearest = next(part for part in (place, *place.absolute().parents) if part.exists() or part.is_symlink())
@@ -169,8 +168,8 @@ def json_text(value, indent: int | None = None) -> str:
 
 
 def write_files(contents: dict[Path, bytes | str]):
-    """Write all files under temporary names, then rename them. A kill leaves each file old or new, never half. If the
-    disk is full, raises InputError and all files stay old."""
+    """Write files under temporary names, then rename them: a kill leaves each file old or new, never half. On a full
+    disk all stay old, and InputError is raised."""
     rank = os.environ.get("RANK", "0")  # several processes may write the same file
     temporary = {file: file.with_name(f".{file.name}.{rank}.tmp") for file in contents}
     try:
@@ -186,7 +185,7 @@ def write_files(contents: dict[Path, bytes | str]):
 
 
 def append(file: Path, text: str):
-    """Add text to a file. If the disk is full, raises InputError and the file stays as it was."""
+    """Add text to a file. On a full disk the file stays as it was, and InputError is raised."""
     size = file.stat().st_size if file.exists() else 0
     try:
         with open(file, "a", encoding="utf-8") as log:

@@ -13,17 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    ViTImageProcessorPil,
-)
 
 from flow.cli import InputError, cannot_load, check_model, reason
 from flow.distributed import base_dtype
@@ -41,10 +34,9 @@ def messages(question: str, pictures: list[dict]) -> list[dict]:
 
 
 def read_answer(top: Answer, first: str, second: str) -> float:
-    """log p(first) - log p(second) for two answer words, over all their spellings (case, spaces) in `top`.
-
-    A word that is not in `top` gets the largest probability it can have: the rest to 1, or that of the last token in
-    `top`. NaN if the two words together have less than 1 %: then the answer is unreadable."""
+    """log p(first) - log p(second) of two answer words, each in any spelling (case, spaces). A word that `top` does not
+    list gets the most it can have: the rest to 1, but no more than the least word in `top`. NaN, for an unreadable
+    answer, if the two words together have less than 1 %."""
     words = [token.strip(" .,*\"'\n").lower() for token, _ in top]
     probs = [math.exp(logprob) for _, logprob in top]
     a = sum(p for word, p in zip(words, probs) if word == first.lower())
@@ -59,8 +51,8 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
     """A judge in this process, which answers a batch in one forward pass. An InputError names `flag`."""
     check_model(flag, name, "http://HOST:PORT/v1, " if flag == "--judge" else "")
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=base_dtype(device))
+        processor = transformers.AutoProcessor.from_pretrained(name)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=base_dtype(device))
     except Exception as e:  # no network, another model class, a broken file: each raises a different error
         cannot_load(flag, name, e)
     if not processor.chat_template:
@@ -84,11 +76,10 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
 
 
 def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, flag: str = "--judge") -> Callable:
-    """A judge on an OpenAI-compatible server, which is sent `concurrency` requests at once and the key OPENAI_API_KEY.
+    """A judge on an OpenAI-compatible server, sent `concurrency` requests at once with the key in OPENAI_API_KEY.
 
-    The answer to a failed request is an empty list; each different error is printed once. Raises InputError, which
-    names `flag`, if the server cannot be reached, refuses the key or the model, or answers no request of the first
-    batch."""
+    The answer to a failed request is empty; each different error is printed once. Raises InputError, naming `flag`, if
+    the server cannot be reached, refuses the key or the model, or answers nothing in the first batch."""
     try:
         import openai  # half a second that only this needs
         key = os.environ.get("OPENAI_API_KEY") or "none"  # a local server needs none
@@ -145,10 +136,10 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
     check_model("--forensic", name)
     try:
         try:
-            processor = AutoImageProcessor.from_pretrained(name)
+            processor = transformers.AutoImageProcessor.from_pretrained(name)
         except ValueError:  # detectors of 2022 name a class that transformers 5 no longer has
-            processor = ViTImageProcessorPil.from_pretrained(name)
-        net = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval().to(device)
+            processor = transformers.ViTImageProcessorPil.from_pretrained(name)
+        net = transformers.AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval().to(device)
     except Exception as e:  # no network, another model class, a broken file: each raises a different error
         cannot_load("--forensic", name, e)
     real = real_labels(name, net.config.id2label, real_label)
@@ -162,8 +153,7 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
 
 
 def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> list[int]:
-    """The indices of a detector's labels that mean "real": `real_label`, or told by their words. Raises InputError if
-    the words do not tell for every label."""
+    """The indices of a detector's labels that mean "real": that of `real_label`, or told by the words of all labels."""
     listed = ", ".join([*labels.values()][:8]) + (", ..." if len(labels) > 8 else "")
     if real_label is not None:
         real = [i for i, label in labels.items() if label == real_label]
@@ -183,8 +173,8 @@ def load_embed(model: str, device: torch.device):
     """(network, processor) of a CLIPModel, or of a vision model with a pooler_output (ResNet, DINOv2, ...)."""
     check_model("--embed", model)
     try:
-        net = AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device)
-        return net, AutoImageProcessor.from_pretrained(model)
+        net = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device)
+        return net, transformers.AutoImageProcessor.from_pretrained(model)
     except Exception as e:  # no network, another model class, a broken file: each raises a different error
         cannot_load("--embed", model, e)
 
