@@ -248,8 +248,9 @@ def compare_pairs(folders: Folders, margins: dict[tuple[str, str], Tensor], draw
     return verdicts
 
 
+# Each scorer returns a function that scores a list of jobs, as `cached` takes it.
+
 def reward_scorer(spec: str, device: torch.device, question: str | None) -> Callable:
-    """A function of jobs (one row each) that gives a reward's scores."""
     reward = load_reward(spec, device, question=question)
 
     def score(jobs: list[list[dict]]) -> list[float]:
@@ -259,21 +260,18 @@ def reward_scorer(spec: str, device: torch.device, question: str | None) -> Call
 
 
 def detector_scorer(name: str, real_label: str | None, device: torch.device) -> Callable:
-    """A function of jobs (one row each) that gives a detector's P(real)."""
     detector = load_forensic(name, real_label, device)
     return lambda jobs: detector([row["file"] for [row] in jobs]).tolist()
 
 
 def judge_scorer(ask: Callable, question: str, first: str, second: str) -> Callable:
-    """A function of jobs (one or two rows each) that gives log P(first) - log P(second) of the judge's answers."""
     def score(jobs: list[list[dict]]) -> list[float]:
         answers = ask(question, [[row["file"] for row in job] for job in jobs])
-        return [read_answer(answer, first, second) for answer in answers]
+        return [read_answer(answer, first, second) for answer in answers]  # log P(first) - log P(second)
     return score
 
 
 def distance_scorer(name: str, real_rows: list[dict], device: torch.device, batch: int) -> Callable:
-    """A function of jobs (a folder's rows each) that gives Frechet distances to the real pictures."""
     embed = load_embed(name, device)
 
     def features(rows: list[dict]) -> Tensor:

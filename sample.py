@@ -199,7 +199,7 @@ def energy(images: Tensor, prompts: list[str]) -> Tensor:
 def main(args: Args):
     """Check the flags, sample, write the pictures, measure."""
     if args.renorm not in ("none", *REPAIRS):
-        raise InputError(f"--renorm {args.renorm}: give none, {' or '.join(REPAIRS)}")
+        raise InputError(f"--renorm {args.renorm}: give one of none, {', '.join(REPAIRS)}")
     check_flags(args, {"n": 1, "steps": 1, "batch": 1, "size": 1, "frames": 1, "seed": 0, "guidance": 0})
     if (args.norms or args.renorm != "none") and not args.lora:
         raise InputError("--norms and --renorm compare a LoRA with its base: give --lora")
