@@ -4,8 +4,10 @@ A reward is given as text:
   pickscore, hpsv2.1, clipscore    yuvalkirstain/PickScore_v1, xswu/HPSv2, CLIP ViT-L/14
   a folder or a hub id             a CLIPModel, scored by PickScore's formula
   file.py:function                 your own function
-  vlm:MODEL, vlm:MODEL@URL         the P(yes) of a vision-language model, in this process or on a server, to a question
+  vlm:MODEL, vlm:MODEL@URL         P(yes) of a vision-language model's answer to a question, here or on a server
   A:0.5,B:0.5                      a weighted sum of these
+
+A model that was the reward cannot be the judge: training has fitted the pictures to it.
 """
 import importlib.util
 import math
@@ -26,8 +28,6 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from flow.cli import InputError, cannot_load, check_model, quiet_libraries, reason
 from flow.judge import http_judge, local_judge, read_answer
 from flow.pictures import to_image
-
-Reward = Callable[[Tensor, list[str]], Tensor]
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and HPSv2 use its processor
 HUB = {"pickscore": ("yuvalkirstain/PickScore_v1", VIT_H),  # reward: (its model, its processor)
@@ -78,7 +78,7 @@ def short_reward(spec: str) -> str:
 
 
 def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False,
-                question: str | None = None) -> Reward:
+                question: str | None = None) -> Callable:
     """Load a reward as a function (images, prompts) -> (n,) fp32 on the CPU, which scores `batch` images at once.
 
     Images are (n, 3, h, w) in [0, 1]; a video (n, frames, 3, h, w) gets the mean of at most four evenly spaced frames.
@@ -123,7 +123,7 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     return reward
 
 
-def check_gradient(name: str, score: Reward, device: torch.device):
+def check_gradient(name: str, score: Callable, device: torch.device):
     """Raise InputError if a reward's score has no gradient to the picture (NumPy code has none)."""
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     if hasattr(score, "model"):
@@ -134,7 +134,7 @@ def check_gradient(name: str, score: Reward, device: torch.device):
         raise InputError(f"--adjoint: --reward {name} has no gradient")
 
 
-def call_part(name: str, score: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+def call_part(name: str, score: Callable, images: Tensor, prompts: list[str]) -> Tensor:
     """score(images, prompts) as (b,) fp32 on the CPU. Raises InputError unless it is one finite number per image."""
     try:
         values = torch.as_tensor(score(images, prompts)).float().cpu()
@@ -154,7 +154,7 @@ def call_part(name: str, score: Reward, images: Tensor, prompts: list[str]) -> T
     return values
 
 
-def load_part(name: str, device: torch.device, differentiable: bool, question: str | None) -> Reward:
+def load_part(name: str, device: torch.device, differentiable: bool, question: str | None) -> Callable:
     """One part of a reward, without its weight."""
     if name.startswith("vlm:"):
         if differentiable:
@@ -172,7 +172,7 @@ def load_part(name: str, device: torch.device, differentiable: bool, question: s
         cannot_load("--reward", name, e, needs=HUB.get(name, ()))
 
 
-def load_function(name: str) -> Reward:
+def load_function(name: str) -> Callable:
     """`file.py:function`, imported from its path."""
     path, _, function = name.rpartition(":")
     spec = importlib.util.spec_from_file_location("reward_function", path)
@@ -186,7 +186,7 @@ def load_function(name: str) -> Reward:
     return getattr(module, function)
 
 
-def load_vlm(name: str, device: torch.device, question: str) -> Reward:
+def load_vlm(name: str, device: torch.device, question: str) -> Callable:
     """P(yes) of a vision-language model's answer to `question`, in which {prompt} is the picture's prompt."""
     model, at, url = name.removeprefix("vlm:").partition("@")
     address = urlsplit(url)
@@ -215,7 +215,7 @@ def load_vlm(name: str, device: torch.device, question: str) -> Reward:
     return score
 
 
-def load_clip(name: str, device: torch.device, differentiable: bool = False) -> Reward:
+def load_clip(name: str, device: torch.device, differentiable: bool = False) -> Callable:
     """PickScore's formula (arXiv 2305.01569) for any CLIPModel: exp(logit_scale) cos(image, text) / 26. For clipscore
     and hpsv2.1 the cosine alone."""
     model, processor = HUB.get(name, (name, name))
