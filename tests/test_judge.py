@@ -20,7 +20,7 @@ import eval_judge
 import flow.cli
 from flow.judge import http_judge, local_judge, read_answer
 from flow.pictures import save_samples, to_image
-from flow.rewards import VLM_QUESTION, load_reward
+from flow.rewards import VLM_QUESTION, load_reward, reward_model, short_reward, split_reward
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tiny"))
@@ -184,12 +184,12 @@ def test_a_vlm_reward_is_the_judge(folders):
     answers = local_judge("tiny/judge", CPU)(OVERALL, files)
     p = torch.tensor([read_answer(top, "yes", "no") for top in answers]).sigmoid()
     assert 0 < p.min() and p.max() < 1 and p.std() > 0
-    spec = f"vlm:tiny/judge[{OVERALL}]"
-    torch.testing.assert_close(load_reward(spec, CPU)(x, prompts), p)
+    judge = load_reward("vlm:tiny/judge", CPU, question=OVERALL)
+    torch.testing.assert_close(judge(x, prompts), p)
     pick = load_reward("tiny/pickscore", CPU)(x, prompts)
-    both = load_reward(f"tiny/pickscore:0.5,{spec}:2", CPU)
+    both = load_reward("tiny/pickscore:0.5,vlm:tiny/judge:2", CPU, question=OVERALL)
     torch.testing.assert_close(both(x, prompts), 0.5 * pick + 2 * p)
-    torch.testing.assert_close(load_reward(spec, CPU)(x[None], prompts[:1]), p.mean()[None])
+    torch.testing.assert_close(judge(x[None], prompts[:1]), p.mean()[None])
 
 
 def test_a_question_of_its_own_for_each_picture(folders):
@@ -201,19 +201,17 @@ def test_a_question_of_its_own_for_each_picture(folders):
         assert read_answer(one, "yes", "no") == pytest.approx(read_answer(other, "yes", "no"), abs=1e-4)
 
 
-@pytest.mark.parametrize("own, question", [
-    ("", VLM_QUESTION),
-    ("[{prompt}: is it there, or not?]", "{prompt}: is it there, or not?"),
-])
-def test_a_vlm_reward_over_http(server, own, question):
+@pytest.mark.parametrize("question", [None, "{prompt}: is it there, or not?"])
+def test_a_vlm_reward_over_http(server, question):
     """The model's name on the server may have a colon; the question has the prompt, whatever is in it."""
     url, _, asked = server
     prompts = ["a red star", "a {blue} ring, 1:2", "50 % [moon]"]
-    reward = load_reward(f"vlm:qwen2.5vl:7b@{url}{own}:0.5", CPU)
+    reward = load_reward(f"vlm:qwen2.5vl:7b@{url}:0.5", CPU, question=question)
     torch.testing.assert_close(reward(pictures(), prompts), torch.full((3,), 0.5 * 0.6 / 0.9))
     assert {request["model"] for _, request in asked} == {"qwen2.5vl:7b"}
     content = [request["messages"][0]["content"] for _, request in asked]
-    assert {parts[1]["text"] for parts in content} == {question.replace("{prompt}", prompt) for prompt in prompts}
+    asked_for = {(question or VLM_QUESTION).replace("{prompt}", prompt) for prompt in prompts}
+    assert {parts[1]["text"] for parts in content} == asked_for
     urls = {parts[0]["image_url"]["url"].partition("base64,")[2] for parts in content}
     sent = {Image.open(io.BytesIO(base64.b64decode(url))).convert("RGB").tobytes() for url in urls}
     assert sent == {to_image(picture).tobytes() for picture in pictures()}
@@ -234,15 +232,29 @@ def test_vlm_specs_that_are_refused(capsys):
         ("vlm:http://localhost:8000/v1", ["vlm:MODEL@http://HOST:PORT/v1"]),
         ("vlm:m@localhost:8000/v1", ["vlm:MODEL@http://HOST:PORT/v1"]),
         ("vlm:m@http://localhost:8000", ["vlm:MODEL@http://HOST:PORT/v1"]),  # 8000 would be a weight
-        ("vlm:tiny/judge[", ["QUESTION"]),
-        ("vlm:tiny/judge[]", ["QUESTION"]),
-        ("vlm:tiny/judge[Good?]nan", ["QUESTION"]),
-        ("vlm:tiny/judge[Good?]:nan", ["weight"]),
+        ("vlm:tiny/judge[Good?]", ["--vlm-question"]),
+        ("tiny/hps,vlm:m@http://localhost:8000/v1[Good, or not?]:2", ["--vlm-question"]),
+        ("vlm:tiny/judge:nan", ["weight"]),
         ("vlm:no/such/model", ["no/such/model", "no such folder"]),
         ("vlm:tiny/hps", ["tiny/hps", "cannot be loaded"]),
     ]:
         refuses(capsys, lambda: load_reward(spec, CPU), "--reward", *words)
     refuses(capsys, lambda: load_reward("vlm:tiny/judge", CPU, differentiable=True), "--reward", "gradient")
+
+
+@pytest.mark.parametrize("spec, parts, short", [
+    ("pickscore", [("pickscore", 1.0, "yuvalkirstain/PickScore_v1")], "pickscore"),
+    ("runs/clip/:0.5,a/b", [("runs/clip/", 0.5, "runs/clip/"), ("a/b", 1.0, "a/b")], "clip:0.5,b"),
+    ("dir/f.py:nan:-1e-1", [("dir/f.py:nan", -0.1, "dir/f.py")], "f.py:nan:-0.1"),
+    ("f.py:nan", [("f.py:nan", 1.0, "f.py")], "f.py:nan"),
+    ("vlm:a/b@http://h:8000/v1", [("vlm:a/b@http://h:8000/v1", 1.0, "a/b")], "b"),
+    ("vlm:q:7b@http://h:8000/v1:2", [("vlm:q:7b@http://h:8000/v1", 2.0, "q:7b")], "q:7b:2"),
+    ("vlm:m@http://h:8000", [("vlm:m@http://h:8000", 1.0, "m")], "m"),
+])
+def test_what_a_reward_is_made_of(spec, parts, short):
+    """A port, or a function that is called like a number, is no weight."""
+    assert [(name, weight, reward_model(name)) for name, weight in split_reward(spec)] == parts
+    assert short_reward(spec) == short
 
 
 # ---------------------------------------------------------------- rewards
@@ -371,19 +383,21 @@ def test_a_score_is_kept_with_its_device_and_libraries(monkeypatch):
     assert "bfloat16" in eval_judge.identity("tiny/judge", gpu)
     before, url = eval_judge.identity("tiny/judge", cpu), "http://127.0.0.1:9/v1"
     assert eval_judge.identity(url, cpu) == eval_judge.identity(url, gpu) == url
-    monkeypatch.setattr("transformers.__version__", "0")
+    monkeypatch.setattr(eval_judge, "version", lambda library: "0")
     assert eval_judge.identity("tiny/judge", cpu) != before
 
 
 def test_a_vlm_reward_in_a_report(folders, server, tmp_path):
-    """Named without its question, unless two would be alike; its folder's weights are part of its identity."""
+    """Named by its model; asked again for another question; its folder's weights are part of its identity."""
     url, _, asked = server
-    spec = f"vlm:m@{url}[Good, or not?]"
-    report = compare(*folders, reward=(spec, "vlm:tiny/judge[" + OVERALL + "]:0.5"), out=tmp_path / "out")
+    specs = f"vlm:m@{url}", "vlm:tiny/judge:0.5"
+    report = compare(*folders, reward=specs, vlm_question=OVERALL, out=tmp_path / "out")
     assert list(report["metrics"]) == ["reward/m", "reward/judge:0.5"] and len(asked) == 6
     assert report["metrics"]["reward/m"][folders[0]]["mean"] == pytest.approx(0.6 / 0.9)
-    assert len(set(eval_judge.short_names((spec, f"vlm:m@{url}[Bad?]")))) == 2
+    for question in (OVERALL, "Good, or not?"):
+        compare(*folders, reward=specs[:1], vlm_question=question, out=tmp_path / "out")
+    assert len(asked) == 12
     (tmp_path / "model").mkdir()
-    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", torch.device("cpu"))
+    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model", torch.device("cpu"))
     (tmp_path / "model" / "weights").write_text("1")
-    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", torch.device("cpu")) != before
+    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model", torch.device("cpu")) != before
