@@ -33,6 +33,11 @@ def local_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def base_dtype(device: torch.device) -> torch.dtype:
+    """The precision of frozen models, including a local judge: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def local_slice(n: int) -> slice:
     """This process's slice of n things; all of them if there is one process."""
     return slice(n * RANK // PROCESSES, n * (RANK + 1) // PROCESSES)

@@ -214,11 +214,6 @@ def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
     return diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": config})
 
 
-def base_dtype(device: torch.device) -> torch.dtype:
-    """The precision of the frozen transformer and the text encoders: bf16 on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def use_autocast(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype):
     """Run a bf16 transformer under autocast, which lets an fp32 LoRA train on it. The modules that diffusers keeps in
     fp32 stay in fp32."""

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from flow import intercept
 from flow.cli import InputError, cannot_load, check_model, progress, quiet_libraries, reason
-from flow.distributed import shard
+from flow.distributed import base_dtype, shard
 from flow.intercept import first_step, latents_of, patched, transformer_inputs_hook
-from flow.lora import base_dtype, merged, quantization, use_autocast, use_fast_kernels
+from flow.lora import merged, quantization, use_autocast, use_fast_kernels
 from flow.prompts import PROBE_PAIR, batches, cache_prompts, call_settings, encode_all, encodes_in_one_go, text_encoders
 from normguard import norm_ratio, reference, renormalize
 

@@ -27,12 +27,12 @@ from flow.cli import (
     reading,
     write_files,
 )
-from flow.distributed import PROCESSES, RANK, barrier, local_slice, move_to_cpu, shutdown
-from flow.lora import base_dtype, model_card, quantization, save_lora, swapped
+from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, move_to_cpu, shutdown
+from flow.lora import model_card, quantization, save_lora, swapped
 from flow.pictures import plot_curves
 from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import warn_unsuitable
-from flow.rewards import load_reward, reward_model, split_reward
+from flow.rewards import load_reward, reward_model, short_reward, split_reward
 
 # flags that may differ when a run is resumed: the result is what it would be, or what it would be but for rounding
 MAY_CHANGE = "--epochs", "--save-every", "--eval-every", "--wandb"
@@ -158,7 +158,7 @@ def differences(before: dict, now: dict, names) -> list[str]:
 
 def default_folder(method: str, args) -> str:
     """runs/METHOD-MODEL-REWARD-lamLAM-sSEED."""
-    reward = "+".join(Path(name).name.replace(".py:", "-").replace(":", "") for name, _ in split_reward(args.reward))
+    reward = short_reward(args.reward).replace(".py:", "-").replace(":", "").replace(",", "+")
     lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
     return f"runs/{method}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}"
 
