@@ -349,19 +349,21 @@ def test_a_score_is_kept_with_its_device_and_libraries(monkeypatch):
     assert "bfloat16" in eval_judge.identity("tiny/judge", gpu)
     before, url = eval_judge.identity("tiny/judge", cpu), "http://127.0.0.1:9/v1"
     assert eval_judge.identity(url, cpu) == eval_judge.identity(url, gpu) == url
-    monkeypatch.setattr("transformers.__version__", "0")
+    monkeypatch.setattr(eval_judge, "version", lambda library: "0")
     assert eval_judge.identity("tiny/judge", cpu) != before
 
 
 def test_a_vlm_reward_in_a_report(folders, server, tmp_path):
-    """It is named without its question, unless two names would be equal. Its identity includes its folder's weights."""
+    """Named by its model; asked again for another question. Its identity includes its folder's weights."""
     url, _, asked = server
-    spec = f"vlm:m@{url}[Good, or not?]"
-    report = compare(*folders, reward=(spec, "vlm:tiny/judge[" + OVERALL + "]:0.5"), out=tmp_path / "out")
+    specs = f"vlm:m@{url}", "vlm:tiny/judge:0.5"
+    report = compare(*folders, reward=specs, vlm_question=OVERALL, out=tmp_path / "out")
     assert list(report["metrics"]) == ["reward/m", "reward/judge:0.5"] and len(asked) == 6
     assert report["metrics"]["reward/m"][folders[0]]["mean"] == pytest.approx(0.6 / 0.9)
-    assert len(set(eval_judge.short_names((spec, f"vlm:m@{url}[Bad?]")))) == 2
+    for question in (OVERALL, "Good, or not?"):
+        compare(*folders, reward=specs[:1], vlm_question=question, out=tmp_path / "out")
+    assert len(asked) == 12
     (tmp_path / "model").mkdir()
-    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", CPU)
+    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model", CPU)
     (tmp_path / "model" / "weights").write_text("1")
-    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", CPU) != before
+    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model", CPU) != before

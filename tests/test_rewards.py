@@ -15,7 +15,7 @@ import flow.rewards
 import sample
 from flow.judge import local_judge, read_answer
 from flow.pictures import to_image
-from flow.rewards import VLM_QUESTION, load_reward
+from flow.rewards import VLM_QUESTION, load_reward, reward_model, short_reward, split_reward
 from tests.families import fast_tokenizer, vocab_size
 from tests.helpers import CPU, answer, refuses, renders, small_run
 
@@ -242,28 +242,26 @@ def test_a_vlm_reward_is_the_judge(folders):
     answers = local_judge("tiny/judge", CPU)(OVERALL, files)
     p = torch.tensor([read_answer(top, "yes", "no") for top in answers]).sigmoid()
     assert 0 < p.min() and p.max() < 1 and p.std() > 0
-    spec = f"vlm:tiny/judge[{OVERALL}]"
-    torch.testing.assert_close(load_reward(spec, CPU)(x, prompts), p)
+    judge = load_reward("vlm:tiny/judge", CPU, question=OVERALL)
+    torch.testing.assert_close(judge(x, prompts), p)
     pick = load_reward("tiny/pickscore", CPU)(x, prompts)
-    both = load_reward(f"tiny/pickscore:0.5,{spec}:2", CPU)
+    both = load_reward("tiny/pickscore:0.5,vlm:tiny/judge:2", CPU, question=OVERALL)
     torch.testing.assert_close(both(x, prompts), 0.5 * pick + 2 * p)
-    torch.testing.assert_close(load_reward(spec, CPU)(x[None], prompts[:1]), p.mean()[None])
+    torch.testing.assert_close(judge(x[None], prompts[:1]), p.mean()[None])
 
 
-@pytest.mark.parametrize("own, question", [
-    ("", VLM_QUESTION),
-    ("[{prompt}: is it there, or not?]", "{prompt}: is it there, or not?"),
-])
-def test_a_vlm_reward_over_http(server, own, question):
+@pytest.mark.parametrize("question", [None, "{prompt}: is it there, or not?"])
+def test_a_vlm_reward_over_http(server, question):
     """The model's name on the server may contain a colon. The question contains the prompt, whatever characters it
     has."""
     url, _, asked = server
     prompts = ["a red star", "a {blue} ring, 1:2", "50 % [moon]"]
-    reward = load_reward(f"vlm:qwen2.5vl:7b@{url}{own}:0.5", CPU)
+    reward = load_reward(f"vlm:qwen2.5vl:7b@{url}:0.5", CPU, question=question)
     torch.testing.assert_close(reward(renders(), prompts), torch.full((3,), 0.5 * 0.6 / 0.9))
     assert {request["model"] for _, request in asked} == {"qwen2.5vl:7b"}
     content = [request["messages"][0]["content"] for _, request in asked]
-    assert {parts[1]["text"] for parts in content} == {question.replace("{prompt}", prompt) for prompt in prompts}
+    asked_for = {(question or VLM_QUESTION).replace("{prompt}", prompt) for prompt in prompts}
+    assert {parts[1]["text"] for parts in content} == asked_for
     urls = {parts[0]["image_url"]["url"].partition("base64,")[2] for parts in content}
     sent = {Image.open(io.BytesIO(base64.b64decode(url))).convert("RGB").tobytes() for url in urls}
     assert sent == {to_image(picture).tobytes() for picture in renders()}
@@ -284,11 +282,25 @@ def test_vlm_specs_that_are_refused(capsys):
         ("vlm:http://localhost:8000/v1", ["vlm:MODEL@http://HOST:PORT/v1"]),
         ("vlm:m@localhost:8000/v1", ["vlm:MODEL@http://HOST:PORT/v1"]),
         ("vlm:m@http://localhost:8000", ["vlm:MODEL@http://HOST:PORT/v1"]),  # 8000 would be a weight
-        ("vlm:tiny/judge[", ["QUESTION"]),
-        ("vlm:tiny/judge[]", ["QUESTION"]),
-        ("vlm:tiny/judge[Good?]nan", ["QUESTION"]),
-        ("vlm:tiny/judge[Good?]:nan", ["weight"]),
+        ("vlm:tiny/judge[Good?]", ["--vlm-question"]),
+        ("tiny/hps,vlm:m@http://localhost:8000/v1[Good, or not?]:2", ["--vlm-question"]),
+        ("vlm:tiny/judge:nan", ["weight"]),
         ("vlm:no/such/model", ["no/such/model", "no such folder"]),
         ("vlm:tiny/hps", ["tiny/hps", "cannot be loaded"]),
     ]:
         refuses(capsys, lambda: load_reward(spec, CPU), "--reward", *words)
+
+
+@pytest.mark.parametrize("spec, parts, short", [
+    ("pickscore", [("pickscore", 1.0, "yuvalkirstain/PickScore_v1")], "pickscore"),
+    ("runs/clip/:0.5,a/b", [("runs/clip/", 0.5, "runs/clip/"), ("a/b", 1.0, "a/b")], "clip:0.5,b"),
+    ("dir/f.py:nan:-1e-1", [("dir/f.py:nan", -0.1, "dir/f.py")], "f.py:nan:-0.1"),
+    ("f.py:nan", [("f.py:nan", 1.0, "f.py")], "f.py:nan"),
+    ("vlm:a/b@http://h:8000/v1", [("vlm:a/b@http://h:8000/v1", 1.0, "a/b")], "b"),
+    ("vlm:q:7b@http://h:8000/v1:2", [("vlm:q:7b@http://h:8000/v1", 2.0, "q:7b")], "q:7b:2"),
+    ("vlm:m@http://h:8000", [("vlm:m@http://h:8000", 1.0, "m")], "m"),
+])
+def test_parts_and_short_name_of_a_reward(spec, parts, short):
+    """A port, or a function that is called like a number, is no weight."""
+    assert [(name, weight, reward_model(name)) for name, weight in split_reward(spec)] == parts
+    assert short_reward(spec) == short
