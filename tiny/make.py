@@ -1,4 +1,4 @@
-"""Train the miniature world's models from a seed. Each is a `from_pretrained` folder of the same class as the real model.
+"""Train the miniature world's models from a seed. Each is a `from_pretrained` folder of the real model's class.
 
     python tiny/make.py                 # all parts, in order; a part that is trained is not trained again
     python tiny/make.py --parts sd3     # one part, which needs those before it
@@ -13,19 +13,18 @@
     sd3        StableDiffusion3Pipeline, trained by flow matching on latents. A fraction of its captions is wrong, so
                that it follows its caption weakly, as SD3.5 does without guidance. This leaves room for RL
     flux       FluxPipeline on the same latents; its guidance embedding is told how often captions are wrong
-    judge      LlavaForConditionalGeneration that answers eval_judge.py's questions, trained on pictures with known flaws
+    judge      LlavaForConditionalGeneration that answers eval_judge.py's questions about pictures
     forensic   ResNetForImageClassification that tells renders from samples of the bases and of their relatives
 
-An interrupted command continues from WORK/ when it is run again. Weights are saved in fp16.
+All weights are trained anew. The architectures are the config.json files of the committed folders, whose tokenizers and
+processors are also taken over. An interrupted command continues from WORK/ when it is run again. Weights are saved in
+fp16.
 """
-import copy
-import json
+import functools
 import math
 import sys
 import tempfile
 import time
-import zlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -38,7 +37,6 @@ import torch
 import torch.nn.functional as F
 import transformers as T
 from einops import rearrange
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -66,18 +64,17 @@ STEPS = {  # of each training in WORK/
     "judge-eyes": 2_500,  # the judge's vision tower: of 64 pictures
     "judge": 1_500,  # of 32 pairs and 32 single pictures
     "forensic": 2_000,  # of 64 pictures
-    "relative": 200,  # of 64 latents, for each of the bases' relatives
-}
+}  # and 200 for each of the bases' relatives
 
 
-@dataclass
+@dataclass(frozen=True)
 class Args:
     parts: tuple[str, ...] = tuple(PARTS)
     """what to make"""
     out: str = str(HERE)
     """where the models' folders go"""
     work: str = "runs/make"
-    """folder for unfinished trainings and cached renders"""
+    """folder for unfinished trainings"""
     seed: int = 0
     """seed of data, weights and noise"""
     renders: int = 40_000
@@ -90,26 +87,15 @@ class Args:
 
 # ---------------------------------------------------------------- data
 
-def cached(path: Path, make: Callable):
-    """The tensors that make() returns, kept in a file."""
-    if not path.exists():
-        temporary = path.with_suffix(f".{time.time_ns()}")
-        torch.save(make(), temporary)
-        temporary.rename(path)
-    return torch.load(path, weights_only=True)
-
-
+@functools.cache
 def dataset(args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The training renders (n, 3, 64, 64) uint8 and their factors."""
-    def make():
-        pictures, factors = [], []
-        for i in tqdm(range(0, args.renders, 500), desc="render"):
-            f = random_scenes(min(500, args.renders - i), args.seed * 1_000_003 + i)
-            pictures.append(to_bytes(render(f)))
-            factors.append(f)
-        return torch.cat(pictures), {k: torch.cat([f[k] for f in factors]) for k in factors[0]}
-
-    return cached(Path(args.work) / f"renders-{args.renders}-s{args.seed}.pt", make)
+    pictures, factors = [], []
+    for i in tqdm(range(0, args.renders, 500), desc="render"):
+        f = random_scenes(min(500, args.renders - i), args.seed * 1_000_003 + i)
+        pictures.append(to_bytes(render(f)))
+        factors.append(f)
+    return torch.cat(pictures), {k: torch.cat([f[k] for f in factors]) for k in factors[0]}
 
 
 def random_scenes(n: int, seed: int) -> dict[str, Tensor]:
@@ -141,11 +127,11 @@ def signed(pictures: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- one training loop for all parts
 
-def fit(args: Args, name: str, model: torch.nn.Module, loss_fn: Callable, lr: float, kind: str | None = None):
+def fit(args: Args, name: str, model: torch.nn.Module, loss_fn: Callable, lr: float):
     """Train `model` by AdamW with warm-up and cosine decay, and leave the EMA of its weights in it. Continues from
-    WORK/name.pt. Takes STEPS[kind or name] steps of loss_fn(generator) -> scalar. The generator depends only on seed
+    WORK/name.pt. Takes STEPS[name] steps of loss_fn(generator) -> scalar. The generator depends only on seed
     and step, so an interrupted training gives the same result."""
-    path, steps = Path(args.work) / f"{name}.pt", max(1, STEPS[kind or name] // args.divide)
+    path, steps = Path(args.work) / f"{name}.pt", max(1, STEPS.get(name, 200) // args.divide)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99),
                             weight_decay=0.01)
     ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -184,52 +170,27 @@ def fit(args: Args, name: str, model: torch.nn.Module, loss_fn: Callable, lr: fl
     model.eval()
 
 
+def untrained(kind: type, part: str):
+    """A model with random weights, of the architecture in tiny/PART/config.json."""
+    if issubclass(kind, D.ModelMixin):
+        return kind.from_config(kind.load_config(HERE / part))
+    return kind(kind.config_class.from_pretrained(HERE / part, dtype=torch.float32))
+
+
 def save_part(args: Args, name: str, model: torch.nn.Module, processor):
     """Write a part's folder."""
     model.half().save_pretrained(f"{args.out}/{name}")
     processor.save_pretrained(f"{args.out}/{name}")
 
 
-# ---------------------------------------------------------------- tokenizers
-
-def clip_tokenizer() -> T.CLIPTokenizer:
-    """CLIP's byte-level BPE; its merges are learned from the captions."""
-    raw = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    raw.normalizer = normalizers.Lowercase()
-    split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    raw.pre_tokenizer = pre_tokenizers.Sequence(split)
-    # the trainer would number the words' last letters in random order
-    last_letters = sorted({word[-1] + "</w>" for c in CAPTIONS for word in c.split()})
-    raw.train_from_iterator(CAPTIONS, trainers.BpeTrainer(
-        vocab_size=640, show_progress=False, end_of_word_suffix="</w>",
-        special_tokens=["<|startoftext|>", "<|endoftext|>", *last_letters],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    learned = json.loads(raw.to_str())["model"]
-    merges = [tuple(m) for m in learned["merges"]]
-    return T.CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=TOKENS)
-
-
-def t5_tokenizer() -> T.T5Tokenizer:
-    """T5's unigram tokenizer: the captions' words with their log frequency, and letters for everything else."""
-    words = Counter("▁" + w for c in CAPTIONS for w in c.split())
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(w, math.log(k / words.total())) for w, k in words.most_common()]
-    known = {p for p, _ in pieces}
-    pieces += [(c, -20.0) for c in "▁abcdefghijklmnopqrstuvwxyz" if c not in known]
-    return T.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
-
-
 # ---------------------------------------------------------------- the VAE
 
-def make_vae(args: Args) -> D.AutoencoderKL:
+def make_vae(args: Args) -> tuple[D.AutoencoderKL, Tensor]:
     """Train the VAE on squared error, edges and a faint KL. It is trained in opponent colours, in which hue counts as
     much as brightness; in RGB, muted hues are a small signal that is learned last. In the end the colour matrix is
-    folded into the outer convolutions."""
+    folded into the outer convolutions. Returns the VAE, and `encode_pictures` of the training renders in fp16."""
     torch.manual_seed(args.seed)
-    vae = D.AutoencoderKL(block_out_channels=(8, 16, 48, 96), layers_per_block=1, latent_channels=16, norm_num_groups=2,
-                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                        mid_block_add_attention=False, sample_size=SIZE, scaling_factor=1.5305, shift_factor=0.0609)
-    vae = vae.to(memory_format=torch.channels_last)
+    vae = untrained(D.AutoencoderKL, "sd3/vae").to(memory_format=torch.channels_last)
     with torch.no_grad():
         vae.quant_conv.bias[16:] -= 4  # start with little noise: otherwise hues are never learned
     opponent = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [3, -3, 0], [1.5, 1.5, -3]])  # brightness, red-green, yellow-blue
@@ -250,7 +211,7 @@ def make_vae(args: Args) -> D.AutoencoderKL:
         last.weight.copy_(torch.einsum("ij,jchw->ichw", inverse, last.weight))
         last.bias.copy_(inverse @ last.bias)
     fold_statistics(vae, pictures[:2000])
-    posteriors = latents(args, vae)
+    posteriors = encode_pictures(vae, pictures, 500).half()
 
     def sharpen(g):
         i = torch.randint(len(pictures), (16,), generator=g)
@@ -259,19 +220,13 @@ def make_vae(args: Args) -> D.AutoencoderKL:
         return e.square().mean() + 2 * (e.diff(dim=2).abs().mean() + e.diff(dim=3).abs().mean())
 
     fit(args, "decoder", vae.decoder, sharpen, lr=1e-3)
-    return vae
+    return vae, posteriors
 
 
 @torch.no_grad()
 def encode_pictures(vae: D.AutoencoderKL, pictures: Tensor, at_once: int) -> Tensor:
     """Pictures (n, 3, 64, 64) uint8 -> the encoder's mean and log variance, (n, 32, 8, 8)."""
     return torch.cat([vae.encode(signed(x)).latent_dist.parameters for x in pictures.split(at_once)])
-
-
-def latents(args: Args, vae: D.AutoencoderKL) -> Tensor:
-    """`encode_pictures` of the training renders, in fp16."""
-    path = Path(args.work) / f"latents-{args.renders}-s{args.seed}-{args.divide}.pt"
-    return cached(path, lambda: encode_pictures(vae, dataset(args)[0], 500).half())
 
 
 def draw_latents(posteriors: Tensor, g: torch.Generator) -> Tensor:
@@ -310,27 +265,6 @@ def reconstruct(vae: D.AutoencoderKL, pictures: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the rewards and the embedding
 
-def image_processor(**statistics) -> T.CLIPImageProcessorPil:
-    """CLIP's image processor for the world's pictures."""
-    size, crop = {"shortest_edge": SIZE}, {"height": SIZE, "width": SIZE}
-    return T.CLIPImageProcessorPil(size=size, crop_size=crop, **statistics)
-
-
-def clip_text_config(tokenizer: T.CLIPTokenizer, width: int) -> dict:
-    """The configuration of a small CLIP text encoder."""
-    return dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
-                num_attention_heads=2, max_position_embeddings=TOKENS, eos_token_id=1, bos_token_id=0, pad_token_id=1)
-
-
-def build_clip(width: int, layers: int, patch: int, text_width: int) -> tuple[T.CLIPModel, T.CLIPProcessor]:
-    """A CLIP for the world's pictures and captions, and its processor."""
-    tokenizer = clip_tokenizer()
-    vision = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=4,
-                  image_size=SIZE, patch_size=patch)
-    config = T.CLIPConfig(text_config=clip_text_config(tokenizer, text_width), vision_config=vision, projection_dim=64)
-    return T.CLIPModel(config), T.CLIPProcessor(image_processor(), tokenizer)
-
-
 def tokenize_captions(processor: T.CLIPProcessor) -> dict[str, Tensor]:
     """All captions as a CLIP's inputs, (64, tokens) each."""
     return processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
@@ -367,7 +301,7 @@ def fit_clip(args: Args, name: str, clip: T.CLIPModel, processor: T.CLIPProcesso
 def make_pickscore(args: Args):
     """The first reward: a CLIP of pictures and captions."""
     torch.manual_seed(args.seed + 1)
-    clip, processor = build_clip(width=96, layers=4, patch=8, text_width=64)
+    clip, processor = untrained(T.CLIPModel, "pickscore"), T.CLIPProcessor.from_pretrained(HERE / "pickscore")
     fit_clip(args, "pickscore", clip, processor)
     save_part(args, "pickscore", clip, processor)
 
@@ -378,7 +312,7 @@ def make_hps(args: Args):
     dim copy. A tenth of the contrastive loss is kept; without it a third of the captions is forgotten."""
     torch.manual_seed(args.seed + 5)
     args = replace(args, seed=args.seed + 77, renders=args.renders // 2)
-    clip, processor = build_clip(width=80, layers=3, patch=16, text_width=48)
+    clip, processor = untrained(T.CLIPModel, "hps"), T.CLIPProcessor.from_pretrained(HERE / "hps")
     fit_clip(args, "hps-clip", clip, processor)
     text = tokenize_captions(processor)
     pictures, factors = dataset(args)
@@ -415,20 +349,13 @@ def factor_targets(f: dict[str, Tensor]) -> Tensor:
     return torch.cat([3 * colour, 3 * shape, *hue, flat], 1).float()
 
 
-def build_resnet(**labels) -> tuple[T.ResNetForImageClassification, T.CLIPImageProcessorPil]:
-    """A small ResNet for the world's pictures in [-1, 1], and its processor."""
-    size = dict(embedding_size=24, hidden_sizes=[24, 48, 64], depths=[1, 1, 1])
-    config = T.ResNetConfig(layer_type="basic", **size, **labels)
-    return T.ResNetForImageClassification(config), image_processor(image_mean=[0.5] * 3, image_std=[0.5] * 3)
-
-
 def make_embed(args: Args):
     """The embedding: a regression of all factors at once. Its training pictures get random grain, so that it ignores
     grain, which the VAE does not keep."""
     torch.manual_seed(args.seed + 2)
     pictures, factors = dataset(args)
     targets = factor_targets(factors)
-    net, processor = build_resnet(num_labels=targets.shape[1], problem_type="regression")
+    net = untrained(T.ResNetForImageClassification, "embed")
 
     def loss(g):
         i = torch.randint(len(pictures), (64,), generator=g)
@@ -436,55 +363,20 @@ def make_embed(args: Args):
         return F.mse_loss(net(pixel_values=signed(pictures[i]) + grain).logits, targets[i])
 
     fit(args, "embed", net, loss, lr=2e-3)
-    save_part(args, "embed", net, processor)
+    save_part(args, "embed", net, T.CLIPImageProcessorPil.from_pretrained(HERE / "embed"))
 
 
 # ---------------------------------------------------------------- the bases
 
-def clip_text(tokenizer: T.CLIPTokenizer, width: int, kind=T.CLIPTextModelWithProjection):
-    """A CLIP text encoder with random weights."""
-    encoder = kind(T.CLIPTextConfig(**clip_text_config(tokenizer, width), projection_dim=width))
-    encoder.get_input_embeddings().weight.data.mul_(50)  # from 0.02 to order 1, as in a trained encoder
-    return encoder
-
-
-def t5_text(tokenizer: T.T5Tokenizer) -> T.T5EncoderModel:
-    """A T5 encoder with random weights."""
-    return T.T5EncoderModel(T.T5Config(
-        vocab_size=len(tokenizer), d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0))
-
-
-def build_sd3(args: Args, vae: D.AutoencoderKL) -> D.StableDiffusion3Pipeline:
-    """SD3's parts at toy size: two CLIP text encoders, T5, and 4 MMDiT blocks of width 128 on 16 tokens."""
-    torch.manual_seed(args.seed + 3)
-    tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
-    text, t5 = [clip_text(tokenizer, width) for width in (32, 48)], t5_text(tokenizer_3)
-    transformer = D.SD3Transformer2DModel(
-        sample_size=SIZE // 8, patch_size=2, in_channels=16, out_channels=16, num_layers=4, attention_head_dim=32,
-        num_attention_heads=4, joint_attention_dim=96, caption_projection_dim=128, pooled_projection_dim=80,
-        pos_embed_max_size=8, qk_norm="rms_norm")
-    return D.StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=D.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
-        text_encoder=text[0], tokenizer=tokenizer, text_encoder_2=text[1], tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5, tokenizer_3=tokenizer_3)
-
-
-def build_flux(args: Args, vae: D.AutoencoderKL) -> D.FluxPipeline:
-    """FLUX's parts at toy size: CLIP, T5, 2 double and 3 single blocks of width 128, a guidance embedding, and a shift
-    that depends on the size."""
-    torch.manual_seed(args.seed + 4)
-    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-    transformer = D.FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=2, num_single_layers=3, attention_head_dim=32, num_attention_heads=4,
-        joint_attention_dim=96, pooled_projection_dim=48, guidance_embeds=True, axes_dims_rope=(8, 12, 12))
-    scheduler = D.FlowMatchEulerDiscreteScheduler(
-        shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
-        max_image_seq_len=4096)
-    return D.FluxPipeline(
-        transformer=transformer, scheduler=scheduler, vae=vae,
-        text_encoder=clip_text(tokenizer, 48, T.CLIPTextModel), tokenizer=tokenizer,
-        text_encoder_2=t5_text(tokenizer_2), tokenizer_2=tokenizer_2)
+def build_base(kind: type, name: str, vae: D.AutoencoderKL, models: dict[str, type], seed: int):
+    """A pipeline whose `models` have random weights. Word embeddings of CLIP start at 0.02; here they are of order 1,
+    as in a trained encoder."""
+    torch.manual_seed(seed)
+    parts = {part: untrained(of_kind, f"{name}/{part}") for part, of_kind in models.items()}
+    for part in parts.values():
+        if isinstance(part, (T.CLIPTextModel, T.CLIPTextModelWithProjection)):
+            part.get_input_embeddings().weight.data.mul_(50)
+    return kind.from_pretrained(HERE / name, vae=vae, **parts)
 
 
 @torch.no_grad()
@@ -532,10 +424,10 @@ def flow_loss(vae: D.AutoencoderKL, pipe, index: Tensor, posteriors: Tensor) -> 
     return loss
 
 
-def train_base(args: Args, name: str, vae: D.AutoencoderKL, pipe):
-    """Train a base's transformer and save the pipeline. Its text encoders keep their random weights: these tell words
-    apart, and the transformer learns what they mean."""
-    loss = flow_loss(vae, pipe, caption_index(dataset(args)[1]), latents(args, vae))
+def train_base(args: Args, name: str, pipe, vae: D.AutoencoderKL, posteriors: Tensor):
+    """Train a base's transformer on a VAE's latents and save the pipeline. Its text encoders keep their random weights:
+    these tell words apart, and the transformer learns what they mean."""
+    loss = flow_loss(vae, pipe, caption_index(dataset(args)[1]), posteriors)
     if args.compile:
         pipe.transformer.compile()
     fit(args, name, pipe.transformer, loss, lr=1.2e-3)
@@ -543,36 +435,45 @@ def train_base(args: Args, name: str, vae: D.AutoencoderKL, pipe):
 
 
 def make_sd3(args: Args):
-    """The SD3 base."""
-    vae = make_vae(args)
-    train_base(args, "sd3", vae, build_sd3(args, vae))
+    """The SD3 base: two CLIP text encoders, T5, and 4 MMDiT blocks of width 128 on 16 tokens."""
+    vae, posteriors = make_vae(args)
+    models = {"text_encoder": T.CLIPTextModelWithProjection, "text_encoder_2": T.CLIPTextModelWithProjection,
+              "text_encoder_3": T.T5EncoderModel, "transformer": D.SD3Transformer2DModel}
+    pipe = build_base(D.StableDiffusion3Pipeline, "sd3", vae, models, args.seed + 3)
+    train_base(args, "sd3", pipe, vae, posteriors)
 
 
 def make_flux(args: Args):
-    """The FLUX base, trained on the same latents, and saved with FLUX's own scale and shift of them."""
-    vae = make_vae(args)
-    flux_vae = copy.deepcopy(vae)
-    flux_vae.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)
+    """The FLUX base: CLIP, T5, 2 double and 3 single blocks of width 128, a guidance embedding, a shift that depends
+    on the size. It is trained on SD3's latents, and its VAE gives them FLUX's own scale and shift."""
+    vae, posteriors = make_vae(args)
+    flux_vae = untrained(D.AutoencoderKL, "flux/vae")
+    flux_vae.load_state_dict(vae.state_dict())
     fold_statistics(flux_vae, dataset(args)[0][:2000])
-    train_base(args, "flux", vae, build_flux(args, flux_vae))
+    models = {"transformer": D.FluxTransformer2DModel, "text_encoder": T.CLIPTextModel,
+              "text_encoder_2": T.T5EncoderModel}
+    pipe = build_base(D.FluxPipeline, "flux", flux_vae, models, args.seed + 4)
+    train_base(args, "flux", pipe, vae, posteriors)
+
+
+def base_samples(pipe, n: int, seed: int) -> Tensor:
+    """Pictures (n, 3, 64, 64) uint8 that a base draws in 12 steps for random training captions."""
+    g = torch.Generator().manual_seed(seed)
+    known = [caption(c, s) for c, s in COMBOS if (c, s) not in HELD_OUT]
+    captions = [known[i] for i in torch.randint(len(known), (n,), generator=g)]
+    return to_bytes(draw(pipe, captions, draw_noise(pipe, n, g), 12))
 
 
 @torch.no_grad()
-def base_samples(args: Args, base: str, n: int, seed: int, pipe=None) -> Tensor:
-    """Pictures (n, 3, 64, 64) uint8 that a base draws in 12 steps for random training captions. `pipe`: another
-    pipeline than tiny/BASE."""
-    pipe = pipe or load_pipeline(f"{args.out}/{base}", torch.device("cpu"))
-    weights = zlib.crc32(next(pipe.transformer.parameters()).numpy().tobytes())  # new weights get a new file
+def draw(pipe, captions: list[str], noise: Tensor, steps: int) -> Tensor:
+    """A base's pictures of captions, in [0, 1]."""
+    encode_prompts(pipe, captions)
+    return decode(pipe, integrate(pipe, noise, captions, schedule(pipe, steps), desc="draw")[0])
 
-    def make():
-        g = torch.Generator().manual_seed(seed)
-        known = [caption(c, s) for c, s in COMBOS if (c, s) not in HELD_OUT]
-        captions = [known[i] for i in torch.randint(len(known), (n,), generator=g)]
-        encode_prompts(pipe, captions)
-        x0, _ = integrate(pipe, draw_noise(pipe, n, g), captions, schedule(pipe, 12), desc=base)
-        return to_bytes(decode(pipe, x0))
 
-    return cached(Path(args.work) / f"{base}-{n}-s{seed}-{weights:08x}.pt", make)
+def load_base(args: Args, name: str):
+    """The pipeline in OUT/NAME."""
+    return load_pipeline(f"{args.out}/{name}", torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- the judge and the detector
@@ -585,33 +486,6 @@ ABOUT = {
     "artifacts": ["blur", "noise", "blocks", "shapes"],
     "overall": FLAWS,
 }
-
-
-def build_judge() -> tuple[T.LlavaForConditionalGeneration, T.LlavaProcessor]:
-    """A LLaVA of 0.6 M parameters that knows only the words of eval_judge.py's questions."""
-    special = ["<pad>", "<unk>", "<image>", "<|user|>", "<|assistant|>"]
-    split = pre_tokenizers.Whitespace()
-    words = {w for text in (PAIR, *SINGLE.values(), "Picture A: B Yes No") for w, _ in split.pre_tokenize_str(text)}
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + sorted(words))}, unk_token="<unk>"))
-    raw.pre_tokenizer = split
-    tokenizer = T.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", additional_special_tokens=special[2:],
-        padding_side="left")
-    template = ("{% for message in messages %}<|user|>{% for part in message.content %}"
-                "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
-                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    processor = T.LlavaProcessor(
-        image_processor(), tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=template,
-        num_additional_image_tokens=1)
-    vision = dict(model_type="clip_vision_model", hidden_size=96, intermediate_size=384, num_hidden_layers=3,
-                  num_attention_heads=4, image_size=SIZE, patch_size=8, projection_dim=96)
-    text = dict(model_type="llama", vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256,
-                num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512, initializer_range=0.1,
-                pad_token_id=0, bos_token_id=None, eos_token_id=None)
-    judge = T.LlavaForConditionalGeneration(T.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=2, vision_feature_layer=-1,
-        vision_feature_select_strategy="default", image_seq_length=64))
-    return judge, processor
 
 
 def flawed(pictures: Tensor, flaw: Tensor, strength: Tensor, g: torch.Generator) -> Tensor:
@@ -630,10 +504,11 @@ def make_judge(args: Args):
     about one picture, it says that a flaw is there from strength 0.4 on, and is less sure below. It sees renders,
     renders through the VAE and samples of both bases, and never a picture of a model that RL has trained."""
     torch.manual_seed(args.seed + 6)
-    judge, processor = build_judge()
+    judge = untrained(T.LlavaForConditionalGeneration, "judge")
+    processor = T.LlavaProcessor.from_pretrained(HERE / "judge")
     renders = dataset(args)[0][:12_000]
     decoded = through_vae(args, renders[8000:])
-    samples = [base_samples(args, base, 2000, args.seed + 31) for base in ("sd3", "flux")]
+    samples = [base_samples(load_base(args, base), 2000, args.seed + 31) for base in ("sd3", "flux")]
     pool = torch.cat([renders[:8000], decoded, *samples])
     starts = torch.tensor([0, 8000, 12_000, 16_000])  # in the pool: renders, renders through the VAE, samples, end
 
@@ -722,15 +597,15 @@ def make_forensic(args: Args):
     real = torch.cat([pictures[12_000:18_000], through_vae(args, pictures[18_000:24_000])])
     vae = D.AutoencoderKL.from_pretrained(f"{args.out}/sd3/vae", dtype=torch.float32)
     posteriors, index = encode_pictures(vae, pictures[:4000], 500), caption_index(factors)[:4000]
-    generated = [base_samples(args, "flux", 2000, args.seed + 41)]
+    generated = [base_samples(load_base(args, "flux"), 2000, args.seed + 41)]
     for base, k in product(("sd3", "flux"), range(3)):
-        name, pipe = f"{base}-relative-{k}", load_pipeline(f"{args.out}/{base}", torch.device("cpu"))
+        pipe = load_base(args, base)
         pipe.transformer.requires_grad_(True)
         loss = flow_loss(vae, pipe, index, posteriors)
-        fit(replace(args, seed=args.seed + 50 + k), name, pipe.transformer, loss, lr=1e-3, kind="relative")
-        generated.append(base_samples(args, name, 1500, args.seed + 60 + k, pipe))
+        fit(replace(args, seed=args.seed + 50 + k), f"{base}-relative-{k}", pipe.transformer, loss, lr=1e-3)
+        generated.append(base_samples(pipe, 1500, args.seed + 60 + k))
     generated = torch.cat(generated)
-    net, processor = build_resnet(id2label={0: "real", 1: "generated"}, label2id={"real": 0, "generated": 1})
+    net = untrained(T.ResNetForImageClassification, "forensic")
 
     def loss(g, n=32):
         x = signed(torch.cat([x[torch.randint(len(x), (n,), generator=g)] for x in (real, generated)]))
@@ -740,16 +615,15 @@ def make_forensic(args: Args):
         return F.cross_entropy(net(pixel_values=x).logits, torch.arange(2).repeat_interleave(n), label_smoothing=0.05)
 
     fit(args, "forensic", net, loss, lr=2e-3)
-    save_part(args, "forensic", net, processor)
+    save_part(args, "forensic", net, T.CLIPImageProcessorPil.from_pretrained(HERE / "forensic"))
 
 
 # ---------------------------------------------------------------- how good the parts are
 
 def draw_captions(pipe, captions: list[str]) -> Tensor:
     """A base's picture of each caption in 28 steps, with seeds 0, 1, ..."""
-    encode_prompts(pipe, captions)
-    noise = draw_noise(pipe, len(captions), [torch.Generator().manual_seed(i) for i in range(len(captions))])
-    return decode(pipe, integrate(pipe, noise, captions, schedule(pipe, 28))[0])
+    generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
+    return draw(pipe, captions, draw_noise(pipe, len(captions), generators), 28)
 
 
 def save_pngs(pictures: Tensor, folder: str, name: str) -> list[str]:
@@ -801,14 +675,14 @@ def report(args: Args):
                 say(f"judge: prefers a render to itself with {flaw} {strength}", right.float().mean())
         if {"forensic", "sd3"} <= have:
             score = load_forensic(f"{args.out}/forensic", None, cpu)
-            drawn = draw_captions(load_pipeline(f"{args.out}/sd3", cpu), [caption(c, s) for c, s in HELD_OUT] * 16)
+            drawn = draw_captions(load_base(args, "sd3"), [caption(c, s) for c, s in HELD_OUT] * 16)
             rendered, sampled = (score(save_pngs(x, folder, "scored")) for x in (pictures, drawn))
             auc = (rendered[:, None] > sampled[None]).float().mean()
             say("forensic: AUC, renders against sd3 on held-out captions", auc)
             say("forensic: mean P(real), renders", rendered.mean())
             say("forensic: mean P(real), sd3", sampled.mean())
     for base in sorted(have & {"sd3", "flux"}, reverse=True):
-        pipe = load_pipeline(f"{args.out}/{base}", cpu)
+        pipe = load_base(args, base)
         decoded = reconstruct(pipe.vae, pictures * 2 - 1)
         error = (decoded - pictures).square().mean((1, 2, 3))
         say(f"{base}: PSNR of its vae, dB", -10 * error.log10().mean())

@@ -149,7 +149,8 @@ def values_9(results: dict[tuple, dict], numbers: dict) -> dict:
     """What other guards change, in means over a cell."""
     def lost(name: str, runs: dict[tuple, dict]) -> np.ndarray:
         """The fraction of the gain in reward, on training prompts, that a guard loses against the default."""
-        gain = cell_means(runs, lambda r: r["main"]["training reward"]["unguarded"] - r["main"]["training reward"]["base"])
+        rewards = {run: r["main"]["training reward"] for run, r in runs.items()}
+        gain = cell_means(rewards, lambda reward: reward["unguarded"] - reward["base"])
         variant, default = (mean_of(f"guard: {name}", who, "reward") for who in ("variant", "guarded"))
         return -cell_means(runs, lambda r: variant(r) - default(r)) / gain
 
