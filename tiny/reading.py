@@ -50,12 +50,8 @@ def cell_means(results: dict[tuple, dict], read: Callable[[dict], float]) -> np.
 
 def values_1(results: dict[tuple, dict], numbers: dict) -> dict:
     """Norms above the paper's range."""
-    whole, flux = ratio("unguarded", "overall"), runs_of(results, "flux")
-    return {
-        "above": (each(results, whole) > 0.15).sum(),
-        "flux": (each(flux, whole) > 0.15).sum(),
-        "highest": percent(each(flux, ratio("unguarded", "highest")).max()),
-    }
+    whole = ratio("unguarded", "overall")
+    return {"above": (each(results, whole) > 0.15).sum(), "flux": (each(runs_of(results, "flux"), whole) > 0.15).sum()}
 
 
 def values_2(results: dict[tuple, dict], numbers: dict) -> dict:
@@ -71,42 +67,29 @@ def values_2(results: dict[tuple, dict], numbers: dict) -> dict:
 
 
 def values_3(results: dict[tuple, dict], numbers: dict) -> dict:
-    """t statistics of the unguarded models."""
-    limit = numbers["3"]["unguarded, hps, reward"]["limit"]
-    t = {run: np.array(r["adjoint"]["reward"]["t_statistic"]) for run, r in results.items()}  # the noisiest step first
-    first = np.array([values[0] for values in t.values()])
-    one_sign = {**runs_of(results, "sd3 hps"), **runs_of(results, "flux dpo hps")}
-    same = np.array([values[1:] for run, values in t.items() if run in one_sign])
-    rest = np.array([values[1:] for run, values in t.items() if run not in one_sign])
-    values = {
-        "gain": f"{(first > 0).sum()} of {len(first)}",
-        "clear": (first > limit).sum(),
-        "same": f"{same.min():.1f} to {same.max():.1f}",
-        "rest": f"{rest.min():.1f} to {rest.max():.1f}",
-    }
+    """Steps and models whose t statistic is beyond chance."""
+    def t(words: str) -> np.ndarray:
+        """(models, steps), the noisiest step first."""
+        return np.array([r["adjoint"]["reward"]["t_statistic"] for r in runs_of(results, words).values()])
+
+    limit, first = numbers["3"]["unguarded, hps, reward"]["limit"], t("")[:, 0]
+    values = {"gain": f"{(first > 0).sum()} of {len(first)}", "clear": (first > limit).sum()}
     for corner in ("sd3 pickscore", "flux pickscore", "sd3 hps", "flux hps"):
-        beyond = np.abs([t[run] for run in runs_of(results, corner)]) > limit
+        beyond = np.abs(t(corner)) > limit
         values[corner.replace(" ", "_")] = f"{beyond.sum()} of {beyond.size}"
     return values
 
 
 def values_4(results: dict[tuple, dict], numbers: dict) -> dict:
     """The highest step with the guard, and what --lam auto costs."""
-    highest, worst = ratio("guarded", "highest"), runs_of(results, "flux dpo hps")
-    auto = each(results, ratio("auto", "highest", "auto"))
-
-    def cost(r: dict) -> float:
-        return mean_of("auto", "guarded", "reward")(r) - mean_of("auto", "auto", "reward")(r)
-
+    highest, auto = ratio("guarded", "highest"), ratio("auto", "highest", "auto")
+    guarded_reward, auto_reward = mean_of("auto", "guarded", "reward"), mean_of("auto", "auto", "reward")
+    costs = each(results, guarded_reward) > each(results, auto_reward)
     return {
         "high": percent(each(results, highest).mean(), 1),
-        "worst": percent(each(worst, highest)),
-        "dpo": percent(each(runs_of(runs_but(results, "flux dpo hps"), "dpo"), highest).max()),
-        "below": percent(-auto.mean(), 1),
-        "most": percent(auto.max(), 1),
-        "left": percent(each(worst, highest).mean() / each(worst, ratio("unguarded", "highest")).mean()),
-        "costs": f"{(each(results, cost) > 0).sum()} of {len(results)}",
-        "cost": f"{each(worst, cost).min():.3f} to {each(worst, cost).max():.3f}",
+        "worst": percent(each(runs_of(results, "flux dpo hps"), highest)),
+        "most": percent(each(results, auto).max(), 1),
+        "costs": f"{costs.sum()} of {len(results)}",
     }
 
 
@@ -119,8 +102,6 @@ def values_5_and_6(results: dict[tuple, dict], numbers: dict) -> dict:
     return {
         "sd3": f"{percent(lost['difference'], 1)} ± {percent(lost['half'], 1)}",
         "flux": f"{percent(won['difference'], 1)} ± {percent(won['half'], 1)}",
-        "nft": percent(each(runs_of(results, "sd3 nft pickscore"), lambda r: unguarded(r) - guarded(r))),
-        "dpo": percent(each(runs_of(results, "flux dpo"), lambda r: guarded(r) - unguarded(r)).max()),
         "base": percent(0.5 - base),
     }
 
@@ -132,51 +113,38 @@ def values_8(results: dict[tuple, dict], numbers: dict) -> dict:
     equal = [e["chosen"]["early, equal reward"] for e in early]
     best = [e["chosen"]["early, best judged"] for e in early]
     gain = each(results, scaled("early", "early, best judged", "reward"))
-    soon = np.array([name in (first, second) for name in best])
     return {
-        "all": len(results),
         "missed": sum(not e["reached"] for e in early),
         "last": equal.count(last),
         "before": equal.count(before),
         "first": best.count(first),
         "second": best.count(second),
-        "gain": percent(gain[soon]),
-        "late": " and ".join(percent(x) for x in sorted(gain[~soon])),
+        "gain": percent(gain[[name in (first, second) for name in best]]),
     }
 
 
 def values_9(results: dict[tuple, dict], numbers: dict) -> dict:
     """What other guards change, in means over a cell."""
-    def lost(name: str, runs: dict[tuple, dict]) -> np.ndarray:
-        """The fraction of the gain in reward, on training prompts, that a guard loses against the default."""
+    def lost(runs: dict[tuple, dict]) -> str:
+        """The fraction of the gain in reward, on training prompts, that lam 0.5 loses against the default."""
         rewards = {run: r["main"]["training reward"] for run, r in runs.items()}
         gain = cell_means(rewards, lambda reward: reward["unguarded"] - reward["base"])
-        variant, default = (mean_of(f"guard: {name}", who, "reward") for who in ("variant", "guarded"))
-        return -cell_means(runs, lambda r: variant(r) - default(r)) / gain
+        strong, default = (mean_of("guard: lam 0.5", who, "reward") for who in ("variant", "guarded"))
+        return percent(-cell_means(runs, lambda r: strong(r) - default(r)) / gain)
 
     def liked(runs: dict[tuple, dict], *names: str) -> str:
         """How often guards are preferred to the default."""
         rates = [cell_means(runs, preference(f"guard: {name}", "variant vs guarded")) for name in names]
         return percent(0.5 + np.concatenate(rates))
 
-    def higher(name: str) -> float:
-        """By how much a guard's highest step exceeds the default's, at most."""
-        variant, default = (ratio(who, "highest", f"guard: {name}") for who in ("variant", "guarded"))
-        return cell_means(results, lambda r: variant(r) - default(r)).max()
-
     forms = "squared, lam 0.5", "margin 0.02", "per token"
     sd3, flux = runs_of(results, "sd3"), runs_of(results, "flux")
-    dpo = runs_of(sd3, "dpo")
     steps = each(results, ratio("variant", "highest", "guard: lam 0.5"))
     return {
         "held": f"{(steps <= 0).sum()} of {len(steps)}",
-        "sd3": percent(lost("lam 0.5", runs_but(sd3, "dpo"))),
-        "flux": percent(lost("lam 0.5", flux)),
+        "sd3": lost(runs_but(sd3, "dpo")),
+        "flux": lost(flux),
         "liked": liked(runs_but(results, "sd3 dpo"), "lam 0.5"),
-        "dpo": percent(lost("lam 0.5", dpo)),
-        "dpo_liked": liked(dpo, "lam 0.5"),
-        "higher": percent(max(map(higher, forms))),
-        "lost": percent(max(lost(name, results).max() for name in forms)),
         "below": percent(-cell_means(flux, ratio("guarded", "overall", "guard: lam 0.5")).min()),
         "forms_liked": liked(flux, *forms),
         "auto_liked": liked(flux, "auto"),
@@ -184,21 +152,11 @@ def values_9(results: dict[tuple, dict], numbers: dict) -> dict:
 
 
 def values_10(results: dict[tuple, dict], numbers: dict) -> dict:
-    """The rivals beside the guard."""
-    found, kls = numbers["10"], ("velocity KL", "EMA-KL", "GARDO", "CRD")
-    sd3, flux = found["sd3, pickscore, with 5 % less"], found["flux, hps, with 5 % less"]
-    weak, three = found["flux, hps, at their weakest"], ("velocity KL", "two-sided", "EMA-KL")
-    equal = found["sd3, pickscore, at equal reward"]
-    return {
-        "equal": percent(0.5 + equal[name]["preferred"]["difference"] for name in ("two-sided", "EMA-KL", "GARDO")),
-        "sd3_lost": percent(-sd3[name]["reward"]["difference"] for name in (*kls, "two-sided")),
-        "lost": percent((-weak[name]["reward"]["difference"] for name in three), 1),
-        "errors": percent((weak[name]["reward"]["half"] for name in three), 1),
-        "liked": percent(0.5 - weak[name]["preferred"]["difference"] for name in three),
-        "gardo": percent(0.5 - weak["GARDO"]["preferred"]["difference"]),
-        "kls": percent(row[name]["highest step"] - 1 for row in (sd3, flux) for name in kls),
-        "two_sided": percent(row["two-sided"]["highest step"] - 1 for row in (sd3, flux)),
-    }
+    """The highest step with the rivals."""
+    kept = [numbers["10"][f"{corner}, with 5 % less"] for corner in ("sd3, pickscore", "flux, hps")]
+    kls = ("velocity KL", "EMA-KL", "GARDO", "CRD")
+    return {"kls": percent(rivals[name]["highest step"] - 1 for rivals in kept for name in kls),
+            "two_sided": percent(rivals["two-sided"]["highest step"] - 1 for rivals in kept)}
 
 
 VALUES = {"1": values_1, "2": values_2, "3": values_3, "4": values_4, "5 and 6": values_5_and_6,
