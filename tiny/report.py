@@ -465,32 +465,14 @@ CLAIMS = {  # the part that a claim's runs must have, and its function
     "9": ("guard", claim_9),
     "10": ("rival", claim_10),
 }
-HEADLINES = (  # claim, its line in the summary, the check that the line shows
-    ("1", "RL inflates the velocity's norm", "the norm exceeds the reference's"),
-    ("1", "and pictures suffer (judged good)", "judged good"),
-    ("2", "rescaling at inference repairs nothing (judged good)", "nor is the picture judged good more often"),
-    ("4", "the guard holds the norm, over the trajectory", "not above the reference, over the trajectory"),
-    ("4", "at every step", "nor at any step (the highest)"),
-    ("4", "at every step within 1 %, with --lam auto (what is above, else 0)",
-     "with --lam auto: not by more than 1 % at any step (excess at the highest)"),
-    ("5 and 6", "it preserves the reward (fraction of the gain lost)",
-     "5: of the reward's gain, no more than 5 % is lost"),
-    ("5 and 6", "the judge prefers its pictures (less one half)",
-     "6: the judge prefers the guarded picture (less one half)"),
-    ("5 and 6", "the detector takes them for more real", "6: detector's P(real)"),
-    ("7", "its gain grows at few steps (preference at 4, less that at all)",
-     "preference for the guarded picture at 4 steps, less that at all"),
-    ("8", "it is not early stopping (preferred at equal reward, less one half)",
-     "early, equal reward: the guarded picture is preferred (less one half)"),
-)
 
 
-def summary(numbers: dict) -> str:
-    """A table with a line or more on each claim."""
+def summary(lines: list[str], numbers: dict) -> str:
+    """The table of claims. A line of the template names a claim, what it says, and the check that shows it."""
     rows = []
-    for claim, line, check in HEADLINES:
+    for claim, text, check in (line.strip("| ").split(" | ") for line in lines):
         if found := numbers.get(claim, {}).get("checks", {}).get(check):
-            rows.append([claim, line, plus_minus(found), found["verdict"]])
+            rows.append([claim, text, plus_minus(found), found["verdict"]])
     for name, row in numbers.get("3", {}).items():
         if name.startswith("unguarded") and name.endswith("reward"):
             line = f"‖v‖ carries no first-order signal of {name.split(', ')[1]} (steps beyond chance, trained models)"
@@ -521,7 +503,7 @@ def introduction(results: dict[tuple, dict], bases: dict[str, dict], numbers: di
     if ahead:
         ahead = f"**Rivals whose pictures the judge prefers to the guard's.** {'; '.join(ahead)}."
     done = having(results, "main")
-    return {"commits": ", ".join(commits), "rivals_ahead": ahead or "", "summary": summary(numbers), "runs": len(done),
+    return {"commits": ", ".join(commits), "rivals_ahead": ahead or "", "runs": len(done),
             "cells": len(grouped(done, "cell"))}
 
 
@@ -546,8 +528,12 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
             elif assets == Path("assets"):  # what we made of the committed numbers
                 text.append(reading(claim, paragraph, measured, numbers))
     values = {"home": home, "lam": LAM, "pictures": size.n, "steps": size.steps}
-    text = [top.strip().format_map(values | introduction(results, bases, numbers)), *text]
-    text = "\n\n".join(paragraph for paragraph in "\n\n".join(text).split("\n\n") if paragraph)
+    values |= introduction(results, bases, numbers)
+    start = []
+    for paragraph in top.strip().split("\n\n"):
+        is_table = paragraph.startswith("|")
+        start.append(summary(paragraph.splitlines(), numbers) if is_table else paragraph.format_map(values))
+    text = "\n\n".join(paragraph for paragraph in (*start, *text) if paragraph)
     write_text(home / "RESULTS.md", text.replace("ASSETS", os.path.relpath(assets, home)) + "\n")
     write_text(home / "results.json", json.dumps(rounded(numbers), indent=1) + "\n")
 

@@ -14,6 +14,10 @@ with its commit and with hashes of the weights, code and flags that it depends o
 lines say how many parts have other hashes than today's; to measure a part anew, delete it. An interrupted reproduction
 continues with the same command. RESULTS.md and results.json are written beside RESULTS, and the figures to assets/.
 
+On several cores, start one process for each seed, each with its own --runs:
+
+    for s in 0 1 2; do OMP_NUM_THREADS=1 python tiny/reproduce.py --seeds $s --runs runs/reproduce-$s & done; wait
+
 Pictures that are judged show held-out prompts. Whatever is chosen (claim 8: a checkpoint; claim 9: a guard; claim 10: a
 rival's strength) is chosen on training prompts.
 """
@@ -25,17 +29,14 @@ import hashlib
 import importlib
 import inspect
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -71,8 +72,6 @@ class Args:
     """seeds of the trainings"""
     only: int | None = None
     """measure what this claim needs, 1 to 10 (None: all claims)"""
-    jobs: int | None = None
-    """runs at a time (None: one per CPU core, or one on a GPU)"""
     smoke: bool = False
     """one run of two epochs with few pictures"""
     runs: str = "runs/reproduce"
@@ -326,12 +325,12 @@ def colours(folder: Path) -> dict[str, float]:
     return {"saturation": saturation.mean().item(), "sharpness": sharpness.mean().item()}
 
 
-def judge(home: Path, run: Run, folders: dict[str, Path], renders: Path) -> dict:
+def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "renders") -> dict:
     """eval_judge.py's numbers of named folders: "means", {name: {metric: mean}}, and "verdicts", {"A vs B": [win, tie,
     loss, nan]}."""
     out, names = home / "eval", {str(path): name for name, path in folders.items()}
     rewards = "--reward tiny/pickscore tiny/hps"
-    command(home, f"eval_judge.py {' '.join(names)} {rewards} --real {renders} --out {out}")
+    command(home, f"eval_judge.py {' '.join(names)} {rewards} --real {home.parent / renders} --out {out}")
     report = json.loads((out / "report.json").read_text())
     labels = {
         "reward/pickscore": "other reward",
@@ -359,9 +358,8 @@ def ratio_of(folder: Path) -> dict:
 
 # ---------------------------------------------------------------- the parts of a run
 
-def main_part(root: Path, run: Run, size: Size) -> dict:
+def main_part(home: Path, run: Run, size: Size) -> dict:
     """Claims 1, 4, 5 and 6: norm ratios over training and over t; reward, judge and detector on the pictures."""
-    home = root / run.name
     keys = ("eval_reward", "eval_reward_se", "eval_norm_ratio", "eval_norm_ratio_steps", "eval_saturation")
     _, rewards = training_rewards(home, run, size, "base", "")
     curves, training = {}, {"base": rewards.mean()}
@@ -373,29 +371,27 @@ def main_part(root: Path, run: Run, size: Size) -> dict:
         training[name] = rewards.mean()
     unguarded, guarded = sample_both(home, run, size)
     ratios = {"unguarded": ratio_of(unguarded), "guarded": ratio_of(guarded)}
-    folders = {"base": root / run.base / "base", "unguarded": unguarded, "guarded": guarded}
-    judged = judge(home, run, folders, root / "renders")
+    folders = {"base": home.parent / run.base / "base", "unguarded": unguarded, "guarded": guarded}
+    judged = judge(home, run, folders)
     return {"curves": curves, "ratio": ratios, "training reward": training, **judged}
 
 
-def auto_part(root: Path, run: Run, size: Size) -> dict:
+def auto_part(home: Path, run: Run, size: Size) -> dict:
     """Claims 4, 5 and 6 for --lam auto."""
-    home = root / run.name
     unguarded, guarded = sample_both(home, run, size)
     auto = sample_held_out(home, run, size, f"{run.method}+auto", train_with_guard(home, run, size, "auto") / "lora")
-    judged = judge(home, run, {"unguarded": unguarded, "guarded": guarded, "auto": auto}, root / "renders")
+    judged = judge(home, run, {"unguarded": unguarded, "guarded": guarded, "auto": auto})
     return {"ratio": {"auto": ratio_of(auto)}, **judged}
 
 
-def renorm_part(root: Path, run: Run, size: Size) -> dict:
+def renorm_part(home: Path, run: Run, size: Size) -> dict:
     """Claim 2: while sampling, the unguarded model's velocity is rescaled to the reference's norm."""
-    home = root / run.name
     unguarded, guarded = sample_both(home, run, size)
     lora = train_unguarded(home, run, size) / "lora"
     rescaled = {}
     for how in ("match", "cap"):
         rescaled[how] = sample_held_out(home, run, size, f"renorm-{how}", lora, flags=f"--renorm {how}")
-    return judge(home, run, {"unguarded": unguarded, **rescaled, "guarded": guarded}, root / "renders")
+    return judge(home, run, {"unguarded": unguarded, **rescaled, "guarded": guarded})
 
 
 def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: str = "") -> dict:
@@ -406,31 +402,29 @@ def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: st
     return {"t": rows["t"], "units": rows["units"], **sensitivities}
 
 
-def adjoint_part(root: Path, run: Run, size: Size) -> dict:
+def adjoint_part(home: Path, run: Run, size: Size) -> dict:
     """Claim 3 on the unguarded model."""
-    home = root / run.name
     lora = train_unguarded(home, run, size) / "lora"
     return adjoint(home, run.base, run.reward, size, home / "adjoint", f"--lora {lora}")
 
 
-def few_part(root: Path, run: Run, size: Size) -> dict:
+def few_part(home: Path, run: Run, size: Size) -> dict:
     """Claim 7: the same models, sampled in few steps."""
-    home, numbers = root / run.name, {}
+    numbers = {}
     unguarded, guarded = train_both(home, run, size)
     trained = {"unguarded": unguarded, "guarded": guarded, "auto": train_with_guard(home, run, size, "auto")}
     for steps in size.few:
-        folders = {"base": root / run.base / f"base-{steps}"}
+        folders = {"base": home.parent / run.base / f"base-{steps}"}
         for name, out in trained.items():
             folders[name] = sample_held_out(home, run, size, f"{name}-{steps}", out / "lora", steps, flags="")
-        numbers[str(steps)] = judge(home, run, folders, root / "renders")
+        numbers[str(steps)] = judge(home, run, folders)
     return numbers
 
 
-def early_part(root: Path, run: Run, size: Size) -> dict:
+def early_part(home: Path, run: Run, size: Size) -> dict:
     """Claim 8: the guarded model against two checkpoints of the unguarded one: the first of equal reward, and the one
     that the judge likes best. Equal: not lower than the guarded model's by more than a standard error, paired over
     prompts. If there is none, the checkpoint of the highest reward is taken."""
-    home = root / run.name
     unguarded, guarded = train_both(home, run, size)
     loras = {"guarded": guarded / "lora"}
     loras |= {path.name.removeprefix("lora-"): path for path in sorted(unguarded.glob("lora-*"))}
@@ -453,7 +447,7 @@ def early_part(root: Path, run: Run, size: Size) -> dict:
     folders = {"guarded": sample_both(home, run, size)[1]}
     for how, name in chosen.items():
         folders[how] = sample_held_out(home, run, size, slug(how), loras[name], flags="")
-    judged = judge(home, run, folders, root / "renders")
+    judged = judge(home, run, folders)
     return {"found": found, "chosen": chosen, "reached": bool(equal), **judged}
 
 
@@ -466,9 +460,8 @@ def judged_good(ask: Callable, folder: Path) -> float:
     return float(np.nanmean(1 / (1 + np.exp(-np.array(margins)))))
 
 
-def guard_part(root: Path, run: Run, size: Size, name: str) -> dict:
+def guard_part(home: Path, run: Run, size: Size, name: str) -> dict:
     """Claim 9: another guard. On training prompts, because a guard is a matter of choice."""
-    home = root / run.name
     trained = dict(zip(("unguarded", "guarded"), train_both(home, run, size)))
     trained["variant"] = train_with_guard(home, run, size, name)
     flags = f"--prompts {size.prompts} --n {size.n_guard} --steps {size.steps} --seed 5000 --norms"
@@ -476,12 +469,12 @@ def guard_part(root: Path, run: Run, size: Size, name: str) -> dict:
     for who, out in trained.items():
         pictures[who] = sample(home, run.base, home / "chosen" / out.name, f"--lora {out / 'lora'} {flags}")
     ratios = {who: ratio_of(path) for who, path in pictures.items()}
-    return {"ratio": ratios, **judge(home, run, pictures, root / "renders-training")}
+    return {"ratio": ratios, **judge(home, run, pictures, "renders-training")}
 
 
-def rival_part(root: Path, run: Run, size: Size, name: str, strength: float) -> dict:
+def rival_part(home: Path, run: Run, size: Size, name: str, strength: float) -> dict:
     """Claim 10: a rival of the guard at one strength."""
-    home, rival, label = root / run.name, RIVALS[name], slug(f"{name} {strength:g}")
+    rival, label = RIVALS[name], slug(f"{name} {strength:g}")
     if rival.training:
         trained = train_variant(home, run, size, f"rivals/{label}", rival.training, strength)
     else:
@@ -489,7 +482,7 @@ def rival_part(root: Path, run: Run, size: Size, name: str, strength: float) -> 
     flags = rival.sampling.format(s=strength)
     pictures = sample_held_out(home, run, size, f"{run.method}+{label}", trained / "lora", flags=f"--norms {flags}")
     _, rewards = training_rewards(home, run, size, label, f"--lora {trained}/lora {flags}")
-    judged = judge(home, run, {"guarded": sample_both(home, run, size)[1], "rival": pictures}, root / "renders")
+    judged = judge(home, run, {"guarded": sample_both(home, run, size)[1], "rival": pictures})
     return {"ratio": {"rival": ratio_of(pictures)}, "training reward": {"rival": rewards.mean()}, **judged}
 
 
@@ -526,21 +519,21 @@ def is_asked(name: str, args: Args, size: Size) -> bool:
     return of_claim and (size.only is None or name in size.only)
 
 
-def missing_parts(args: Args, size: Size) -> dict[Run, list[str]]:
-    """The parts that are asked for and not measured yet; the runs with most of them first."""
-    missing = {}
+def missing_parts(args: Args, size: Size) -> list[tuple[Run, str]]:
+    """The parts that are asked for and not measured yet."""
+    missing = []
     for seed, base, method, reward in product(args.seeds, args.bases, args.methods, args.rewards):
         run = Run(base, method, reward, seed)
         known = read_json(Path(args.results) / f"{run.name}.json")
         at_corner = (base, reward) in ((args.bases[0], args.rewards[0]), (args.bases[-1], args.rewards[-1]))
-        names = [name for name, part in PARTS.items() if is_asked(name, args, size) and method in part.methods]
-        names = [name for name in names if name not in known and (at_corner or not PARTS[name].corner)]
-        if names:
-            missing[run] = names
-    return dict(sorted(missing.items(), key=lambda item: -len(item[1])))
+        for name, part in PARTS.items():
+            fits = method in part.methods and (at_corner or not part.corner)
+            if fits and is_asked(name, args, size) and name not in known:
+                missing.append((run, name))
+    return sorted(missing, key=lambda item: PARTS[item[1]].corner)  # the grid first
 
 
-# ---------------------------------------------------------------- the work, spread over processes
+# ---------------------------------------------------------------- the work
 
 def add_part(file: Path, name: str, hashes: dict[str, str], measure: Callable[[], dict]):
     """Measure a part and add its numbers to a file, unless they are there."""
@@ -554,8 +547,8 @@ def add_part(file: Path, name: str, hashes: dict[str, str], measure: Callable[[]
     write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def work_on_base(base: str, args: Args, size: Size):
-    """Measure what all runs of a base use: the base's pictures and sensitivities."""
+def measure_base(base: str, args: Args, size: Size):
+    """Draw the base's pictures, which all its runs use, and measure them and its sensitivities."""
     root, file, hashes = Path(args.runs), Path(args.results) / f"{base}.json", made_with(base)
     home = fresh_folder(root / base, hashes)
     sample(home, base, home / "base", held_out_flags(size, size.steps))
@@ -567,45 +560,6 @@ def work_on_base(base: str, args: Args, size: Size):
         for reward in args.rewards:
             measure = partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}")
             add_part(file, f"adjoint {reward}", hashes, measure)
-
-
-def work_on_run(run: Run, parts: list[str], args: Args, size: Size):
-    """Measure a run's parts, one after the other."""
-    root, file = Path(args.runs), Path(args.results) / f"{run.name}.json"
-    fresh_folder(root / run.name, made_with(run.base, f"train_{run.method}.py"))
-    for name in parts:
-        add_part(file, name, depends(run, size, name), partial(PARTS[name].measure, root, run, size))
-
-
-def start_worker(threads: int):
-    """Set up a worker process: its number of threads, and that it ends with its parent, even if that is killed."""
-    def end_with_parent():
-        """Wait for the parent's end."""
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-
-
-def work_through(tasks: list[Callable], jobs: int, threads: int, progress: Callable):
-    """Do all tasks, in this process if there is one job, otherwise in `jobs` worker processes."""
-    if jobs == 1:
-        for task in tasks:
-            task()
-            progress()
-        return
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # workers read it when they import torch
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,)) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                future.result()  # raises the task's exception
-                progress()
-        except BaseException:
-            for process in multiprocessing.active_children():  # or the pool would finish all tasks first
-                process.terminate()
-            raise
 
 
 def gathered(results: Path) -> tuple[dict[Run, dict], dict[str, dict]]:
@@ -637,7 +591,7 @@ def stale_parts(runs: dict[Run, dict], bases: dict[str, dict], size: Size) -> di
 @one_line_errors()
 def main(args: Args):
     """Measure what is missing, then write the report."""
-    check_flags(args, {"jobs": 1})
+    check_flags(args, {})
     if args.only is not None and not 1 <= args.only <= 10:
         raise InputError(f"--only {args.only}: a claim is a number from 1 to 10")
     if not all((args.bases, args.methods, args.rewards, args.seeds)):
@@ -650,38 +604,39 @@ def main(args: Args):
     size = Size()
     if args.smoke:
         size, root = SMOKE, "runs/smoke" if args.runs == Args.runs else args.runs
-        args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, args.jobs, True, root, f"{root}/results")
+        args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, True, root, f"{root}/results")
     check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
-    root, results = make_dir(args.runs, "--runs"), make_dir(args.results, "--results")
+    root = make_dir(args.runs, "--runs")
+    make_dir(args.results, "--results")
     with open(root / "lock", "a") as lock:  # closing the file frees it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"--runs {root}: another reproduce.py works there; wait for it, or give another folder")
-        measure_all(args, size, root)
-        report_all(args, size, root, results)
+        measure_all(args, size)
+        report_all(args, size)
 
 
-def measure_all(args: Args, size: Size, root: Path):
-    """Measure all missing parts: first the bases', then the runs'."""
-    missing = missing_parts(args, size)
+def measure_all(args: Args, size: Size):
+    """Measure all missing parts: first of the bases, whose pictures the runs need, then of the runs."""
+    root, missing = Path(args.runs), missing_parts(args, size)
     if not missing:
         return
-    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
-    threads = max(1, os.cpu_count() // jobs)
     renderer = source_hash(Path("tiny/world.py").read_text())
     for name, prompts in (("renders", "eval_prompts"), ("renders-training", "prompts")):
         flags = f"--n {size.renders} --seed 1 --prompts tiny/{prompts}.txt --out {root / name}"
         command(root, f"tiny/world.py {flags}", root / name, f"# {renderer}")
-    of_bases = [partial(work_on_base, base, args, size) for base in dict.fromkeys(args.bases)]
-    of_runs = [partial(work_on_run, run, parts, args, size) for run, parts in missing.items()]
-    with tqdm(total=len(of_bases) + len(of_runs), desc="reproduce", unit="run") as bar:
-        for tasks in (of_bases, of_runs):  # the runs need the bases' pictures
-            work_through(tasks, jobs, threads, bar.update)
+    for base in dict.fromkeys(args.bases):
+        measure_base(base, args, size)
+    for run, name in tqdm(missing, desc="reproduce", unit="part"):
+        hashes = depends(run, size, name)
+        home = fresh_folder(root / run.name, made_with(run.base, f"train_{run.method}.py"))
+        add_part(Path(args.results) / f"{run.name}.json", name, hashes, partial(PARTS[name].measure, home, run, size))
 
 
-def report_all(args: Args, size: Size, root: Path, results: Path):
+def report_all(args: Args, size: Size):
     """Write the report and the figures of all numbers in RESULTS, and say which ones are stale."""
+    root, results = Path(args.runs), Path(args.results)
     runs, bases = gathered(results)
     assets = Path("assets") if args.results == Args.results else results.parent
     write_report(runs, bases, size, results.parent, assets)
