@@ -2,12 +2,12 @@ r"""DiffusionNFT (negative-aware fine-tuning) + NormGuard for flow-matching mode
 
     python train_nft.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_nft.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
-        --eval-prompts FILE --size 512 --steps 10 --timesteps 9 --group 24 --groups 48 --batch 4 --lr 3e-4 --kl 2e-5 \
-        --max-grad-norm 0.2 --rollout-batch 16 --ema 0.9 --eval-steps 40 --epochs 100   # 23 hours, estimated
+        --eval-prompts FILE --size 512 --steps 10 --timesteps 9 --group 24 --groups 48 --batch 16 --rollout-batch 16 \
+        --lr 3e-4 --kl 2e-5 --max-grad-norm 0.2 --ema 0.9 --eval-steps 40 --epochs 100   # hours: docs/machines.md
     torchrun --nproc-per-node 8 train_nft.py ...                # the same on eight GPUs
 
 DiffusionNFT (arXiv 2509.16117, github.com/NVlabs/DiffusionNFT) is supervised learning on the policy's own pictures,
-good and bad. A picture x0 of the old policy is good with probability r; with x_t = (1 - t) x0 + t eps and
+good and bad. A picture x0 of the old policy is good with probability r. With x_t = (1 - t) x0 + t eps and
 x0(v) = x_t - t v,
 
     v+ = (1 - beta) v_old + beta v_theta,   v- = (1 + beta) v_old - beta v_theta
@@ -15,20 +15,25 @@ x0(v) = x_t - t v,
     base_loss = (r L(v+) + (1 - r) L(v-)) / beta
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2                       guard: normguard.py
 
-As in the official PickScore recipe: the old policy is an EMA of the trained LoRA, and it is the old policy that draws
-the pictures, without guidance; group mean and global std for A, clipped at 5 and scaled to 1; one update an
-epoch, at random moments t of the rollout's schedule (nine of ten in the command above); --ema 0.9 for what is evaluated
-and kept in lora/. Not as there: Euler instead of a second-order sampler; diffusers' T5 length of 256 instead of 128;
-A is divided by the deviation alone (there by the deviation + 1e-4), so that the reward's scale does not matter; no
-factor 5 on base_loss, so that one lam fits all three methods (kl and max_grad_norm are therefore a fifth of the
-official ones in the command above).
+As in the official PickScore recipe:
+- The old policy is an EMA of the trained LoRA. It draws the pictures, without guidance.
+- The advantage A is the reward minus its group's mean, over the global std, clipped at +- 5 and divided by 5.
+- There is one update an epoch, at random noise levels of the rollout (nine of ten in the command above).
+- --ema 0.9 is the average that is evaluated and kept in lora/.
+Different from there:
+- Euler steps instead of a second-order sampler; T5 reads 256 tokens, diffusers' default, instead of 128.
+- A is divided by the std alone (there by std + 1e-4), so that the reward's scale does not matter.
+- base_loss lacks the factor 5, so that one lam suits all three methods. In the command above kl and max_grad_norm are
+  therefore a fifth of the official ones.
 
 To resume, run the same command again.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch: threads that wait soon leave a core to other processes
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch: waiting threads soon leave their core to other processes
 
+import math
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -36,13 +41,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flow.cli import InputError, one_line_errors, parse
-from flow.distributed import local_slice
-from flow.draws import ROLLOUT, TRAINING, group_advantages, local_batches, noise_of, random_steps
-from flow.evaluate import score
-from flow.lora import add_lora, use_adapter
-from flow.pipeline import add_noise, integrate, velocity
-from flow.run import check_numbers, epochs, finish_epoch, finish_step, start_run, tally, tally_by_t
+from flow import draws, run
+from flow.cli import InputError, one_line_errors, parse, progress
+from flow.distributed import local_device, local_slice, sum_gradients
+from flow.evaluate import evaluate, reward_stats, score
+from flow.lora import add_lora, swapped, use_adapter
+from flow.pipeline import integrate, schedule, velocity
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
 ADV_CLIP = 5.0  # advantages are clipped to +- this many standard deviations, then scaled to +- 1
@@ -50,84 +54,58 @@ ADV_CLIP = 5.0  # advantages are clipped to +- this many standard deviations, th
 
 @dataclass
 class Args:
-    lam: float | Literal["auto"] = 0.05
-    """weight of NormGuard's hinge; 0 is plain DiffusionNFT; auto: oppose the loss by a share of itself"""
-    margin: float = 0.0
-    """relative excess of the velocity norm that the hinge lets pass"""
-    model: str = "tiny/sd3"
-    """any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id"""
-    reward: str = "tiny/pickscore"
-    """pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, or a sum of such: A:0.5,B:0.5"""
-    prompts: str = "tiny/prompts.txt"
-    """text file, one training prompt a line"""
-    eval_prompts: str = "tiny/eval_prompts.txt"
-    """text file of held-out prompts"""
-    out: str | None = None
-    """the run's folder (None: runs/nft-MODEL-REWARD-lamLAM-sSEED)"""
-    seed: int = 0
-    """seed of the LoRA, the prompts and all noise"""
-    epochs: int = 40
-    """rounds of rollouts and their updates"""
-    lr: float = 5e-4
-    """AdamW's learning rate, constant"""
-    rank: int = 32
-    """LoRA rank; alpha is twice that"""
-    group: int = 16
-    """pictures a prompt"""
-    groups: int = 6
-    """prompts an epoch"""
-    steps: int = 8
-    """Euler steps of a rollout"""
-    guidance: float | None = None
-    """guidance scale of rollouts and evaluations (None: none), or what a guidance embedding is told (its own
-    default)"""
-    timesteps: int = 2
-    """moments t a picture is trained at, drawn from the schedule's steps"""
-    updates: int = 1
-    """optimizer steps an epoch, each on its share of the pictures"""
-    batch: int = 64
-    """pictures at once in a forward pass; what is left of a step is accumulated"""
-    rollout_batch: int | None = None
-    """pictures at once in rollouts and evaluations, which need less memory (None: --batch)"""
-    nft_beta: float = 1.0
-    """beta: how far v+ and v- lie from the old policy"""
+    # ---- method
+    lam: float | Literal["auto"] = 0.05  # weight of the hinge; 0: plain NFT; auto: scale it to the loss's gradient
+    margin: float = 0.0  # relative excess of the velocity norm below which the hinge does not act
+    kl: float = 1e-4  # weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass
+    nft_beta: float = 1.0  # beta: how far v+ and v- lie from the old policy
+    # the old policy's EMA decay: 0 for so many optimizer steps, then growing by this at each, up to this
     old_decay: tuple[int, float, float] = (0, 0.001, 0.5)
-    """the old policy's EMA decay: 0 for so many optimizer steps, then growing by this at each, up to this"""
-    kl: float = 1e-4
-    """weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass"""
-    max_grad_norm: float = 1.0
-    """gradient clipping"""
+    max_grad_norm: float = 1.0  # the gradient is clipped to this norm
+    # evaluate and save an average of the LoRA over the steps, with decay min((1 + s) / (10 + s), this) at step s
     ema: float | None = None
-    """evaluate, and keep in lora/, an average of the LoRA over the steps, whose decay is min((1 + s) / (10 + s), this)
-    at step s (None: the LoRA itself)"""
-    size: int | None = None
-    """pixels a side (None: the model's own)"""
-    frames: int | None = None
-    """frames of a video, for a model that makes videos (None: the model's own)"""
-    eval_n: int = 64
-    """held-out pictures an evaluation"""
-    eval_steps: int | None = None
-    """Euler steps of an evaluation (None: --steps)"""
-    eval_every: int = 10
-    """epochs between evaluations; 0 is never"""
-    save_every: int = 5
-    """epochs between checkpoints"""
-    quantize: str = "none"
-    """the frozen transformer's weights: none, int8 (pip install torchao) or nf4 (pip install bitsandbytes)"""
-    shard: bool = False
-    """divide the frozen transformer among the processes (torchrun), for one that is larger than a GPU"""
-    checkpointing: bool | None = None
-    """gradient checkpointing (None: on a GPU)"""
-    compile: bool = False
-    """torch.compile the transformer's blocks"""
-    wandb: str | None = None
-    """also log to this wandb project (pip install wandb)"""
+    lr: float = 5e-4  # AdamW's learning rate, constant
+    rank: int = 32  # LoRA rank; alpha is twice that
+    # ---- model, reward, prompts
+    model: str = "tiny/sd3"  # any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id
+    # pickscore, hpsv2.1, clipscore, a CLIPModel folder, file.py:function, vlm:MODEL[@URL], or a sum: A:0.5,B:0.5
+    reward: str = "tiny/pickscore"
+    vlm_question: str | None = None  # what vlm: asks; {prompt} is the picture's (None: does it show the prompt?)
+    prompts: str = "tiny/prompts.txt"  # text file, one training prompt a line
+    eval_prompts: str = "tiny/eval_prompts.txt"  # text file of held-out prompts
+    # ---- sampling
+    group: int = 16  # pictures a prompt
+    groups: int = 6  # prompts an epoch
+    steps: int = 8  # Euler steps of a rollout
+    # guidance scale of rollouts and evaluations (None: none); what a guidance embedding is told, in training too
+    guidance: float | None = None
+    size: int | None = None  # pixels a side (None: the model's own)
+    frames: int | None = None  # frames of a video (None: the model's own)
+    # ---- training
+    seed: int = 0  # seed of the LoRA, the prompts and all noise
+    epochs: int = 40  # rounds of rollouts and their updates
+    updates: int = 1  # optimizer steps an epoch; each trains on 1/updates of the pictures
+    timesteps: int = 2  # noise levels at which each picture is trained, drawn from the schedule's steps
+    eval_every: int = 10  # epochs between evaluations; 0: never
+    eval_n: int = 64  # held-out pictures of an evaluation
+    eval_steps: int | None = None  # Euler steps of an evaluation (None: --steps)
+    # ---- machine
+    batch: int = 64  # pictures in a forward pass of an update; gradients are accumulated
+    rollout_batch: int | None = None  # pictures in a forward pass of a rollout or evaluation (None: --batch)
+    quantize: str = "none"  # the frozen transformer: none, int8 (pip install torchao), nf4 (pip install bitsandbytes)
+    shard: bool = False  # divide the frozen transformer among the processes, for one larger than a GPU
+    checkpointing: bool | None = None  # gradient checkpointing (None: on a GPU)
+    compile: bool = False  # torch.compile the transformer's blocks
+    # ---- output
+    out: str | None = None  # the run's folder (None: runs/nft-MODEL-REWARD-lamLAM-sSEED)
+    save_every: int = 5  # epochs between checkpoints
+    wandb: str | None = None  # also log to this wandb project (pip install wandb)
 
 
 def nft_loss(v: Tensor, v_old: Tensor, x0: Tensor, xt: Tensor, t: Tensor, r: Tensor, beta: float = 1.0) -> Tensor:
     """DiffusionNFT's loss per sample, in fp32. v (with gradient), v_old, x0, xt (b, ...); t and r in [0, 1] (b,) ->
     (b,)."""
-    v, v_old, x0, xt, t, r = (a.float() for a in (v, v_old.detach(), x0, xt, t, r))
+    v, v_old, x0, xt, t, r = (a.to(v.device).float() for a in (v, v_old.detach(), x0, xt, t, r))
 
     def matching(v):
         """L(v): (b, ...) -> (b,)."""
@@ -156,78 +134,131 @@ def old_policy(model: torch.nn.Module):
 
 
 @one_line_errors()
-def main(args: Args):
-    """Train: roll out, score, update; evaluate and save now and then."""
-    check_numbers(args)
+def main(args: Args, rival=None):
+    """Train. rival(v, v_ref, pipe, batch) -> (b,): another guard in the hinge's place, for tiny/reproduce.py."""
+    run.check_args(args)
     lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
     n = args.groups * args.group  # pictures an epoch
+    local = local_slice(n)  # the pictures of an epoch that this process draws and trains on
     if n % args.updates:
         raise InputError(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
     if args.timesteps > args.steps:
         raise InputError(f"--timesteps {args.timesteps}: more than --steps {args.steps}")
     if min(args.old_decay) < 0 or not args.old_decay[2] < 1:
         raise InputError(f"--old-decay {' '.join(map(str, args.old_decay))}: none below 0, and the last below 1")
-    run = start_run("nft", args)
-    pipe, sigmas, own = run.pipe, run.sigmas, local_slice(n)  # own: this process's pictures of an epoch
-    old_params = add_lora(pipe.transformer, args.rank, args.seed, "old")  # of one seed: equal to the trained ones
-    use_adapter(pipe.transformer, "default")
-    for p, saved in zip(old_params, run.state["old"] if run.state else ()):
-        p.data.copy_(saved)
-    decay = old_decay(run.step, *args.old_decay)  # of the EMA's last update
 
-    for prompts, g in epochs(run):
+    # ---- load; what can fail, fails before anything is written
+    device = local_device()
+    prompts, eval_prompts = draws.draw_prompts(args)  # epochs * groups prompts to train on, eval_n held-out ones
+    out, saved = run.find_run("nft", args, device)  # saved: the checkpoint to resume from, or None
+    reward, pipe = run.load_models(args, device, prompts, eval_prompts)
+    sigmas = schedule(pipe, args.steps)  # the rollout's noise levels, (steps + 1,), from 1 down to 0
+
+    # ---- LoRA and optimizer
+    params = add_lora(pipe.transformer, args.rank, args.seed)
+    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=device.type == "cuda")
+    ema = [p.detach().clone() for p in params] if args.ema else None
+    old_params = add_lora(pipe.transformer, args.rank, args.seed, "old")  # of the same seed: equal to params
+    use_adapter(pipe.transformer, "default")
+
+    # ---- start or resume
+    first_epoch, step, skipped, skipped_in_a_row = run.resume(
+        out, saved, pipe.transformer, params, optimizer, ema=ema, old=old_params)
+    run.open_run(out, "nft", args, pipe, saved)
+    run.encode_local_prompts(out, args, pipe, prompts, eval_prompts)
+    run.prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
+    if first_epoch == 0 and args.eval_every:
+        evaluate(out, args, pipe, reward, eval_prompts, step=0, epoch=0)
+    decay = old_decay(step, *args.old_decay)  # of the old policy's last update
+
+    bar = progress(range(first_epoch, args.epochs), desc="train", initial=first_epoch, total=args.epochs)
+    for epoch in bar:
+        start, g = time.time(), draws.rng(args.seed, draws.EPOCH, epoch)
+        texts = [p for p in prompts[epoch * args.groups:(epoch + 1) * args.groups] for _ in range(args.group)]  # (n,)
+
         # ---- rollout: `group` pictures of each prompt from the old policy
+        noise = draws.row_noise(pipe, args.seed, draws.ROLLOUT, epoch, range(n)[local])
         with old_policy(pipe.transformer):
-            x0, _ = integrate(pipe, noise_of(run, ROLLOUT, range(n)[own]), prompts[own], sigmas, guidance=args.guidance,
+            x0, _ = integrate(pipe, noise, texts[local], sigmas, guidance=args.guidance,
                               batch=args.rollout_batch or args.batch, desc="rollout")
 
         # ---- reward and the probability of being good
-        reward = score(run, x0, prompts[own])  # (n,)
-        r = 0.5 + 0.5 * group_advantages(reward, args.group, ADV_CLIP)  # (n,) in [0, 1]
+        scores = score(pipe, reward, x0, texts[local])  # (parts of the reward, n), of all processes
+        rewards, stats = reward.weighted(scores), reward_stats(reward, scores, args.group)
+        r = 0.5 + 0.5 * draws.group_advantages(rewards, args.group, ADV_CLIP)  # (n,) in [0, 1]
 
-        # ---- training rows (picture, t): each picture, in random order, at `timesteps` moments
-        picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)
-        t = sigmas[random_steps(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
-        updates = torch.arange(len(t)).split(len(t) // args.updates)
+        # ---- training rows (picture, t): each picture, in random order, at `timesteps` noise levels
+        picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)  # (rows,)
+        t = sigmas[draws.random_steps(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
+        updates = torch.arange(len(t)).split(len(t) // args.updates)  # the rows of each update
 
-        # ---- updates
         for u, update in enumerate(updates):
-            sums = {}
-            for b in local_batches(update, picture, own, args.batch):
-                prompts_b = [prompts[i] for i in picture[b]]
-                rows = x0[picture[b] - own.start], r[picture[b]], noise_of(run, TRAINING, b), t[b]
-                x0_b, r_b, noise_b, t_b = (a.to(pipe.device) for a in rows)
-                xt_b = add_noise(x0_b, noise_b, t_b)
-                v = velocity(pipe, xt_b, t[b], prompts_b)
+            # ---- loss and gradient
+            logged = []  # of each micro-batch, its rows' values by name
+            for rows in draws.local_batches(update, picture, n, args.batch):
+                batch = draws.training_batch(pipe, args.seed, epoch, rows, picture[rows], t[rows], x0, texts, r=r)
+                v = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
                 if u == 0 and decay == 0:
                     v_old = v.detach()  # the old policy is still the current one
                 else:
                     with torch.no_grad(), old_policy(pipe.transformer):
-                        v_old = velocity(pipe, xt_b, t[b], prompts_b)
-                base_loss = nft_loss(v, v_old, x0_b, xt_b, t_b, r_b, args.nft_beta)
+                        v_old = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
+                base_loss = nft_loss(v, v_old, batch["x0"], batch["xt"], batch["t"], batch["r"], args.nft_beta)
                 guard = kl = torch.zeros_like(base_loss)
+                row_log = {}
                 if args.lam != 0 or args.kl > 0:
                     with reference(pipe.transformer):
-                        v_ref = velocity(pipe, xt_b, t[b], prompts_b)
+                        v_ref = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
                     guard = norm_hinge(v, v_ref, args.margin)
+                    if rival is not None:
+                        guard = rival(v, v_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
                     kl = (v - v_ref).square().flatten(1).mean(1)
                     ratio = norm_ratio(v.detach(), v_ref)
-                    tally(sums, norm_ratio=ratio, active=ratio > 1 + args.margin)
-                    tally_by_t(sums, ratio, t_b)
+                    row_log |= {"norm_ratio": ratio, "active": ratio > 1 + args.margin, "t": batch["t"]}
                 loss = base_loss + lam * guard + args.kl * kl
                 if args.lam == "auto":
                     oppose(v, v_ref, args.margin)
                 (loss.sum() / len(update)).backward()
-                tally(sums, loss=loss, base_loss=base_loss, guard=guard, kl=kl)
-                tally(sums, old_distance=(v.detach() - v_old).square().flatten(1).mean(1))
-            finish_step(run, sums, len(update), reward, done=(u + 1) / args.updates)
+                row_log |= {"loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl,
+                            "old_distance": (v.detach() - v_old).square().flatten(1).mean(1)}
+                logged.append(row_log)
+            means = run.mean_over_rows(logged, len(update))
+
+            # ---- optimizer step, unless the loss or a gradient is not finite
+            sum_gradients(params)
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+            finite = math.isfinite(means["loss"]) and math.isfinite(grad_norm)
+            if finite:
+                optimizer.step()
+                for average, p in zip(ema or (), params):
+                    average.lerp_(p.detach(), 1 - min((2 + step) / (11 + step), args.ema))
+            optimizer.zero_grad()
+            step += 1
+            skipped += not finite
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            images = n * (u + 1) / args.updates  # of this epoch's, trained on so far
+            run.log_step(out, bar, {"step": step, "epoch": epoch, **stats, **means, "grad_norm": grad_norm,
+                                    "skipped": skipped, "img_per_s": images / (time.time() - start)})
+            if skipped_in_a_row == 10:
+                raise InputError(f"{out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try "
+                                 "a lower --lr in another --out")
 
         # ---- the old policy follows
-        decay = old_decay(run.step, *args.old_decay)
+        decay = old_decay(step, *args.old_decay)
         with torch.no_grad():
-            for p, q in zip(run.params, old_params):
+            for p, q in zip(params, old_params):
                 q.copy_(decay * q + (1 - decay) * p)
-        finish_epoch(run, old=[p.detach() for p in old_params])
+
+        # ---- evaluation and checkpoint
+        done = epoch + 1
+        if args.eval_every and (done % args.eval_every == 0 or done == args.epochs):
+            with swapped(params, ema):
+                evaluate(out, args, pipe, reward, eval_prompts, step, done)
+        if done % args.save_every == 0 or done == args.epochs:
+            run.save_checkpoint(out, "nft", args, pipe, eval_prompts, params, optimizer, epoch=done, step=step,
+                                skipped=skipped, skipped_in_a_row=skipped_in_a_row, ema=ema,
+                                old=[p.detach() for p in old_params])
+    run.finish_run(out, skipped)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Several processes, one a GPU, that compute what one computes:
+"""Several processes, one a GPU, that together compute what one process computes:
 
     torchrun --nproc-per-node 8 train_awm.py ...
 
-Every process draws the same random numbers and takes its share of an epoch's prompts; rewards are all_gather, gradients
-summed. The first process alone writes files, prints and shows bars. One that fails says why and ends, and torchrun then
-ends the others."""
+Every process draws the same random numbers and takes its slice of an epoch's prompts. Rewards are gathered, gradients
+are summed. Only the first process writes files, prints, and shows bars. A process that fails says why and ends;
+torchrun then ends the others."""
 import atexit
 import os
 import sys
@@ -19,11 +19,11 @@ from torch.distributed.fsdp import fully_shard
 
 from flow.cli import InputError
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun tells them
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def local_device() -> torch.device:
-    """This process's GPU, or the CPU. All processes but the first fall silent, but for their errors."""
+    """This process's GPU, or the CPU. Only the first process goes on printing to stdout."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     if not torch.cuda.is_available():
@@ -32,29 +32,32 @@ def local_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def local_slice(n: int) -> slice:
+    """This process's slice of n things; all of them if there is one process."""
+    return slice(n * RANK // PROCESSES, n * (RANK + 1) // PROCESSES)
+
+
 def barrier(**state):
-    """Wait for all processes, the first time and again. Ends them if their `state` differs, which is what each has read
-    from the run's folder."""
+    """Wait for all processes. The first call connects them. Raises InputError if their `state` differs, which each has
+    read from the run's folder."""
     if PROCESSES > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=1))  # a judge over HTTP may take its time
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # a judge over HTTP can be slow
     if any(other != state for other in all_gather(state)):
         raise InputError(f"the {PROCESSES} processes have read different checkpoints; --out must be one folder that "
                          "all see")
 
 
 def shutdown():
-    """The run is over: let the processes' end be an orderly one. (Not when one has failed: it would wait for the
-    others.)"""
+    """Disconnect when the process ends. Only for a finished run: after a failure it would wait for the others."""
     if dist.is_initialized():
         atexit.unregister(dist.destroy_process_group)
         atexit.register(dist.destroy_process_group)
 
 
 def shard(transformer: torch.nn.Module, device: torch.device):
-    """Divide a transformer's frozen blocks among the processes (PyTorch's FSDP2): each holds its part of a block, which
-    is all_gather when it is at work. A LoRA that is added later every process holds whole. All processes must then make
-    equally many calls."""
+    """Divide a transformer's frozen blocks among the processes (PyTorch's FSDP2). A block's parts are gathered while it
+    computes. A LoRA that is added later is not divided. From now on all processes must make equally many calls."""
     barrier()
     mesh = init_device_mesh(device.type, (PROCESSES,))
     lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
@@ -64,13 +67,8 @@ def shard(transformer: torch.nn.Module, device: torch.device):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
-def local_slice(n: int) -> slice:
-    """This process's part of n things in a row; all of them, if it is the only one."""
-    return slice(n * RANK // PROCESSES, n * (RANK + 1) // PROCESSES)
-
-
 def all_gather(value) -> list:
-    """Each process's value, in order."""
+    """Each process's value, in the order of ranks. Any value that can be pickled."""
     values = [value]
     if PROCESSES > 1:
         values = [None] * PROCESSES
@@ -79,12 +77,12 @@ def all_gather(value) -> list:
 
 
 def all_gather_tensor(x: Tensor) -> Tensor:
-    """All processes' tensors (share, ...) as one, (n, ...), on the CPU."""
+    """All processes' slices (local n, ...) as one tensor (n, ...) on the CPU."""
     return torch.cat(all_gather(x.cpu()))
 
 
 def gather_tensor(x: Tensor) -> Tensor | None:
-    """The same on the first process, for what is large; None on the others."""
+    """The same on the first process only, for large tensors; None on the others."""
     if PROCESSES == 1:
         return x.cpu()
     parts = [None] * PROCESSES if RANK == 0 else None
@@ -93,38 +91,29 @@ def gather_tensor(x: Tensor) -> Tensor | None:
 
 
 def sum_gradients(params: list[torch.nn.Parameter]):
-    """Each gradient becomes its sum over the processes. Where no process has one, there is none."""
+    """Replace each gradient by its sum over the processes. A gradient that no process has stays None."""
     if PROCESSES == 1:
         return
-    has = [float(p.grad is not None) for p in params]
+    has_grad = [float(p.grad is not None) for p in params]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([params[0].new_tensor(has), *(grad.flatten() for grad in grads)])
+    flat = torch.cat([params[0].new_tensor(has_grad), *(grad.flatten() for grad in grads)])
     run_collective(dist.all_reduce, flat)
-    has, sums = flat[:len(has)].tolist(), flat[len(has):].split([p.numel() for p in params])
-    for p, anyone, grad in zip(params, has, sums):
-        p.grad = grad.view_as(p) if anyone else None
+    counts, sums = flat[:len(params)].tolist(), flat[len(params):].split([p.numel() for p in params])
+    for p, count, grad in zip(params, counts, sums):
+        p.grad = grad.view_as(p) if count else None
 
 
 def run_collective(collective, *args):
-    """A collective of torch.distributed. If another process has ended, so does this one; the other has said why."""
+    """Call a collective of torch.distributed. Raises InputError if another process has ended."""
     try:
         collective(*args)
     except RuntimeError as e:
-        time.sleep(5)  # torchrun ends this process before it says what only follows
+        time.sleep(5)  # torchrun then ends this process, before it prints an error that only follows from another's
         raise InputError(f"process {RANK} has lost another process, whose own message says why "
                          f"({str(e).splitlines()[0][:80]})")
 
 
-# ---------------------------------------------------------------- GPU memory
-
-def to_cpu(reward):
-    """A reward's models make room on the GPU until they are asked again."""
-    for model in reward.models:
+def move_to_cpu(models: list[torch.nn.Module]):
+    """Free GPU memory: the reward's models return to the device when they are called again."""
+    for model in models:
         model.to("cpu")
-
-
-def mark_peak(run, phase: str):
-    """Note how many GiB of GPU memory a phase has taken at most, and count anew."""
-    if torch.cuda.is_available():
-        run.peaks[f"peak_gb_{phase}"] = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()

@@ -1,33 +1,27 @@
-"""What a run draws and ranks: its prompts, its noise, its moments, its advantages. All randomness comes from generators
-that depend on nothing but the seed, what they are for, and a place in the run: a resumed run draws what an
-uninterrupted one draws, several processes what one does, and no batch size changes it."""
+"""Random draws of a run (prompts, noise, timesteps), micro-batches, and group advantages. Each draw has its own
+generator, seeded by (seed, purpose, index). So results do not depend on batch size, on the number of processes, or on
+resuming."""
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from flow.cli import InputError
-from flow.pipeline import draw_noise
+from flow.distributed import local_slice
+from flow.pipeline import add_noise, draw_noise
 from flow.prompts import read_prompts
 
-PROMPTS, EPOCH, ROLLOUT, TRAINING = range(4)  # what a generator is for
+PROMPTS, EPOCH, ROLLOUT, TRAINING = range(4)  # purposes of a generator
 
 
 def rng(*key: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but its key."""
+    """A CPU generator seeded by its key alone."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
-def noise_of(run, what: int, rows) -> Tensor:
-    """Noise for these rows of the epoch's pictures (ROLLOUT) or of its training rows (TRAINING), (rows, ...) on the
-    CPU; each has a generator of its own."""
-    generators = [rng(run.args.seed, what, run.epoch, int(row)) for row in rows]
-    return draw_noise(run.pipe, len(generators), generators)
-
-
 def draw_prompts(args) -> tuple[list[str], list[str]]:
-    """The run's prompts, epochs * groups of them, each pass over the file a shuffle of its own; and eval_n held-out
-    ones."""
+    """The run's training prompts, one a group, epochs * groups in all; and its eval_n held-out prompts. Each pass over
+    the file is shuffled anew."""
     prompts, held_out = read_prompts(args.prompts, "--prompts"), read_prompts(args.eval_prompts, "--eval-prompts")
     if args.groups > len(prompts):
         raise InputError(f"--groups {args.groups}: more than the {len(prompts)} prompts in {args.prompts}")
@@ -37,15 +31,56 @@ def draw_prompts(args) -> tuple[list[str], list[str]]:
     return [prompts[i] for i in torch.cat(shuffles)[:n]], [held_out[i % len(held_out)] for i in range(args.eval_n)]
 
 
+def row_noise(pipe, seed: int, purpose: int, epoch: int, rows) -> Tensor:
+    """Noise for these of an epoch's pictures (ROLLOUT) or training rows (TRAINING): (len(rows), ...) on the CPU. Each
+    row has its own generator."""
+    generators = [rng(seed, purpose, epoch, int(row)) for row in rows]
+    return draw_noise(pipe, len(generators), generators)
+
+
+def stratified_steps(n: int, strata: int, usable: int, g: torch.Generator) -> Tensor:
+    """Divide the schedule's first `usable` steps into strata; draw one step of each for each of n pictures: (n, strata)
+    long."""
+    bounds = torch.linspace(0, usable, strata + 1).long()
+    return bounds[:-1] + (torch.rand(n, strata, generator=g) * (bounds[1:] - bounds[:-1])).long()
+
+
+def random_steps(n: int, k: int, steps: int, g: torch.Generator) -> Tensor:
+    """For each of n pictures k different steps of the schedule, all equally likely: (n, k) long."""
+    return torch.rand(n, steps, generator=g).argsort(1)[:, :k]
+
+
+def local_batches(rows: Tensor, picture: Tensor, n: int, batch: int) -> list[Tensor]:
+    """Split the rows of an update that belong to this process into micro-batches of `batch` rows. rows: indices into
+    picture, which holds each row's picture, one of n."""
+    local = local_slice(n)
+    rows = rows[(picture[rows] >= local.start) & (picture[rows] < local.stop)]
+    return list(rows.split(batch)) if len(rows) else []
+
+
+def training_batch(pipe, seed: int, epoch: int, rows: Tensor, picture: Tensor, t: Tensor, x0: Tensor,
+                   prompts: list[str], **values: Tensor) -> dict:
+    """What a micro-batch needs, by name: picture (b,), t (b,) and prompts as given; x0, noise, xt (b, ...) and each of
+    `values` (b,) on the device.
+
+    rows, picture, t (b,): each row's index, which seeds its noise; its picture, one of the epoch's n; its noise level.
+    x0: the latents of this process's pictures. prompts and values (n,): of all the epoch's pictures."""
+    x0 = x0[picture - local_slice(len(prompts)).start].to(pipe.device)
+    noise = row_noise(pipe, seed, TRAINING, epoch, rows).to(pipe.device)
+    return {"picture": picture, "prompts": [prompts[i] for i in picture], "t": t, "x0": x0, "noise": noise,
+            "xt": add_noise(x0, noise, t.to(pipe.device)),
+            **{name: value[picture].to(pipe.device) for name, value in values.items()}}
+
+
 def rounding(reward: Tensor) -> float:
-    """Rewards (n,) that differ by no more than this are equal: a few units in the last place of fp32."""
+    """Rewards (n,) that differ by no more than this count as equal: a few units in the last place of fp32."""
     return 1e-6 * reward.abs().max().item()
 
 
 def group_advantages(reward: Tensor, group: int, clip: float) -> Tensor:
-    """Group mean, global std, clipped at +- clip and scaled to +- 1. reward (prompts * group,), groups contiguous ->
-    (prompts * group,). Independent of the reward's scale; 0 where a picture's reward is its group's mean up to
-    rounding."""
+    """Reward minus its group's mean, over the global std, clipped at +- clip and scaled to +- 1. reward
+    (prompts * group,), groups contiguous -> (prompts * group,). It does not depend on the reward's scale. A reward that
+    equals its group's mean up to rounding gives exactly 0."""
     by_group = rearrange(reward, "(p k) -> p k", k=group)
     centred = (by_group - by_group.mean(1, keepdim=True)).flatten()
     centred = torch.where(centred.abs() > rounding(reward), centred, 0)
@@ -54,23 +89,6 @@ def group_advantages(reward: Tensor, group: int, clip: float) -> Tensor:
 
 
 def zero_std_share(reward: Tensor, group: int) -> float:
-    """Share of groups whose rewards are all equal, up to rounding: they teach nothing."""
+    """Fraction of groups whose rewards are all equal, up to rounding. They teach nothing."""
     by_group = rearrange(reward, "(p k) -> p k", k=group)
     return ((by_group.amax(1) - by_group.amin(1)) <= rounding(reward)).float().mean().item()
-
-
-def stratified(n: int, strata: int, usable: int, g: torch.Generator) -> Tensor:
-    """One of the schedule's first `usable` steps from each stratum, for each of n pictures: (n, strata) long."""
-    bounds = torch.linspace(0, usable, strata + 1).long()
-    return bounds[:-1] + (torch.rand(n, strata, generator=g) * (bounds[1:] - bounds[:-1])).long()
-
-
-def random_steps(n: int, k: int, steps: int, g: torch.Generator) -> Tensor:
-    """k of the schedule's steps, all different and each as likely, for each of n pictures: (n, k) long."""
-    return torch.rand(n, steps, generator=g).argsort(1)[:, :k]
-
-
-def local_batches(rows: Tensor, picture: Tensor, own: slice, batch: int) -> list[Tensor]:
-    """Of an update's rows, those whose picture (one a row) is among this process's own, so many at once."""
-    rows = rows[(picture[rows] >= own.start) & (picture[rows] < own.stop)]
-    return list(rows.split(batch)) if len(rows) else []

@@ -1,67 +1,75 @@
-"""What pictures are worth: the rewards of a rollout, and evaluations on held-out prompts."""
+"""Rewards of an epoch's pictures, and evaluation on held-out prompts."""
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from flow.distributed import RANK, all_gather_tensor, gather_tensor, local_slice, mark_peak, to_cpu
-from flow.log import log_picture, write_line
-from flow.lora import swapped
+from flow.distributed import RANK, all_gather_tensor, gather_tensor, local_slice, move_to_cpu
+from flow.draws import zero_std_share
 from flow.pictures import middle_frames, save_grid, to_bytes
 from flow.pipeline import decode, decode_size, draw_noise, integrate, schedule
+from flow.run import log_line
 
 
-def decoded(run, x0: Tensor, prompts: list[str]):
-    """Latents (n, ...) as pictures and each part's rewards (parts, n), 16 megapixels at a time: (pictures, rewards)."""
-    most = max(1, 16 * 3 * 2**20 // int(np.prod(run.pipe.flow.picture)))
-    size = max(decode_size(run.pipe), most - most % decode_size(run.pipe))
-    for i in torch.arange(len(x0)).split(size):
-        pictures = decode(run.pipe, x0[i])
-        yield pictures, run.reward.scores_of(pictures, [prompts[j] for j in i])
-    to_cpu(run.reward)
+def decode_and_score(pipe, reward, x0: Tensor, prompts: list[str]):
+    """Yield (pictures, scores (parts, chunk)) of latents x0 (n, ...), 16 megapixels at a time."""
+    most = max(1, 16 * 3 * 2**20 // int(np.prod(pipe.flow.picture)))
+    chunk = max(decode_size(pipe), most - most % decode_size(pipe))
+    for rows in torch.arange(len(x0)).split(chunk):
+        pictures = decode(pipe, x0[rows])
+        yield pictures, reward.scores_of(pictures, [prompts[i] for i in rows])
+    move_to_cpu(reward.models)
 
 
-def parts_of(run, scores: Tensor) -> dict[str, Tensor]:
-    """A summed reward's parts (n,) by their names; none of a reward that is no sum. scores (parts, n)."""
-    return dict(zip(run.reward.names, scores)) if len(scores) > 1 else {}
+def score(pipe, reward, x0: Tensor, prompts: list[str]) -> Tensor:
+    """Decode this process's latents x0 (local n, ...) and score them: each part of the reward for the pictures of all
+    processes, (parts, n)."""
+    return all_gather_tensor(torch.cat([scores for _, scores in decode_and_score(pipe, reward, x0, prompts)], 1).T).T
 
 
-def score(run, x0: Tensor, prompts: list[str]) -> Tensor:
-    """The rewards (n,) of all processes' pictures: each decodes and scores those of its own latents x0 (share, ...)."""
-    mark_peak(run, "rollout")
-    scores = all_gather_tensor(torch.cat([scores for _, scores in decoded(run, x0, prompts)], 1).T).T  # (parts, n)
-    mark_peak(run, "reward")
-    run.parts = parts_of(run, scores)
-    return run.reward.weighted(scores)
+def reward_stats(reward, scores: Tensor, group: int) -> dict[str, float]:
+    """What the log says of an epoch's rewards: mean and deviation, also of each part of a sum, and the fraction of
+    prompts whose pictures all have one reward. scores (parts, n). Prints a note if that is all of them."""
+    total, parts = reward.weighted(scores), dict(zip(reward.names, scores)) if len(scores) > 1 else {}
+    stats = {"reward": total.mean().item(), "reward_std": total.std().item()}
+    for name, part in parts.items():
+        stats |= {f"reward/{name}": part.mean().item(), f"reward/{name}_std": part.std().item()}
+    stats["zero_std_share"] = zero_std_share(total, group)
+    if stats["zero_std_share"] == 1:
+        tqdm.write(f"note: all pictures of a prompt have the same reward ({total[0]:g}, ...): nothing to learn")
+    return stats
 
 
 def saturation(pictures: Tensor) -> Tensor:
-    """HSV's, the mean over a picture's pixels (of a video, its middle frame's): (n, ...) in [0, 1] -> (n,)."""
+    """HSV saturation, the mean over a picture's pixels (of a video: its middle frame): (n, ...) in [0, 1] -> (n,)."""
     top, low = middle_frames(pictures).amax(1), middle_frames(pictures).amin(1)
     return ((top - low) / top.clamp_min(1e-3)).flatten(1).mean(1)
 
 
-def evaluate(run, epoch: int):
-    """Held-out prompts, the same noise for every run and seed: eval_* numbers to the log, pictures to samples/."""
-    args, pipe, own = run.args, run.pipe, local_slice(run.args.eval_n)
-    prompts = run.eval_prompts[own]
-    noise = draw_noise(pipe, len(prompts), [torch.Generator().manual_seed(seed) for seed in range(args.eval_n)[own]])
-    with swapped(run.params, run.ema):
-        x0, ratios = integrate(pipe, noise, prompts, schedule(pipe, args.eval_steps or args.steps), desc="evaluate",
-                               guidance=args.guidance, compare=True, batch=args.rollout_batch or args.batch)
-    chunks = [(to_bytes(pictures), scores.T, saturation(pictures)) for pictures, scores in decoded(run, x0, prompts)]
+def evaluate(out: Path, args, pipe, reward, eval_prompts: list[str], step: int, epoch: int):
+    """Draw the held-out prompts with the LoRA as it is, always from the same noise; write the eval_* numbers to the log
+    and the pictures to OUT/samples/. epoch: how many epochs are done."""
+    local = local_slice(args.eval_n)
+    prompts, seeds = eval_prompts[local], range(args.eval_n)[local]
+    noise = draw_noise(pipe, len(prompts), [torch.Generator().manual_seed(seed) for seed in seeds])
+    x0, ratios = integrate(pipe, noise, prompts, schedule(pipe, args.eval_steps or args.steps), guidance=args.guidance,
+                           compare=True, batch=args.rollout_batch or args.batch, desc="evaluate")
+    chunks = [(to_bytes(pictures), scores.T, saturation(pictures))
+              for pictures, scores in decode_and_score(pipe, reward, x0, prompts)]
     pictures, scores, colour = map(torch.cat, zip(*chunks))
-    mark_peak(run, "evaluate")
     pictures, scores = gather_tensor(pictures), all_gather_tensor(scores).T
     colour, ratios = all_gather_tensor(colour), all_gather_tensor(ratios)
     if RANK > 0:
         return
-    reward, steps = run.reward.weighted(scores), ratios.mean(0)
-    parts = {f"eval_reward/{name}": part.mean().item() for name, part in parts_of(run, scores).items()}
-    file = run.out / "samples" / f"{epoch:05d}.png"
-    save_grid(file, pictures, 8, run.eval_prompts)
-    log_picture(run, file)
-    write_line(run, {
-        "step": run.step, "epoch": epoch, "eval_guidance": args.guidance, "eval_reward": reward.mean().item(),
-        "eval_reward_se": (reward.std() / len(reward) ** 0.5).item(), **parts, "eval_norm_ratio": steps.mean().item(),
-        "eval_norm_ratio_max": steps.max().item(), "eval_norm_ratio_steps": steps.tolist(),
-        "eval_saturation": colour.mean().item()})
+    total, ratio_by_step = reward.weighted(scores), ratios.mean(0)
+    parts = dict(zip(reward.names, scores)) if len(scores) > 1 else {}
+    grid = out / "samples" / f"{epoch:05d}.png"
+    save_grid(grid, pictures, 8, eval_prompts)
+    log_line(out, {
+        "step": step, "epoch": epoch, "eval_guidance": args.guidance, "eval_reward": total.mean().item(),
+        "eval_reward_se": (total.std() / len(total) ** 0.5).item(),
+        **{f"eval_reward/{name}": part.mean().item() for name, part in parts.items()},
+        "eval_norm_ratio": ratio_by_step.mean().item(), "eval_norm_ratio_max": ratio_by_step.max().item(),
+        "eval_norm_ratio_steps": ratio_by_step.tolist(), "eval_saturation": colour.mean().item()}, picture=grid)

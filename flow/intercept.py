@@ -1,9 +1,9 @@
-"""How a pipeline of diffusers is made to show its velocity: called as ever, but for its noise, its schedule and its
-step.
+"""Call a pipeline of diffusers with its noise, its noise levels and its scheduler's step replaced.
 
-Every flow pipeline prepares latents, asks its scheduler for noise levels, and hands it v at each of them. `call` puts
-itself in those three places. What else a transformer takes (masks, positions, lists, packed text) the pipeline goes on
-to make itself. `pipe.flow` (made by flow/pipeline.py) holds what has been found out about the pipeline. """
+Every flow pipeline prepares latents, asks its scheduler for noise levels, and hands the scheduler a velocity at each of
+them. These three methods are replaced while a call lasts. Everything else that a transformer takes (masks, positions,
+packed text) the pipeline makes itself. `pipe.flow` holds what is known about the pipeline: see flow/pipeline.py.
+"""
 import functools
 import inspect
 import itertools
@@ -12,118 +12,165 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler as EULER
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
-    FlowMatchEulerDiscreteSchedulerOutput as StepOutput,
-)
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from flow.cli import InputError
 
 
 class Captured(Exception):
-    """Leaves a pipeline's call from within, with what was to be seen there."""
+    """Ends a pipeline's call early and carries a value out of it."""
 
 
 def capture(run):
-    """What run() has left with."""
+    """Call run() and return the value that Captured carries out of it."""
     try:
         run()
-    except Captured as left:
-        return left.args[0]
+    except Captured as captured:
+        return captured.args[0]
 
 
 @contextmanager
 def patched(obj, **attributes):
-    """While this lasts, attributes of an object that stand before its class's, a method for one; it can be nested."""
-    own = vars(obj)
-    before = {name: own[name] for name in attributes if name in own}
-    own.update(attributes)
+    """Set attributes of an object, also in front of its class's methods, and restore the old ones at the end."""
+    current = vars(obj)
+    before = {name: current[name] for name in attributes if name in current}
+    current.update(attributes)
     try:
         yield
     finally:
         for name in attributes:
-            del own[name]
-        own.update(before)
+            del current[name]
+        current.update(before)
 
 
-def call(pipe, prompts: list[str], x: Tensor | None = None, levels: Tensor | None = None, step=None,
-         guidance: float | None = None, output: str = "latent", steps: int = 1, generator=None):
-    """Call the pipeline, recording gradients: from latents x (None: any), down noise levels (k + 1,), the i-th step of
-    its scheduler replaced by step(v, x, i) -> next x. One level alone is no step: x is decoded, or prompts are encoded.
-    No levels at all: Captured leaves with the pipeline's own for so many steps, (levels, timesteps)."""
-    seam, scheduler, own, count = pipe.flow, pipe.scheduler, pipe.scheduler.set_timesteps, itertools.count()
+# ---------------------------------------------------------------- calls of the pipeline
 
-    def prepare_latents(*args, **kwargs):
-        """What the pipeline's own makes, once for a size of batch, with x in the place of the noise."""
-        seam.prepare = args, kwargs
-        key = repr([a for a in (*args, *kwargs.values()) if isinstance(a, (int, torch.device, torch.dtype))])
-        if key not in seam.prepared:
-            seam.prepared[key] = prepare(pipe)
-        made = seam.prepared[key]
-        if x is None:
-            return made
-        latents = made[0] if isinstance(made, tuple) else made
-        if latents.shape != x.shape:  # latents that carry a condition behind the noise
-            latents = latents.to(x.dtype, copy=True)
-            latents[tuple(map(slice, x.shape))] = x
-        else:
-            latents = x
-        return (latents, *made[1:]) if isinstance(made, tuple) else latents
+def noise_levels(pipe, n: int) -> tuple[Tensor, Tensor]:
+    """The pipeline's own noise levels (n + 1,), from 1 down to 0, and timesteps (n,) for n steps."""
+    scheduler, original = pipe.scheduler, pipe.scheduler.set_timesteps
 
-    @functools.wraps(own)
     def set_timesteps(*args, **kwargs):
-        """The given levels, not those that the pipeline asks for."""
-        if levels is None:
-            own(*args, **kwargs)
-            raise Captured((scheduler.sigmas.cpu(), scheduler.timesteps.cpu()))
-        times = [timestep(pipe, level) for level in levels[:-1].tolist()]
-        scheduler.timesteps = torch.tensor(times, device=seam.device)
-        scheduler.sigmas = (1 - levels if seam.inverted else levels).to(seam.device)
+        original(*args, **kwargs)
+        levels = scheduler.sigmas.cpu()
+        raise Captured((1 - levels if scheduler.config.invert_sigmas else levels, scheduler.timesteps.cpu()))
+    return capture(lambda: call_pipeline(pipe, [""], n, set_timesteps))
+
+
+def run_loop(pipe, prompts: list[str], x: Tensor | None, levels: Tensor, step, guidance: float | None = None,
+             output: str = "latent", generator=None):
+    """Run the pipeline's loop down noise levels (k + 1,), from latents x (b, ...) or, if None, from its own noise.
+    step(v, x, i) -> next x replaces the scheduler's i-th step. Gradients are recorded. Returns the pipeline's output.
+    """
+    scheduler, count, inverted = pipe.scheduler, itertools.count(), pipe.scheduler.config.invert_sigmas
+
+    def set_timesteps(*args, **kwargs):
+        timesteps = [timestep(pipe, level) for level in levels[:-1].tolist()]
+        scheduler.timesteps = torch.tensor(timesteps, device=pipe.flow.device)
+        scheduler.sigmas = (1 - levels if inverted else levels).to(pipe.flow.device)
 
     def scheduler_step(v, timestep, x, *args, return_dict=True, **kwargs):
-        """The given step, not the scheduler's."""
-        x = step(-v if seam.inverted else v, x, next(count))
-        return StepOutput(prev_sample=x) if return_dict else (x,)
+        x = step(-v if inverted else v, x, next(count))
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+    steps = max(2, len(levels) - 1)  # some pipelines divide by half of it
+    return call_pipeline(pipe, prompts, steps, set_timesteps, scheduler_step, x, guidance, output, generator)
 
-    given = {"prompt": list(prompts), "output_type": output, **seam.settings, **guided(pipe, guidance, len(prompts))}
-    given["num_inference_steps"] = steps if levels is None else max(2, len(levels) - 1)  # some divide by its half
+
+def run_text_encoders(pipe, prompts: list[str], guidance: float | None = None):
+    """Call the pipeline without any step, so that it only encodes the prompts."""
+    run_loop(pipe, prompts, None, torch.zeros(1), None, guidance)
+
+
+def decode_latents(pipe, x: Tensor) -> Tensor:
+    """Call the pipeline without any step, so that it only decodes the latents x (b, ...)."""
+    return run_loop(pipe, [""] * len(x), x, torch.zeros(1), None, output="pt")[0]
+
+
+def first_step(pipe, prompts: list[str], x: Tensor | None, level: float, guidance: float | None = None):
+    """What the scheduler gets at the first step of a loop that starts at a noise level: (v, x), each (b, ...)."""
+    def see(v, x, i):
+        raise Captured((v, x))
+    return capture(lambda: run_loop(pipe, prompts, x, torch.tensor([level, 0.0]), see, guidance))
+
+
+def first_inputs(pipe, prompts: list[str], x: Tensor | None, level: float, generator=None) -> dict:
+    """What the transformer gets at the first step: {position or name: value}."""
+    def see(inputs):
+        raise Captured(inputs)
+    with transformer_inputs_hook(pipe, see):
+        return capture(lambda: run_loop(pipe, prompts, x, torch.tensor([level, 0.0]), None, generator=generator))
+
+
+def call_pipeline(pipe, prompts: list[str], steps: int, set_timesteps, step=None, x: Tensor | None = None,
+                  guidance: float | None = None, output: str = "latent", generator=None):
+    """Call the pipeline with its scheduler's set_timesteps and step replaced, and with x in place of its noise."""
+    scheduler = pipe.scheduler
+    arguments = {"prompt": list(prompts), "num_inference_steps": steps, "output_type": output, **pipe.flow.settings,
+                 **guided(pipe, guidance, len(prompts))}
     if not hasattr(type(pipe), "prepare_latents"):
-        given |= {"latents": x, "generator": generator or torch.Generator(seam.device)}
-    scheduler_pins = {"set_timesteps": set_timesteps, "step": scheduler_step,
-                      "timesteps": scheduler.timesteps, "sigmas": scheduler.sigmas}  # put back after a nested call
-    with patched(pipe, prepare_latents=prepare_latents), patched(scheduler, **scheduler_pins):
-        return inspect.unwrap(type(pipe).__call__)(pipe, **given)
+        arguments |= {"latents": x, "generator": generator or torch.Generator(pipe.flow.device)}
+    set_timesteps = functools.wraps(scheduler.set_timesteps)(set_timesteps)  # pipelines look at its signature
+    saved = {"timesteps": scheduler.timesteps, "sigmas": scheduler.sigmas}  # of an outer call, restored after this one
+    with (patched(pipe, prepare_latents=functools.partial(prepare_latents, pipe, x)),
+          patched(scheduler, set_timesteps=set_timesteps, step=step, **saved)):
+        return inspect.unwrap(type(pipe).__call__)(pipe, **arguments)
 
 
-def guided(pipe, guidance: float | None, n: int = 1) -> dict:
-    """The pipeline's arguments for n prompts and a guidance scale in its own convention. None: without guidance, or
-    with what it tells a guidance embedding by default."""
-    if guidance is None:
-        return pipe.flow.unguided
-    if "true_cfg_scale" in pipe.flow.takes and not pipe.transformer.config.get("guidance_embeds"):
-        return {"true_cfg_scale": guidance, "negative_prompt": [" "] * n}
-    if "guidance_scale" not in pipe.flow.takes:
-        raise InputError(f"--guidance {guidance}: {type(pipe).__name__} takes none")
-    return {"guidance_scale": guidance}
+def prepare_latents(pipe, x: Tensor | None, *args, **kwargs):
+    """Return what the pipeline's prepare_latents returns, with x, if given, in place of the noise. The pipeline's own
+    is called once for each batch size."""
+    pipe.flow.prepare_arguments = args, kwargs
+    key = repr([a for a in (*args, *kwargs.values()) if isinstance(a, (int, torch.device, torch.dtype))])
+    if key not in pipe.flow.prepared:
+        pipe.flow.prepared[key] = call_prepare_latents(pipe)
+    prepared = pipe.flow.prepared[key]
+    if x is None:
+        return prepared
+    latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
+    if latents.shape == x.shape:
+        latents = x
+    else:  # a condition follows the noise, and stays
+        latents = latents.to(x.dtype, copy=True)
+        latents[tuple(map(slice, x.shape))] = x
+    return (latents, *others) if isinstance(prepared, tuple) else latents
 
 
-def prepare(pipe, generator=None, **changes):
-    """prepare_latents as the pipeline has called it last, but for these arguments. It moves no global generator."""
-    method, (args, kwargs) = type(pipe).prepare_latents, pipe.flow.prepare
+def call_prepare_latents(pipe, generator=None, **changes):
+    """Call the pipeline's prepare_latents with its latest arguments, some of them changed. The global generator is not
+    used."""
+    method, (args, kwargs) = type(pipe).prepare_latents, pipe.flow.prepare_arguments
     bound = inspect.signature(method).bind(pipe, *args, **kwargs)
     changes["generator"] = generator or torch.Generator(bound.arguments.get("device") or "cpu")
     bound.arguments.update({name: value for name, value in changes.items() if name in bound.signature.parameters})
     return method(*bound.args, **bound.kwargs)
 
 
+def call_parameters(pipe):
+    """The parameters of the pipeline's call: {name: inspect.Parameter}."""
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def guided(pipe, guidance: float | None, n: int = 1) -> dict:
+    """The pipeline's arguments for n prompts and a guidance scale in its own convention. None is no guidance; a
+    guidance embedding then gets its default, or the value that encode_prompts was given."""
+    if guidance is None:
+        return pipe.flow.unguided
+    parameters = call_parameters(pipe)
+    if "true_cfg_scale" in parameters and not pipe.transformer.config.get("guidance_embeds"):
+        return {"true_cfg_scale": guidance, "negative_prompt": [" "] * n}
+    if "guidance_scale" not in parameters:
+        raise InputError(f"--guidance {guidance}: {type(pipe).__name__} takes none")
+    return {"guidance_scale": guidance}
+
+
 def timestep(pipe, level: float) -> float:
-    """The scheduler's timestep at a noise level: of one of its schedules, or between two of theirs."""
+    """The scheduler's timestep at a noise level, interpolated if the level belongs to none of the schedules so far."""
     known = pipe.flow.timesteps
     return known[level] if level in known else float(np.interp(level, *zip(*sorted(known.items()))))
 
 
 def replace_scheduler(pipe, model: str) -> dict | None:
-    """Any scheduler of a flow but plain Euler makes place for that, with its shift; returns its config, if so."""
+    """Replace the scheduler by plain Euler with the same shift. Returns its config, or None if it was Euler before."""
     config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
     if not ("FlowMatch" in name or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"):
         raise InputError(f"--model {model}: is a {type(pipe).__name__} with {name}; it takes a flow-matching pipeline")
@@ -134,56 +181,48 @@ def replace_scheduler(pipe, model: str) -> dict | None:
     return {name: pipe.scheduler.config[name] for name in inspect.signature(EULER).parameters}
 
 
-# ---------------------------------------------------------------- what the transformer is told
+# ---------------------------------------------------------------- inputs of the transformer
 
 @contextmanager
 def transformer_inputs_hook(pipe, listen):
-    """While this lasts, listen(given) sees, and may change, what the transformer is given: {place or name: value}."""
+    """Call listen(inputs) before each forward of the transformer. `inputs` is {position or name: value}; listen may
+    change it."""
     def hook(module, args, kwargs):
-        """diffusers' transformers take their inputs by place or by name."""
-        given = {**dict(enumerate(args)), **kwargs}
-        listen(given)
-        return tuple(given[i] for i in range(len(args))), {name: given[name] for name in kwargs}
-    handle = pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+        inputs = {**dict(enumerate(args)), **kwargs}
+        listen(inputs)
+        return tuple(inputs[i] for i in range(len(args))), {name: inputs[name] for name in kwargs}
+    with pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
-def latents_of(given: dict):
-    """The latents among a transformer's inputs: a tensor or a list of tensors, one a sample."""
-    return given.get("hidden_states", next(iter(given.values())))
+def latents_of(inputs: dict):
+    """The latents among a transformer's inputs: a tensor (b, ...) or a list of b tensors."""
+    return inputs.get("hidden_states", next(iter(inputs.values())))
 
 
 def timestep_inputs(pipe, level: float) -> dict:
-    """What the transformer is given for one sample at a noise level; once pipe.flow.clock is known, only that, and
-    remembered."""
-    def see(given):
-        raise Captured(given)
-    seam = pipe.flow
-    if level not in seam.timestep_inputs:
-        with transformer_inputs_hook(pipe, see):
-            # latents of our own, in fp32 as in a rollout: the pipeline's would round the time to the base's bf16
-            x = torch.zeros(1, *seam.latents, device=seam.device)
-            given = capture(lambda: call(pipe, [""], x, torch.tensor([level, 0.0])))
-        if seam.clock is None:
-            return given
-        seam.timestep_inputs[level] = {name: given[name].reshape(1, *given[name].shape[1:]) for name in seam.clock}
-    return seam.timestep_inputs[level]
+    """The inputs of the transformer that depend on the timestep, for one sample at a noise level; cached."""
+    cache = pipe.flow.timestep_inputs
+    if level not in cache:
+        # fp32 latents, as in a rollout: with the pipeline's own the timestep would be rounded to the base's bf16
+        x = torch.zeros(1, *pipe.flow.latents, device=pipe.flow.device)
+        inputs = first_inputs(pipe, [""], x, level)
+        cache[level] = {name: inputs[name].reshape(1, *inputs[name].shape[1:]) for name in pipe.flow.timestep_names}
+    return cache[level]
 
 
 @contextmanager
 def with_timesteps(pipe, levels: list[float]):
-    """While this lasts, the transformer is told a noise level of each sample's own."""
-    if len(set(levels)) == 1:  # the pipeline tells it
+    """Give the transformer the timesteps of these noise levels, one level for each sample of the batch."""
+    if len(set(levels)) == 1:  # the pipeline itself gives the right timestep
         yield
         return
-    each = {name: torch.cat([timestep_inputs(pipe, level)[name] for level in levels]) for name in pipe.flow.clock}
+    by_sample = [timestep_inputs(pipe, level) for level in levels]
+    values = {name: torch.cat([inputs[name] for inputs in by_sample]) for name in pipe.flow.timestep_names}
 
-    def tell(given):
-        """Twice, where there are as many samples again for guidance."""
-        for name, value in each.items():
-            given[name] = value.repeat(len(latents_of(given)) // len(levels), *[1] * (value.ndim - 1))
-    with transformer_inputs_hook(pipe, tell):
+    def replace(inputs):
+        repeats = len(latents_of(inputs)) // len(levels)  # 2 where guidance doubles the batch
+        for name, value in values.items():
+            inputs[name] = value.repeat(repeats, *[1] * (value.ndim - 1))
+    with transformer_inputs_hook(pipe, replace):
         yield

@@ -1,4 +1,4 @@
-"""LoRA on a diffusers transformer: its places are found, not listed; in and out in diffusers' own format."""
+"""LoRA on a diffusers transformer: add, merge, save and load it. Precision and quantization of the frozen base."""
 import importlib.util
 import json
 import logging
@@ -18,35 +18,36 @@ from safetensors.torch import save
 
 from flow.cli import InputError, make_dir, reason, write_files
 
-NAME = "pytorch_lora_weights.safetensors"  # diffusers'
+NAME = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
 
 def lora_targets(model: torch.nn.Module) -> list[str]:
-    """The linear layers of a transformer's attentions, whatever their names; but not of an attn2 beside an attn:
-    SD3.5's second attention stays as it is in DiffusionNFT, AWM and Flow-GRPO."""
+    """The names of all linear layers inside attention modules. A second attention `attn2` beside `attn` is left out:
+    DiffusionNFT, AWM and Flow-GRPO do not train SD3.5's."""
     parts = dict(model.named_modules())
-    found = {name for name, part in parts.items() if hasattr(part, "to_q") or "Attention" in type(part).__name__}
-    inside = tuple(name + "." for name in found if not (name.endswith(".attn2") and name[:-1] in found))
+    attentions = {name for name, part in parts.items() if hasattr(part, "to_q") or "Attention" in type(part).__name__}
+    seconds = {name for name in attentions if name.endswith(".attn2") and name[:-1] in attentions}
+    inside = tuple(f"{name}." for name in attentions - seconds)
     return [name for name, part in parts.items() if isinstance(part, torch.nn.Linear) and name.startswith(inside)]
 
 
 def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default") -> list[torch.nn.Parameter]:
-    """A LoRA with alpha = 2 rank on the attention projections of a diffusers transformer; returns its fp32
-    parameters."""
+    """Add a LoRA with alpha = 2 rank to the attention layers of a transformer, or to the layers that have an adapter
+    already. Returns its fp32 parameters."""
     torch.manual_seed(seed)
-    others = list(getattr(model, "peft_config", {}).values())  # a second adapter goes where the first is
-    targets = others[0].target_modules if others else lora_targets(model)
+    configs = list(getattr(model, "peft_config", {}).values())
+    targets = configs[0].target_modules if configs else lora_targets(model)
     inject(model, name, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets))
     diffusers.training_utils.cast_training_params(model, torch.float32)
     for layer in lora_layers(model):
-        layer.cast_input_dtype_enabled = False  # autocast sees to it, with fewer copies
+        layer.cast_input_dtype_enabled = False  # autocast casts too, and less often
     return [p for key, p in model.named_parameters() if f".{name}." in key]
 
 
 def inject(model: torch.nn.Module, name: str, config: LoraConfig):
-    """Put an adapter into a transformer, by diffusers' own means if it has them."""
+    """Add an adapter with diffusers' own method, or with peft's if the model has none."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT has two adapters and means it
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT needs two adapters
         if hasattr(model, "add_adapter"):
             model.add_adapter(config, name)
         else:
@@ -54,38 +55,39 @@ def inject(model: torch.nn.Module, name: str, config: LoraConfig):
 
 
 def lora_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
-    """The layers that hold an adapter."""
+    """The layers that have an adapter."""
     return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def use_adapter(model: torch.nn.Module, name: str):
-    """Make one of several adapters the active one, which is then the one that trains."""
+    """Make one of several adapters the active one, and the only one that trains."""
     for layer in lora_layers(model):
         layer.set_adapter(name)
 
 
 def merged_forward(layer, x: torch.Tensor) -> torch.Tensor:
-    """A linear layer's with the adapter in its weights; with adapters off, the frozen layer's own."""
+    """The forward of a linear layer whose adapter is merged; with adapters off, that of the frozen layer."""
     if layer.disable_adapters:
         return layer.base_layer(x)
     return F.linear(x, layer.merged_weight, layer.base_layer.bias)
 
 
-def fp32_linear(layer: torch.nn.Module) -> bool:
-    """Is it a linear layer with a plain matrix in fp32: not in bf16, not quantized, not sharded?"""
-    plain = isinstance(layer, torch.nn.Linear) and type(layer.weight) is torch.nn.Parameter
-    return plain and layer.weight.dtype == torch.float32 and type(layer.weight.data) is torch.Tensor
+def can_merge(layer: BaseTunerLayer) -> bool:
+    """Whether a plain LoRA can be merged into the layer: a linear layer in fp32, neither quantized nor sharded."""
+    base = layer.base_layer
+    if not isinstance(base, torch.nn.Linear) or layer.lora_variant or any(layer.lora_bias.values()):
+        return False
+    plain = type(base.weight) is torch.nn.Parameter and type(base.weight.data) is torch.Tensor
+    return plain and base.weight.dtype == torch.float32
 
 
 @contextmanager
 @torch.no_grad()
 def merged(model: torch.nn.Module):
-    """While this lasts, the active adapters are applied as W + scale B A, from a copy of the weights: a forward then
-    costs what the base model's does. For calls without gradients. The weights themselves are not touched, and
-    `reference` still finds the frozen base. Only where W is in fp32: a sum rounded to bf16 loses up to three quarters
-    of a young LoRA, and the policy that draws would not be the one that is trained. Other layers go on as ever."""
-    layers = [layer for layer in lora_layers(model) if fp32_linear(layer.base_layer)
-              and not layer.lora_variant and not any(layer.lora_bias.values())]
+    """Use the weights W + scale B A of the active adapters, so that a forward costs what the base's costs. For calls
+    without gradients. W itself is not changed, and `reference` still finds the frozen base. Only for W in fp32: rounded
+    to bf16, the sum would lose most of a young LoRA, and rollouts would not use the policy that is trained."""
+    layers = [layer for layer in lora_layers(model) if can_merge(layer)]
     for layer in layers:
         weight = layer.base_layer.weight.detach()
         deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
@@ -99,24 +101,26 @@ def merged(model: torch.nn.Module):
 
 
 @contextmanager
-def swapped(params: list[torch.nn.Parameter], others: list[torch.Tensor] | None):
-    """While this lasts, parameters have other values, if there are any: an average's."""
-    own = [p.data for p in params]
-    for p, other in zip(params, others or ()):
-        p.data = other
+def swapped(params: list[torch.nn.Parameter], values: list[torch.Tensor] | None):
+    """Give the parameters other values, for example their moving average, and put the old ones back at the end. None
+    changes nothing."""
+    before = [p.data for p in params]
+    for p, value in zip(params, values or ()):
+        p.data = value
     try:
         yield
     finally:
-        for p, data in zip(params, own):
+        for p, data in zip(params, before):
             p.data = data
 
 
+# ---------------------------------------------------------------- files
+
 def save_lora(pipe, folder: Path):
-    """pytorch_lora_weights.safetensors, which `pipe.load_lora_weights(folder)` reads back with its rank and alpha.
-    Written here, not by `pipe.save_lora_weights`, whose two metadata keys come in random order: equal runs are to give
-    equal files."""
+    """Write the LoRA to a folder, for `pipe.load_lora_weights(folder)`, which also restores rank and alpha. Not by
+    `pipe.save_lora_weights`: it writes its metadata in random order, and equal runs must write equal files."""
     config = pipe.transformer.peft_config["default"].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])  # peft holds a set
+    config["target_modules"] = sorted(config["target_modules"])  # a set
     lora = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(pipe.transformer).items()}
     metadata = json.dumps({f"transformer.{k}": v for k, v in config.items()}, sort_keys=True)
     make_dir(str(folder), "--out")
@@ -124,7 +128,7 @@ def save_lora(pipe, folder: Path):
 
 
 def check_lora(folder: str):
-    """End the process, before a model is loaded, if a folder holds no LoRA that can be read."""
+    """Check, before a model is loaded, that a folder holds a LoRA that can be read."""
     file = Path(folder) / NAME
     if Path(folder).is_file():
         raise InputError(f"--lora {folder}: is a file; give the folder that holds it, {Path(folder).parent}")
@@ -134,33 +138,17 @@ def check_lora(folder: str):
         with safe_open(file, "pt") as opened:
             if not all(opened.get_tensor(name).isfinite().all() for name in opened.keys()):
                 raise ValueError("it holds numbers that are not finite")
-    except Exception as e:  # safetensors has errors of its own
+    except Exception as e:  # safetensors raises its own errors
         raise InputError(f"--lora {folder}: {NAME} cannot be read ({reason(e)})")
 
 
 def load_lora(pipe, folder: str, model: str, scale: float = 1.0):
-    """Put a LoRA on; one that does not fit ends the process, naming --lora and --model."""
-    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # it would list each tensor
+    """Load a LoRA into the transformer and multiply it by `scale`. InputError if it does not fit."""
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # diffusers would list each tensor
     try:
-        with safe_open(Path(folder) / NAME, "pt") as opened, warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # peft's, of weights that have no place in this model
-            names = set(opened.keys())
-            if hasattr(pipe, "transformer_name"):  # a loader for transformers; PRX has one for UNets
-                pipe.load_lora_weights(folder)
-            else:
-                config = json.loads(opened.metadata()["lora_adapter_metadata"])
-                lora = {name.removeprefix("transformer."): opened.get_tensor(name) for name in names}
-                config = {name.removeprefix("transformer."): value for name, value in config.items()}
-                inject(pipe.transformer, "default", LoraConfig(**config))
-                set_peft_model_state_dict(pipe.transformer, lora)
-        weights = [p for name, p in pipe.transformer.named_parameters() if ".lora_" in name]
-        if not weights:
-            raise ValueError("it holds nothing for the transformer")
-        if any(p.is_meta for p in weights):
-            raise ValueError("it lacks some of its tensors")
-        ours = [name for name in names if name.startswith("transformer.") and ".lora_" in name]
-        if len(ours) == len(names) != len(weights):
-            raise ValueError(f"it has {len(names)} tensors, of which {len(weights)} have a place")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)  # peft warns of weights that have no place in this model
+            read_lora(pipe, folder)
     except Exception as e:  # of another rank, model or library: peft, diffusers and safetensors each raise their own
         raise InputError(f"--lora {folder}: does not fit --model {model} ({lora_mismatch(e)})")
     finally:
@@ -169,23 +157,46 @@ def load_lora(pipe, folder: str, model: str, scale: float = 1.0):
         layer.scale_layer(scale)
 
 
+def read_lora(pipe, folder: str):
+    """Load a LoRA, by diffusers' loader if it has one for the transformer. ValueError if tensors are missing or have
+    no place."""
+    with safe_open(Path(folder) / NAME, "pt") as opened:
+        metadata, lora = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
+    if hasattr(pipe, "transformer_name"):  # PRX's loader is one for UNets
+        pipe.load_lora_weights(folder)
+    else:
+        config = json.loads(metadata["lora_adapter_metadata"])
+        config = {name.removeprefix("transformer."): value for name, value in config.items()}
+        inject(pipe.transformer, "default", LoraConfig(**config))
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in lora.items()}
+        set_peft_model_state_dict(pipe.transformer, tensors)
+    weights = [p for name, p in pipe.transformer.named_parameters() if ".lora_" in name]
+    if not weights:
+        raise ValueError("it holds nothing for the transformer")
+    if any(p.is_meta for p in weights):
+        raise ValueError("it lacks some of its tensors")
+    in_our_format = all(name.startswith("transformer.") and ".lora_" in name for name in lora)
+    if in_our_format and len(lora) != len(weights):
+        raise ValueError(f"it has {len(lora)} tensors, of which {len(weights)} have a place")
+
+
 def lora_mismatch(error: Exception) -> str:
-    """Why a LoRA does not fit, in a line, out of the libraries' many."""
+    """Say in a line why a LoRA does not fit; the libraries' messages have many."""
     sizes = re.search(r"size mismatch for (\S+?)\.lora_\S+ .*?Size\((.*?)\).*?Size\((.*?)\)", str(error))
     if sizes:
         return "{} has {} in it, and {} in the model".format(*sizes.groups())
-    if "inconsistency" in str(error):  # peft's, of places
+    if "inconsistency" in str(error):  # peft's word for layers that do not match
         return "it is of another pipeline, or lacks some of its tensors"
     return reason(error)[:150]
 
 
 # ---------------------------------------------------------------- precision
 
-PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}  # --quantize, and the optional package that does it
+PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}  # optional packages, by --quantize
 
 
 def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
-    """diffusers' configuration for a transformer of int8 or nf4 weights; its matrix products are in bf16 or fp32."""
+    """diffusers' configuration for a transformer with int8 or nf4 weights; matrix products are in bf16 or fp32."""
     if kind == "none":
         return None
     if kind not in PACKAGES:
@@ -195,7 +206,7 @@ def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
     if kind == "nf4" and not torch.cuda.is_available():
         raise InputError("--quantize nf4: needs a GPU; int8 does without")
     if kind == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig  # an optional package
+        from torchao.quantization import Int8WeightOnlyConfig
         config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
     else:
         config = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
@@ -204,12 +215,13 @@ def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
 
 
 def base_dtype(device: torch.device) -> torch.dtype:
-    """Of the frozen transformer and the text encoders: bf16 on a GPU, fp32 on a CPU."""
+    """The precision of the frozen transformer and the text encoders: bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def use_autocast(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype):
-    """An fp32 LoRA on a bf16 base: products in bf16. What diffusers keeps in fp32 stays out of it."""
+    """Run a bf16 transformer under autocast, which lets an fp32 LoRA train on it. The modules that diffusers keeps in
+    fp32 stay in fp32."""
     if dtype == torch.float32:
         return
     transformer.forward = torch.autocast(device.type, dtype)(transformer.forward)
@@ -219,7 +231,7 @@ def use_autocast(transformer: torch.nn.Module, device: torch.device, dtype: torc
 
 
 def use_fast_kernels(vae: torch.nn.Module | None):
-    """TF32 for what is in fp32 on a GPU, and convolutions of pictures in the layout that they are fastest in."""
+    """On a GPU, allow TF32 for matrix products in fp32, and store the VAE's convolutions in their fastest layout."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     for layer in vae.modules() if vae is not None else ():
         if isinstance(layer, torch.nn.Conv2d):

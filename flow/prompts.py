@@ -1,25 +1,30 @@
-"""Prompts: each is encoded once and by itself, remembered, and put into batches; the text encoders come and go."""
+"""Prompts: read from a file, each encoded once, the encodings kept in memory and on disk, and put into batches."""
 import functools
 import hashlib
 import inspect
-import json
+import io
+import pickle
 from contextlib import ExitStack, contextmanager
+from inspect import BoundArguments
 from itertools import islice
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from flow.cli import InputError, progress, write_files
-from flow.intercept import Captured, call
+from flow.intercept import Captured, call_parameters, capture, patched, run_text_encoders
+
+CHUNK = 16  # prompts in one call of the text encoders; always as many, since their number can change the last bits
+PROBE_PAIR = ["a grey cat", "a grey dog"]  # prompts of one length, to try out a pipeline
+PROBE_PROMPTS = [*PROBE_PAIR, "", "a grey cat asleep beside a grey dog by the fire"] * (CHUNK // 4)
 
 
 def read_prompts(path: str, flag: str) -> list[str]:
-    """The non-empty lines of a text file; a missing or empty one ends the process, naming `flag`."""
+    """The non-empty lines of a text file. An error names `flag`."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
@@ -31,292 +36,291 @@ def read_prompts(path: str, flag: str) -> list[str]:
     return prompts
 
 
+# ---------------------------------------------------------------- what a model is made for
+
+def tokenizers_of(pipe) -> list:
+    """The pipeline's tokenizers in the order of their names: tokenizer, tokenizer_2, ..."""
+    parts = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer")]
+    return [getattr(part, "tokenizer", part) for part in parts if part is not None]  # a processor holds one
+
+
+def sizes_of(pipe) -> tuple[int, int]:
+    """The pipeline's default size in pixels (0: unknown), and the size that its VAE is made for (unknown: the same)."""
+    height = call_parameters(pipe).get("height")
+    default = height and height.default
+    default = default or getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
+    vae_size = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
+    return default, vae_size if isinstance(vae_size, int) else default
+
+
+def call_settings(pipe, size: int | None, frames: int | None) -> dict:
+    """The pipeline's arguments besides steps and guidance. If size and text length are left to the pipeline, but its
+    VAE is made for smaller pictures or its last tokenizer reads less text, these are set to what those can do."""
+    parameters, tokenizers, (default, vae_size) = call_parameters(pipe), tokenizers_of(pipe), sizes_of(pipe)
+    length = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
+    if length and tokenizers:
+        length = min(length, tokenizers[-1].model_max_length)
+    if size is None and vae_size < default and "height" in parameters and parameters["height"].default is None:
+        size = vae_size
+    settings = {"height": size, "width": size, "num_frames": frames, "frames": frames, "max_sequence_length": length,
+                "enable_prompt_rewrite": False,  # rewards judge the prompt that was given
+                "use_resolution_binning": False}  # the transformer draws in the size that was given
+    return {name: value for name, value in settings.items() if value is not None and name in parameters}
+
+
+def warn_unsuitable(pipe, prompts: list[str], size: int | None):
+    """Print a note if prompts are longer than every tokenizer reads, and one if `size` is far from the model's own."""
+    tokenizers, unique, made_for = tokenizers_of(pipe), list(dict.fromkeys(prompts)), min(sizes_of(pipe))
+    limits = [tokenizer.model_max_length for tokenizer in tokenizers]
+    limits[-1:] = [pipe.flow.settings.get("max_sequence_length", limit) for limit in limits[-1:]]
+
+    def is_cut(prompt):
+        return all(len(tokenizer(prompt).input_ids) > limit for tokenizer, limit in zip(tokenizers, limits))
+    cut = [prompt for prompt in unique if tokenizers and is_cut(prompt)]
+    if cut:
+        tqdm.write(f"note: {len(cut)} of {len(unique)} prompts are longer than the {max(limits)} tokens that "
+                   f"{type(pipe).__name__} reads; the end is lost, first of {cut[0][:80]!r}")
+    if size and made_for and not made_for / 2 <= size <= made_for * 2:
+        tqdm.write(f"note: --size {size}: {type(pipe).__name__} was made for pictures of {made_for} pixels a side")
+
+
+# ---------------------------------------------------------------- encoding
+
 @contextmanager
 def text_encoders(pipe):
-    """While this lasts, the text encoders are in their places and on the device; transformer and VAE make room for
-    them."""
-    seam, encoders = pipe.flow, pipe.flow.encoders
+    """Put the text encoders into the pipeline and on the device; transformer and VAE are on the CPU meanwhile."""
+    flow, encoders = pipe.flow, pipe.flow.encoders
     if encoders is None:
         raise ValueError("the text encoders are gone: give all prompts to encode_prompts")
-    if any(getattr(pipe, name) is not None for name in encoders):  # it is nested
+    if any(getattr(pipe, name) is not None for name in encoders):  # they are there already
         yield
         return
     others = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     for part in others:
         part.to("cpu")
     for name, encoder in encoders.items():
-        setattr(pipe, name, encoder.to(seam.device))
+        setattr(pipe, name, encoder.to(flow.device))
     try:
         yield
     finally:
         for name, encoder in encoders.items():
             setattr(pipe, name, None)
-            if seam.encoders:  # they are needed again
+            if flow.encoders:  # they are needed again
                 encoder.to("cpu")
         for part in others:
-            part.to(seam.device)
+            part.to(flow.device)
 
 
-def remember_prompts(pipe):
-    """Make pipe.encode_prompt encode each prompt once, and put batches together from what it remembers. Prompts are
-    encoded one by one, or in one go if that is the same: if in a batch the text encoders are given the very tokens and
-    masks that they are given for each prompt alone (so no padding to the longest), and what comes out has the same
-    shape and, but for rounding, the same numbers."""
-    encode, seam, rows = pipe.encode_prompt, pipe.flow, pipe.flow.rows
-    signature = inspect.signature(encode)
+def cache_prompts(pipe):
+    """Replace pipe.encode_prompt by a function that encodes each prompt once and returns batches of cached encodings.
+    The encodings of a batch must have one length: see `batches`."""
+    flow, signature = pipe.flow, inspect.signature(pipe.encode_prompt)
 
-    @torch.no_grad()
-    def run(asked: dict) -> tuple:
-        """The pipeline's own encoding, on the CPU."""
-        with text_encoders(pipe):
-            bound = inspect.BoundArguments(signature, asked)
-            encoded = encode(*bound.args, **bound.kwargs)
-        return moved(encoded if isinstance(encoded, tuple) else (encoded,), "cpu")
-
-    def run_heard(asked: dict) -> tuple[tuple, list]:
-        """The same, and the tokens and masks (prompts, length) that the text encoders were given, in their order."""
-        heard, handles = [], []
-        for encoder in seam.encoders.values():
-            def hear(module, args, kwargs):
-                """All batches of whole numbers."""
-                for value in (*args, *kwargs.values()):
-                    if torch.is_tensor(value) and value.ndim == 2 and not value.is_floating_point():
-                        heard.append(value.cpu())
-            handles.append(encoder.register_forward_pre_hook(hear, with_kwargs=True))
-        try:
-            return run(asked), heard
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @functools.lru_cache(2)
+    @functools.lru_cache(2)  # a rollout asks for the same batches again and again
     def batch(keys: tuple) -> tuple:
-        """Encodings of several prompts as those of a batch."""
-        return moved(tuple(map(join, zip(*(rows[key] for key in keys)))), seam.device)
+        return to_device(concat_encodings([flow.rows[key] for key in keys]), flow.device)
 
+    @functools.wraps(pipe.encode_prompt)
     def encode_prompt(*args, **kwargs):
-        """As the pipeline's own; a batch's encodings must have one length (see `batches`)."""
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        asked = bound.arguments
-        prompts = asked["prompt"] or [""] * asked.get("batch_size", 1)
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        n = len(prompts)
-        asked.update({name: value for name, value in (("device", seam.device), ("batch_size", 1)) if name in asked})
-        each = {"prompt": prompts} | {name: value for name, value in asked.items() if "prompt" in name
-                                      and isinstance(value, list) and len(value) == n}
-        rest = repr([value for name, value in asked.items() if name not in {*each, "device", "dtype"}])
-        keys = tuple((rest, *one) for one in zip(*each.values()))
-        together = {**asked, **each} | ({"batch_size": n} if "batch_size" in asked else {})
-        missing = [key for key in dict.fromkeys(keys) if key not in rows]
-        if seam.in_one_go and len(missing) > 1:
-            found = zip(keys, split(run(together), n))
+        call = signature.bind(*args, **kwargs)
+        keys, single_calls = split_call(call, flow.device)
+        missing = [key for key in single_calls if key not in flow.rows]
+        if flow.in_one_go and len(missing) > 1:
+            encodings = zip(keys, split_encodings(encode_call(pipe, call), len(keys)))
         else:
-            found = ((key, run(by_itself(asked, each, key))) for key in missing)
-        for key, row in found:
-            if key not in rows:
-                known = [*seam.last.get(rest, ()), *seam.last.get(key[1], ())]  # what is equal is kept once
-                remember(seam, key, tuple(next((x for x in known if same(x, value)), value) for value in row))
-        if seam.in_one_go is None and n > 1:
-            alone = {key: run_heard(by_itself(asked, each, key)) for key in dict.fromkeys(keys)}
-            whole, heard = run_heard(together)
-            same_tokens = bool(heard) and all(  # a call of 2 n rows has n negative prompts, too
-                len(heard) == len(alone[key][1])
-                and all(torch.equal(tokens[i::n], own) for tokens, own in zip(heard, alone[key][1]))
-                for i, key in enumerate(keys))
-            same_encoding = all(alike(alone[key][0], row) for key, row in zip(keys, split(whole, n)))
-            seam.in_one_go = same_tokens and same_encoding
-            raise Captured(None)
-        encoded = batch(keys)
+            encodings = [(key, encode_call(pipe, single_calls[key])) for key in missing]
+        for key, encoding in encodings:
+            if key not in flow.rows:
+                cache_encoding(flow, key, share_tensors(flow, key, encoding))
+        encoded = batch(tuple(keys))
         return encoded if len(encoded) > 1 else encoded[0]
-
     pipe.encode_prompt = encode_prompt
 
 
-def by_itself(asked: dict, each: dict, key: tuple) -> dict:
-    """The arguments of encode_prompt for one prompt of several. `each` has one value a prompt, `key` that one's."""
-    return {**asked, **{name: [value] for name, value in zip(each, key[1:])}}
+def split_call(call: BoundArguments, device: torch.device) -> tuple[list[tuple], dict[tuple, BoundArguments]]:
+    """Split a call of encode_prompt for n prompts into calls for one prompt each. Returns n keys, and the call for each
+    different key. A key is (all other arguments, prompt, negative prompt, ...). Arguments that the pipeline leaves out
+    are filled in, also in `call`."""
+    call.apply_defaults()
+    arguments = call.arguments
+    prompts = arguments["prompt"] or [""] * arguments.get("batch_size", 1)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    lists = {name: list(value) for name, value in arguments.items()
+             if "prompt" in name and isinstance(value, list) and len(value) == len(prompts)}
+    lists = {"prompt": prompts, **lists}
+    others = [value for name, value in arguments.items() if name not in {*lists, "batch_size", "device", "dtype"}]
+    keys = [(repr(others), *values) for values in zip(*lists.values())]
+    # names that encode_prompt does not take are ignored
+    arguments |= {**lists, "batch_size": len(prompts), "device": device}
+    calls = {}
+    for key in keys:
+        values = {name: [value] for name, value in zip(lists, key[1:])}
+        calls[key] = BoundArguments(call.signature, {**arguments, **values, "batch_size": 1})
+    return keys, calls
 
 
-def remember(seam, key: tuple, row: tuple):
-    """Keep a prompt's encoding, and the shapes by which it goes into batches."""
-    seam.rows[key] = seam.last[key[0]] = seam.last[key[1]] = row  # the last of its settings, and of its prompt
-    shapes = str([value.shape for value in row if torch.is_tensor(value)])
-    seam.shapes[key[1]] = seam.shapes.get(key[1], frozenset()) | {shapes}
+@torch.no_grad()
+def encode_call(pipe, call: BoundArguments) -> tuple:
+    """Make a call of the pipeline's own encode_prompt. Returns its encodings on the CPU."""
+    with text_encoders(pipe):
+        encoded = pipe.encode_prompt.__wrapped__(*call.args, **call.kwargs)  # by cache_prompts
+    return to_device(encoded if isinstance(encoded, tuple) else (encoded,), "cpu")
 
 
-def same(a, b) -> bool:
-    """Are two values the same tensor?"""
+def share_tensors(flow, key: tuple, encoding: tuple) -> tuple:
+    """Take tensors that equal those of another encoding from there, so that memory holds them once."""
+    known = [*flow.last.get(key[0], ()), *flow.last.get(key[1], ())]
+    return tuple(next((x for x in known if same_tensor(x, value)), value) for value in encoding)
+
+
+def cache_encoding(flow, key: tuple, encoding: tuple):
+    """Put a prompt's encoding into the cache, and note its shapes."""
+    flow.rows[key] = flow.last[key[0]] = flow.last[key[1]] = encoding
+    shapes = str([value.shape for value in encoding if torch.is_tensor(value)])
+    flow.shapes[key[1]] = flow.shapes.get(key[1], frozenset()) | {shapes}
+
+
+def encodes_in_one_go(pipe) -> bool:
+    """Try whether one call for several prompts gives what a call for each gives: the text encoders get the same tokens
+    and masks (so no padding to the longest prompt), and the encodings are nearly equal."""
+    signature = inspect.signature(pipe.encode_prompt)
+
+    def see(*args, **kwargs):
+        raise Captured(signature.bind(*args, **kwargs))
+    with patched(pipe, encode_prompt=see):
+        call = capture(lambda: run_text_encoders(pipe, PROBE_PROMPTS))
+    keys, single_calls = split_call(call, pipe.flow.device)
+    with text_encoders(pipe):
+        singles = {key: encode_and_record(pipe, single) for key, single in single_calls.items()}
+        together, tokens = encode_and_record(pipe, call)
+    for i, encoding in enumerate(split_encodings(together, len(keys))):
+        single, single_tokens = singles[keys[i]]
+        rows = [value[i::len(keys)] for value in tokens]  # two rows, if negative prompts follow in the same tensor
+        same_tokens = len(rows) == len(single_tokens) and all(map(torch.equal, rows, single_tokens))
+        if not (tokens and same_tokens and nearly_equal(single, encoding)):
+            return False
+    return True
+
+
+def encode_and_record(pipe, call: BoundArguments) -> tuple[tuple, list[torch.Tensor]]:
+    """encode_call, and the tokens and masks (b, length) that the text encoders get during it, in order."""
+    tokens = []
+
+    def record(module, args, kwargs):
+        inputs = [value.cpu() for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
+        tokens.extend(value for value in inputs if value.ndim == 2 and not value.is_floating_point())
+    with ExitStack() as hooks:
+        for encoder in pipe.flow.encoders.values():
+            hooks.enter_context(encoder.register_forward_pre_hook(record, with_kwargs=True))
+        return encode_call(pipe, call), tokens
+
+
+# ---------------------------------------------------------------- encodings of one prompt and of a batch
+
+def same_tensor(a, b) -> bool:
+    """Whether a and b are tensors with the same numbers."""
     return torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
 
 
-def moved(value, device):
-    """Tensors in tuples and lists, on a device."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(moved(part, device) for part in value)
-    return value.to(device) if torch.is_tensor(value) else value
-
-
-def alike(a, b) -> bool:
-    """Are two encodings the same but for rounding?"""
+def nearly_equal(a, b) -> bool:
+    """Whether two encodings are equal up to rounding."""
     if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(alike, a, b))
+        return len(a) == len(b) and all(map(nearly_equal, a, b))
     if not torch.is_tensor(a) or not torch.is_tensor(b):
         return a is b
     return a.shape == b.shape and bool((a.float() - b.float()).norm() <= 0.03 * a.float().norm())
 
 
-def join(parts: tuple):
-    """One of several prompts' encodings as that of a batch: a tensor's first dimension of 1 counts them, or a list of
-    one; a longer list is of layers; what has neither is shared."""
-    if isinstance(parts[0], list):
-        return [part[0] for part in parts] if len(parts[0]) == 1 else [join(layer) for layer in zip(*parts)]
-    if torch.is_tensor(parts[0]) and 1 in parts[0].shape:
-        return torch.cat(parts, list(parts[0].shape).index(1))
-    return parts[0]
+def to_device(encoding, device):
+    """The encoding with its tensors on a device."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(device), encoding)
 
 
-def split(encoded: tuple, n: int) -> list[tuple]:
-    """The reverse of `join`, of all encodings: along a tensor's first dimension of n."""
-    def part(value, i):
-        """One prompt's."""
+def concat_encodings(encodings: list):
+    """Make one batch from the encodings of single prompts. Tensors are concatenated along their batch dimension, the
+    first of size 1. A list of one item holds one prompt; a longer list holds one item per layer. Anything else (None)
+    is the same for all prompts."""
+    first = encodings[0]
+    if isinstance(first, list) and len(first) == 1:
+        return [encoding[0] for encoding in encodings]
+    if isinstance(first, (tuple, list)):
+        return type(first)(concat_encodings(items) for items in zip(*encodings))
+    if torch.is_tensor(first) and 1 in first.shape:
+        return torch.cat(encodings, list(first.shape).index(1))
+    return first
+
+
+def split_encodings(batch: tuple, n: int) -> list[tuple]:
+    """The reverse of concat_encodings: the encodings of n single prompts, along the first dimension of size n."""
+    def select(value, i):
+        """The part of prompt i."""
         if isinstance(value, list):
-            return value[i:i + 1] if len(value) == n else [part(layer, i) for layer in value]
+            return value[i:i + 1] if len(value) == n else [select(layer, i) for layer in value]
         if torch.is_tensor(value) and n in value.shape:
             return value.narrow(list(value.shape).index(n), i, 1).clone()
         return value
-    return [tuple(part(value, i) for value in encoded) for i in range(n)]
+    return [tuple(select(value, i) for value in batch) for i in range(n)]
 
 
-def batches(pipe, prompts: list[str], most: int, guidance: float | None = None) -> list[list[int]]:
-    """Places of prompts in batches of at most `most`, in each of which all encodings have one length: padding might be
-    seen."""
+def batches(pipe, prompts: list[str], size: int, guidance: float | None = None) -> list[list[int]]:
+    """Divide the indices of prompts into batches of at most `size`. The encodings of a batch have one length, so that
+    none is padded: the model might attend to padding."""
+    unknown = set(prompts) - pipe.flow.shapes.keys() if hasattr(pipe, "encode_prompt") else ()
+    for prompt in unknown:  # encode_prompts was not given it
+        run_text_encoders(pipe, [prompt])
     groups = {}
-    for prompt in set(prompts) - pipe.flow.shapes.keys() if hasattr(pipe, "encode_prompt") else ():
-        call(pipe, [prompt], levels=torch.zeros(1))  # nobody has asked encode_prompts for it
     for i, prompt in enumerate(prompts):
         groups.setdefault(pipe.flow.shapes.get(prompt), []).append(i)
-    most = 1 if pipe.flow.one_by_one.get(guidance) else most
-    return [rows[i:i + most] for rows in groups.values() for i in range(0, len(rows), most)]
+    size = 1 if pipe.flow.one_by_one.get(guidance) else size
+    return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
-def own_settings(pipe, takes, size: int | None, frames: int | None) -> dict:
-    """The pipeline's arguments besides steps and guidance: a picture no larger than the VAE was made for, and as much
-    (padded) text as the last tokenizer takes, where these are less than the pipeline's defaults."""
-    most = takes["max_sequence_length"].default if "max_sequence_length" in takes else None
-    tokenizers = [part for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None]
-    if most and tokenizers:
-        most = min(most, tokenizers[-1].model_max_length)
-    if size is None and "height" in takes and takes["height"].default is None and hasattr(pipe, "default_sample_size"):
-        made_for = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
-        if isinstance(made_for, int) and made_for < pipe.default_sample_size * pipe.vae_scale_factor:
-            size = made_for
-    settings = {"height": size, "width": size, "num_frames": frames, "frames": frames, "max_sequence_length": most,
-                "enable_prompt_rewrite": False,  # a reward is asked about the prompt that was given
-                "use_resolution_binning": False}  # the transformer draws the size that was given
-    return {name: value for name, value in settings.items() if value is not None and name in takes}
+# ---------------------------------------------------------------- all prompts of a run
 
-
-def warn_unsuitable(pipe, prompts: list[str], size: int | None):
-    """Say what the model was not made for: prompts longer than any of its tokenizers reads, a size far from its own."""
-    names = sorted(name for name, part in pipe.components.items() if name.startswith("tokenizer") and part is not None)
-    tokenizers = [getattr(pipe.components[name], "tokenizer", pipe.components[name]) for name in names]  # a processor's
-    limits = [tokenizer.model_max_length for tokenizer in tokenizers]
-    limits[-1:] = [pipe.flow.settings.get("max_sequence_length", limit) for limit in limits[-1:]]
-    unique = list(dict.fromkeys(prompts))
-    cut = [prompt for prompt in unique if tokenizers and not any(
-        len(tokenizer(prompt).input_ids) <= limit for tokenizer, limit in zip(tokenizers, limits))]
-    if cut:
-        tqdm.write(f"note: {len(cut)} of {len(unique)} prompts are longer than the {max(limits)} tokens that "
-                   f"{type(pipe).__name__} reads; the end is lost, first of {cut[0][:80]!r}")
-    own = pipe.flow.takes["height"].default if "height" in pipe.flow.takes else None
-    own = own or getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
-    made_for = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
-    own = min(own, made_for) if isinstance(made_for, int) else own
-    if size and own and not own / 2 <= size <= own * 2:
-        tqdm.write(f"note: --size {size}: {type(pipe).__name__} was made for pictures of {own} pixels a side")
-
-
-# ---------------------------------------------------------------- encodings on disk
-
-def encode_each(pipe, prompts: list[str], size: int, guidance: float | None, store: Path | None):
-    """Have the pipeline encode each prompt once, `size` in one go, for calls without guidance and with that; a folder
-    `store` keeps them, and what it has kept is not encoded again. The text encoders are gone after that."""
-    unique = list(dict.fromkeys(prompts))
+def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | None):
+    """Encode each prompt once, without guidance and with it, and let the text encoders go. The encodings are kept in
+    the folder `store`, and what is there already is not encoded again."""
+    unique, size = list(dict.fromkeys(prompts)), CHUNK if pipe.flow.in_one_go else 1
     with ExitStack() as stack:
         for i in progress(range(0, len(unique), size), desc="encode prompts", leave=False):
             chunk = (unique[i:i + size] + [""] * size)[:size]
-            if store is not None and recall(pipe.flow, store, chunk, guidance):
+            file = store and encodings_file(pipe.flow, store, chunk, guidance)
+            if file and load_encodings(pipe.flow, file):
                 continue
             stack.enter_context(text_encoders(pipe))
             known = len(pipe.flow.rows)
             for scale in dict.fromkeys([None, guidance]):
-                call(pipe, chunk, levels=torch.zeros(1), guidance=scale)
-            if store is not None:
-                keep(pipe.flow, store, chunk, guidance, known)
+                run_text_encoders(pipe, chunk, scale)
+            if file:
+                save_encodings(file, dict(islice(pipe.flow.rows.items(), known, None)))
+                load_encodings(pipe.flow, file)  # from disk, so that memory need not hold them
         pipe.flow.encoders = None
 
 
-def file_of(seam, store: Path, prompts: list[str], guidance: float | None) -> Path:
-    """Where the encodings of these prompts are, if they have been kept: by these settings, in this precision, on this
-    kind of device, by these libraries."""
-    precision = [str(encoder.dtype) for encoder in seam.encoders.values()], seam.device.type
+def encodings_file(flow, folder: Path, prompts: list[str], guidance: float | None) -> Path:
+    """The file for the encodings of these prompts. Its name depends on all that changes them: settings, precision, kind
+    of device, versions of the libraries."""
+    precision = [str(encoder.dtype) for encoder in flow.encoders.values()], flow.device.type
     libraries = torch.__version__, diffusers.__version__, transformers.__version__
-    settings = prompts, guidance, sorted(seam.settings.items()), precision, libraries
-    return store / (hashlib.sha256(repr(settings).encode()).hexdigest()[:16] + ".safetensors")
+    settings = prompts, guidance, sorted(flow.settings.items()), precision, libraries
+    return folder / (hashlib.sha256(repr(settings).encode()).hexdigest()[:16] + ".pt")
 
 
-def recall(seam, store: Path, prompts: list[str], guidance: float | None) -> bool:
-    """Take these prompts' encodings from the folder, if they are there and can be read."""
+def save_encodings(file: Path, encodings: dict[tuple, tuple]):
+    """Write {key: encoding} to a file."""
+    content = io.BytesIO()
+    torch.save(encodings, content)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_files({file: content.getvalue()})
+
+
+def load_encodings(flow, file: Path) -> bool:
+    """Put a file's encodings into the cache; their tensors stay on disk until they are used. False if there is no such
+    file or it is damaged."""
     try:
-        rows = read_rows(file_of(seam, store, prompts, guidance))
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return False  # they are encoded again
-    for key, row in rows.items():
-        remember(seam, key, row)
+        encodings = torch.load(file, mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return False
+    for key, encoding in encodings.items():
+        cache_encoding(flow, key, encoding)
     return True
-
-
-def keep(seam, store: Path, prompts: list[str], guidance: float | None, known: int):
-    """Write to the folder what has been encoded since so many encodings were known, and hold that from now on."""
-    store.mkdir(parents=True, exist_ok=True)
-    write_rows(file_of(seam, store, prompts, guidance), dict(islice(seam.rows.items(), known, None)))
-    recall(seam, store, prompts, guidance)
-
-
-def write_rows(file: Path, rows: dict[tuple, tuple]):
-    """Write {key: encoding}; keys are tuples of strings, encodings nested tuples and lists of tensors and JSON's own
-    values."""
-    tensors, places = {}, {}
-
-    def outline(value):
-        """The encoding with each tensor's name in its place."""
-        if isinstance(value, (tuple, list)):
-            return {type(value).__name__: [outline(part) for part in value]}
-        if not torch.is_tensor(value):
-            return value
-        name = places.setdefault(id(value), f"{len(places)}")
-        tensors.setdefault(name, value.clone(memory_format=torch.contiguous_format))
-        return {"tensor": name}
-
-    index = json.dumps([[list(key), outline(row)] for key, row in rows.items()])
-    write_files({file: save(tensors, {"rows": index})})
-
-
-def read_rows(file: Path) -> dict[tuple, tuple]:
-    """Read them back; the tensors stay on disk until they are used."""
-    with safe_open(file, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        index = json.loads(opened.metadata()["rows"])
-
-    def filled(value):
-        """The reverse of `outline`."""
-        if not isinstance(value, dict):
-            return value
-        kind, content = next(iter(value.items()))
-        if kind == "tensor":
-            return tensors[content]
-        parts = [filled(part) for part in content]
-        return tuple(parts) if kind == "tuple" else parts
-
-    return {tuple(key): filled(row) for key, row in index}

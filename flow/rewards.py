@@ -38,7 +38,8 @@ KNOWN = f"{', '.join(HUB)}, file.py:function, vlm:MODEL, "
 VLM_QUESTION = 'Does this picture show "{prompt}", without defects? Answer yes or no.'
 
 
-def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False) -> Reward:
+def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False,
+                question=None) -> Reward:
     """spec, or "spec:weight,spec:weight" -> function (images (b, 3, h, w) in [0, 1], prompts) -> (b,) fp32 on the CPU.
     Videos (b, frames, 3, h, w) get the mean over at most four evenly spaced frames. Its `models` are on `device` from a
     call on; to make room, move them away. Its `names` are its parts'; reward(...) is weighted(scores_of(...)).
@@ -105,6 +106,14 @@ def check_gradient(name: str, score: Reward, device: torch.device):
         value = checked(name, score, images, ["a picture"]).sum()
     if not (value.requires_grad and torch.autograd.grad(value, images, allow_unused=True)[0] is not None):
         raise InputError(f"--adjoint: --reward {name} has no gradient")
+
+
+def split_reward(spec):
+    return [(part, 1.0) for part in without_questions(spec).split(",")]
+
+
+def reward_model(name):
+    return name.rpartition(".py:")[0] + ".py" if ".py:" in name else name.split(":")[0]
 
 
 def without_questions(spec: str) -> str:

@@ -1,42 +1,45 @@
-"""A training run: start and resume; a step's and an epoch's end.
+"""A training run's folder: found, opened, resumed, logged to, saved to. Nothing that the run itself has not written is
+overwritten or deleted."""
+import fcntl
+import io
+import json
+import math
+import shlex
+import sys
+import uuid
+import zipfile
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
 
-`start_run` gives a namespace `run` that the training scripts carry along: args, out, pipe, reward, prompts,
-eval_prompts, sigmas, params, opt, ema (of the parameters, or None), state (what it was resumed from), and the counters
-step, epoch, skipped and bad (non-finite steps in a row). """
-import time
-from types import SimpleNamespace
-
-import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
-from tqdm import tqdm
 
-from flow.checkpoint import find_run, open_folder, resume, save_checkpoint, unlock
-from flow.cli import InputError, check_flags, progress
-from flow.distributed import (
-    PROCESSES,
-    RANK,
-    all_gather,
-    barrier,
-    local_device,
-    local_slice,
-    mark_peak,
-    shutdown,
-    sum_gradients,
-    to_cpu,
-)
-from flow.draws import EPOCH, draw_prompts, rng, zero_std_share
-from flow.evaluate import evaluate
-from flow.log import check_wandb, digits, last_line, start_wandb, write_line
-from flow.lora import add_lora, quantization
-from flow.pipeline import encode_prompts, load_pipeline, schedule
+from flow.cli import InputError, append, check_flags, check_place, fingerprint, json_text, make_dir, write_files
+from flow.distributed import PROCESSES, RANK, all_gather, barrier, local_slice, move_to_cpu, shutdown
+from flow.lora import base_dtype, quantization, save_lora, swapped
+from flow.pictures import plot_curves
+from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import warn_unsuitable
-from flow.rewards import load_reward
+from flow.rewards import load_reward, reward_model, split_reward
 
-# ---------------------------------------------------------------- start
+# flags that may differ when a run is resumed: the result is what it would be, or what it would be but for rounding
+MAY_CHANGE = "--epochs", "--save-every", "--eval-every", "--wandb"
+CHANGES_ROUNDING = "--batch", "--rollout-batch", "--checkpointing", "--compile", "--shard"
+FORMAT = 2  # of args.json; runs of another format had other advantages, noise levels and averages
+FOLDERS = "samples", "lora", "checkpoint"
+FILES = ("args.json", "metrics.jsonl", "curves.png", "lora/pytorch_lora_weights.safetensors", "lora/README.md",
+         "checkpoint/state.pt", "checkpoint/lock")
+LOCKS, WANDB = {}, {}  # of each folder that this process holds: its open lock file; its wandb run, if it has one
+BINS = 5  # of the noise level t in norm_ratio_by_t: equal parts of [0, 1]
 
-def check_numbers(args):
-    """Refuse numbers that cannot work, naming the flag. A flag that a script does not have is passed over."""
+
+# ---------------------------------------------------------------- flags and models
+
+def check_args(args):
+    """Raise InputError, naming the flag, for numbers that cannot work. Flags that a script lacks are skipped."""
     at_least = {"epochs groups rank updates batch rollout_batch timesteps save_every eval_n eval_steps size frames": 1,
                 "group steps": 2, "seed eval_every lam margin kl guidance": 0}
     check_flags(args, {flag: low for flags, low in at_least.items() for flag in flags.split()})
@@ -45,174 +48,417 @@ def check_numbers(args):
     if args.ema is not None and not 0 < args.ema < 1:
         raise InputError(f"--ema {args.ema}: must be above 0 and below 1")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
-        raise InputError(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must "
-                         "be a multiple of that and the second no less")
+        raise InputError(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must be "
+                         "a multiple of that and the second no less")
     if args.shard and (PROCESSES == 1 or args.updates > 1 or args.eval_n % PROCESSES or args.quantize != "none"):
-        raise InputError("--shard: takes several processes (torchrun), --updates 1, an --eval-n that is a multiple "
-                         "of their number, and no --quantize")
+        raise InputError("--shard: takes several processes (torchrun), --updates 1, an --eval-n that is a multiple of "
+                         "their number, and no --quantize")
     if args.seed >= 2**63:
         raise InputError(f"--seed {args.seed}: must be below 2^63")
     for flag in ("lr", "max_grad_norm", "adv_clip", "power", "nft_beta", "dpo_beta"):
-        if not 0 < getattr(args, flag, 1) < float("inf"):
+        if not 0 < getattr(args, flag, 1) < math.inf:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
-
-
-def start_run(name: str, args) -> SimpleNamespace:
-    """Everything a training script starts from, in the order in which it can fail: flags, folder, reward, model,
-    prompts. An interrupted run is where its checkpoint left it; a finished one says so and exits 0."""
-    device = local_device()
     quantization(args.quantize)
-    check_wandb(args)
-    prompts, eval_prompts = draw_prompts(args)
-    out, state = find_run(name, args, device)
-    began = (out / "args.json").exists()
-    reward = load_reward(args.reward, device)
-    if early := args.size and not args.frames:
-        try_reward(reward, (3, args.size, args.size), prompts)  # before minutes of loading
+    try:
+        if args.wandb:
+            import wandb  # noqa: F401 - an optional package
+    except ImportError:
+        raise InputError("--wandb: needs a package that is not installed: pip install wandb")
+
+
+def load_models(args, device: torch.device, prompts: list[str], eval_prompts: list[str]):
+    """(reward, pipeline). The reward is tried on two random pictures of the run's size: if that is known, before the
+    pipeline is loaded, which can take minutes."""
+    def try_reward(*shape: int):
+        reward(torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)), prompts[:1] * 2)
+        move_to_cpu(reward.models)
+
+    reward = load_reward(args.reward, device, question=args.vlm_question)
+    if args.size and not args.frames:
+        try_reward(3, args.size, args.size)
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
-    if not early:
-        try_reward(reward, pipe.flow.picture, prompts)
+    if not args.size or args.frames:
+        try_reward(*pipe.flow.picture)
     warn_unsuitable(pipe, prompts + eval_prompts, args.size)
-    model = pipe.transformer
-    params = add_lora(model, args.rank, args.seed)
-    opt = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4, fused=device.type == "cuda")
-    ema = [p.detach().clone() for p in params] if args.ema else None
-    run = SimpleNamespace(name=name, args=args, out=out, began=began, pipe=pipe, reward=reward, prompts=prompts,
-                          eval_prompts=eval_prompts, sigmas=schedule(pipe, args.steps), params=params, opt=opt, ema=ema,
-                          state=state, step=0, epoch=state["epoch"] if state else 0, skipped=0, bad=0, peaks={},
-                          parts={})
-    resume(run)
-    barrier(epoch=run.epoch, step=run.step)
-    if RANK == 0:
-        open_folder(run)
-    barrier()
-    run.wandb = start_wandb(run)
-    own = own_prompts(run)
-    mark_peak(run, "load")
-    encode_prompts(pipe, own, args.guidance, out / "checkpoint" / "prompts")
-    if args.shard and len({pipe.flow.shapes.get(prompt) for prompt in own}) > 1:  # the processes' calls would differ
+    return reward, pipe
+
+
+def encode_local_prompts(out: Path, args, pipe, prompts: list[str], eval_prompts: list[str]):
+    """Encode the prompts that this process draws pictures of: its slices of the held-out prompts and of each epoch's.
+    OUT/checkpoint/prompts keeps them for a run that resumes."""
+    epochs = torch.arange(len(prompts)).split(args.groups)
+    local = eval_prompts[local_slice(len(eval_prompts))]
+    local = local + [prompts[i] for epoch in epochs for i in epoch[local_slice(args.groups)]]
+    encode_prompts(pipe, local, args.guidance, out / "checkpoint" / "prompts")
+    if args.shard and len({pipe.flow.shapes.get(prompt) for prompt in local}) > 1:  # the processes' calls would differ
         raise InputError(f"--shard: {type(pipe).__name__} encodes prompts to several lengths; it takes a model that "
                          "pads to one")
-    mark_peak(run, "encode")
-    if args.checkpointing or (args.checkpointing is None and device.type == "cuda"):
-        if model._supports_gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+
+
+def prepare_transformer(pipe, args):
+    """Gradient checkpointing (by default on a GPU) and torch.compile, as the flags say."""
+    on = pipe.device.type == "cuda" if args.checkpointing is None else args.checkpointing
+    if on and pipe.transformer._supports_gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
     if args.compile:
-        compile_blocks(model)
-    if run.epoch == 0 and args.eval_every:
-        evaluate(run, 0)
-    return run
-
-
-def try_reward(reward, picture: tuple[int, ...], prompts: list[str]):
-    """End the process, naming --reward, if the reward fails on random pictures of this shape."""
-    reward(torch.rand(2, *picture, generator=torch.Generator().manual_seed(0)), prompts[:1] * 2)
-    to_cpu(reward)
-
-
-def own_prompts(run) -> list[str]:
-    """What this process draws pictures of: its share of the held-out prompts and of each epoch's."""
-    epochs = torch.arange(len(run.prompts)).split(run.args.groups)
-    own = [run.prompts[i] for epoch in epochs for i in epoch[local_slice(run.args.groups)]]
-    return run.eval_prompts[local_slice(len(run.eval_prompts))] + own
-
-
-# ---------------------------------------------------------------- a step, an epoch
-
-def epochs(run):
-    """The epochs that are left, on a bar: (its prompts with each `group` times, its generator)."""
-    args = run.args
-    run.bar = progress(range(run.epoch, args.epochs), desc="train", initial=run.epoch, total=args.epochs)
-    for run.epoch in run.bar:
-        run.start = time.time()
-        prompts = run.prompts[run.epoch * args.groups:(run.epoch + 1) * args.groups]
-        yield [p for p in prompts for _ in range(args.group)], rng(args.seed, EPOCH, run.epoch)
-    unlock()
-    if RANK == 0:
-        last_line(run)
-    shutdown()
-
-
-# means over an update's rows: of every method (the last two only where there is a reference), and of one
-LOGGED = ["loss", "base_loss", "guard", "kl", "norm_ratio", "active"]
-OF_METHOD = {"nft": ["old_distance"], "awm": ["clip_share"], "dpo": ["accuracy", "margin"]}
-BINS = 5  # equal parts of [0, 1], of the noise level t, in norm_ratio_by_t
-
-
-def tally(sums: dict, **values: Tensor):
-    """Add each value's sum over a micro-batch (b,) to `sums`; nothing waits for the GPU."""
-    for name, value in values.items():
-        value = value.detach()
-        sums[name] = sums.get(name, 0) + (value if value.dtype == torch.float64 else value.float()).sum()
-
-
-def tally_by_t(sums: dict, ratio: Tensor, t: Tensor):
-    """Add norm ratios (b,) to `sums` by their noise level t (b,)."""
-    place = (t * BINS).long().clamp_max(BINS - 1)
-    for k in range(BINS):
-        tally(sums, **{f"ratio_at_{k}": ratio * (place == k), f"rows_at_{k}": place == k})
-
-
-def finish_step(run, sums: dict, rows: int, reward: Tensor, done: float):
-    """Sum the gradients over the processes, clip them and step, unless the loss or a gradient is not finite; log the
-    means of `sums` over the step's rows, of all processes, and of the rewards (n,) of its epoch, of which so great a
-    share has been trained on. Ten skipped steps in a row end the process."""
-    own = dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}
-    totals = all_gather(own)  # of each process
-    names = dict.fromkeys(name for total in totals for name in total)
-    means = {name: sum(total[name] for total in totals if name in total) / rows for name in names}
-    sum_gradients(run.params)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.params, run.args.max_grad_norm).item()
-    finite = bool(np.isfinite([means["loss"], grad_norm]).all())
-    if finite:
-        run.opt.step()
-        decay = run.ema and min((2 + run.step) / (11 + run.step), run.args.ema)  # this is step run.step + 1
-        for average, p in zip(run.ema or (), run.params):
-            average.lerp_(p.detach(), 1 - decay)
-    run.opt.zero_grad()
-    run.step += 1
-    run.skipped += not finite
-    run.bad = 0 if finite else run.bad + 1
-    flat = zero_std_share(reward, run.args.group)
-    if flat == 1 and done == 1:
-        tqdm.write(f"note: epoch {run.epoch}: all pictures of a prompt have the same reward ({reward[0]:g}, ...); "
-                   "there is nothing to learn")
-    line = {"step": run.step, "epoch": run.epoch, "reward": reward.mean().item(), "reward_std": reward.std().item()}
-    for name, part in run.parts.items():
-        line |= {f"reward/{name}": part.mean().item(), f"reward/{name}_std": part.std().item()}
-    line |= {"zero_std_share": flat, **{name: means.get(name) for name in LOGGED}}
-    line |= {name: means.get(name) for name in OF_METHOD[run.name]}
-    if "policy_ratio" in means:
-        line["ratio_std"] = max(0, means["policy_ratio_square"] - means["policy_ratio"] ** 2) ** 0.5
-    by_t = [(means.get(f"ratio_at_{k}", 0), means.get(f"rows_at_{k}", 0)) for k in range(BINS)]
-    line["norm_ratio_by_t"] = [ratio / count if count else None for ratio, count in by_t]
-    line |= {"grad_norm": grad_norm, "skipped": run.skipped,
-             "img_per_s": done * len(reward) / (time.time() - run.start)}
-    mark_peak(run, "update")
-    if run.peaks:
-        line |= {"peak_gb": max(run.peaks.values()), **run.peaks}
-    write_line(run, line)
-    if run.bad == 10:
-        raise InputError(f"{run.out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try a "
-                         "lower --lr in another --out")
-    ratio = "-" if line["norm_ratio"] is None else f"{line['norm_ratio']:.3f}"
-    skipped = {"skipped": run.skipped} if run.skipped else {}
-    run.bar.set_postfix(reward=digits(line["reward"], line["reward_std"]), norm_ratio=ratio, **skipped)
-
-
-def finish_epoch(run, **state):
-    """Evaluate and save if it is time to; `state` is what a method keeps besides LoRA and optimizer."""
-    args, done = run.args, run.epoch + 1
-    if args.eval_every and (done % args.eval_every == 0 or done == args.epochs):
-        evaluate(run, done)
-    if RANK == 0 and (done % args.save_every == 0 or done == args.epochs):
-        save_checkpoint(run, done, **state)
+        compile_blocks(pipe.transformer)
 
 
 def compile_blocks(model: torch.nn.Module, backend: str = "inductor"):
-    """torch.compile each of a transformer's blocks; the whole is called through hooks. A kind of block is compiled for
-    the rollout, the update, the reference in either, and NFT's old policy: five times."""
-    torch._dynamo.config.recompile_limit = 64  # of 8 by default, after which a block would stay uncompiled
+    """torch.compile each of a transformer's blocks; the whole is called through hooks. Each kind of block is compiled
+    up to five times: for the rollout, the update, the reference in either, and NFT's old policy."""
+    torch._dynamo.config.recompile_limit = 64  # the default, 8, would leave blocks uncompiled
     for blocks in model.children():
         for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
             block.compile(backend=backend)
+
+
+# ---------------------------------------------------------------- find, open and finish a run
+
+def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None]:
+    """The run's folder, and the checkpoint to resume from (None: a new run). A finished run exits with code 0. Raises
+    InputError if the folder holds anything but an unfinished run of this command. Writes nothing but the lock."""
+    out = Path(args.out or default_folder(method, args))
+    samples = tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*"))
+    check_place(out, "--out", FILES + samples, FOLDERS)
+    files = [path for part in (*FILES, *FOLDERS, "samples.jsonl") for path in (out / part, *(out / part).rglob("*"))]
+    files = {path.relative_to(out).parts[0] for path in files if path.is_file() and path.name != "lock"}
+    if not files:
+        return out, None
+    recorded, state_file, log = read_args(out, method, files), out / "checkpoint" / "state.pt", out / "metrics.jsonl"
+    before, now, here = flags_of(type(args)(), recorded), flags_of(args), machine(device)
+    if changed := differences(before, now, now.keys() - {*MAY_CHANGE, *CHANGES_ROUNDING}):
+        raise InputError(f"--out {out}: holds a run with other args: {', '.join(changed)}; give another --out, or the "
+                         "same args to resume it")
+    check_inputs(out, args, recorded)
+    if not state_file.exists() and (not state_file.parent.is_dir() or epochs_logged(log) >= recorded["save_every"]):
+        raise InputError(f"--out {out}: its checkpoint is gone; restore {state_file}, or give another --out")
+    lock(out)
+    if not state_file.exists():
+        print(f"{out}: holds no checkpoint yet; starts over")
+        return out, None
+    saved = read_state(state_file, {"old": list} if method == "nft" else {})
+    if saved["epoch"] > args.epochs:
+        raise InputError(f"--epochs {args.epochs}: the run in {out} has done {saved['epoch']}")
+    if saved["epoch"] == args.epochs:
+        print(f"{out}: this run is finished ({args.epochs} epochs); a larger --epochs goes on with it")
+        sys.exit(0)
+    read_log(log, saved["log_bytes"])
+    changed = differences(before, now, CHANGES_ROUNDING)
+    for there in (recorded, *recorded["resumed_on"]):
+        changed += differences(there | there["versions"], here | here["versions"], {*here, *here["versions"]} - {"versions"})
+    if changed:
+        print(f"{out}: {', '.join(dict.fromkeys(changed))} changed: from here on equal to an uninterrupted run but for "
+              "rounding")
+    return out, saved
+
+
+def flags_of(args, recorded: dict = {}) -> dict:
+    """{"--flag": value} of all args but --out, in JSON's types; a value in `recorded` takes precedence."""
+    values = json.loads(json_text(asdict(args)))
+    return {f"--{name.replace('_', '-')}": recorded.get(name, value) for name, value in values.items() if name != "out"}
+
+
+def differences(before: dict, now: dict, names) -> list[str]:
+    """The names whose values differ, as "--lr (0.1 there, 0.2 here)", in the order of `now`."""
+    return [f"{name} ({before[name]} there, {value} here)" for name, value in now.items()
+            if name in names and before[name] != value]
+
+
+def default_folder(method: str, args) -> str:
+    """runs/METHOD-MODEL-REWARD-lamLAM-sSEED."""
+    reward = "+".join(Path(name).name.replace(".py:", "-").replace(":", "") for name, _ in split_reward(args.reward))
+    lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
+    return f"runs/{method}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}"
+
+
+def read_args(out: Path, method: str, files: set[str]) -> dict:
+    """args.json of a run of this method. Raises InputError if the folder's files are not of such a run."""
+    kinds = {"script": str, "inputs": dict, "save_every": int, "epochs": int}
+    try:
+        recorded = json.loads((out / "args.json").read_text()) if "args.json" in files else None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{out / 'args.json'}: cannot be read ({e}); restore it, or give another --out")
+    known = isinstance(recorded, dict) and all(isinstance(recorded.get(name), kind) for name, kind in kinds.items())
+    if not known or recorded["script"] != f"train_{method}.py":
+        raise InputError(f"--out {out}: {', '.join(sorted(files))} there is not of a run of train_{method}.py; give "
+                         "another --out")
+    if recorded.get("format") != FORMAT:
+        raise InputError(f"--out {out}: the run there was begun by an earlier version of this code, which computed "
+                         "advantages, DPO's noise levels and --ema otherwise; finish it with that version, or give "
+                         "another --out")
+    return recorded
+
+
+def inputs_of(args) -> dict[str, str | None]:
+    """Fingerprints of what the run reads, by flag; None where there is nothing to compare."""
+    rewards = [str(fingerprint(reward_model(name))) for name, _ in split_reward(args.reward)]
+    return {"prompts": fingerprint(args.prompts), "eval_prompts": fingerprint(args.eval_prompts),
+            "model": fingerprint(args.model) or revision(args.model), "reward": " ".join(rewards)}
+
+
+def check_inputs(out: Path, args, recorded: dict):
+    """Raise InputError if what a run reads is not what it was when the run began."""
+    changed = [f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag, value in inputs_of(args).items()
+               if value is not None and recorded["inputs"].get(flag) not in (value, None)]
+    if changed:
+        raise InputError(f"--out {out}: {' and '.join(changed)} changed since the run began; restore it, or give "
+                         "another --out")
+
+
+def revision(model: str) -> str | None:
+    """The commit of a hub model in the local cache; None of a folder, and of what is not there yet."""
+    try:
+        file = None if Path(model).is_dir() else try_to_load_from_cache(model, "model_index.json")
+    except ValueError:  # no hub id, but a folder that is gone: load_pipeline says so
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def machine(device: torch.device) -> dict:
+    """What a run's rounding depends on besides its flags."""
+    cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+            "dtype": str(base_dtype(device)).removeprefix("torch."), "threads": torch.get_num_threads(),
+            "processes": PROCESSES,
+            "versions": {library: version(library) for library in ("torch", "diffusers", "transformers", "peft")}}
+
+
+def open_run(out: Path, method: str, args, pipe, saved: dict | None):
+    """Make the folder, hold it, write args.json, and start wandb if asked for. Of several processes the first does it.
+    Lines of the log that the checkpoint does not know are cut off: they are written again."""
+    barrier(epoch=saved["epoch"] if saved else 0, step=saved["step"] if saved else 0)
+    if RANK == 0:
+        file, here = out / "args.json", machine(pipe.device)
+        if file.exists() and out not in LOCKS:
+            raise InputError(f"--out {out}: another process has been at work there; give another --out")
+        make_dir(out / "checkpoint", "--out")
+        make_dir(out / "samples", "--out")
+        lock(out)
+        known = json.loads(file.read_text()) if saved else {**here, "resumed_on": []}
+        if saved:
+            check_inputs(out, args, known)  # again: loading a hub model may have brought another revision
+        first = {name: known[name] for name in here}
+        resumed_on = known["resumed_on"] + [here] * (here not in (first, *known["resumed_on"]))
+        wandb_id = known.get("wandb_id") or (uuid.uuid4().hex[:8] if args.wandb else None)
+        flags = {flag: value for flag, value in asdict(args).items() if flag != "out"}
+        text = json.dumps({"script": f"train_{method}.py", "format": FORMAT, **flags, **first, "resumed_on": resumed_on,
+                           "wandb_id": wandb_id, "inputs": inputs_of(args),
+                           "max_sequence_length": pipe.flow.settings.get("max_sequence_length")}, indent=2)
+        write_files({file: text + "\n"})
+        with open(out / "metrics.jsonl", "a") as log:
+            log.truncate(saved["log_bytes"] if saved else 0)
+        if args.wandb:
+            import wandb  # check_args has found it
+            WANDB[out] = wandb.init(project=args.wandb, name=out.name, id=wandb_id, resume="allow", config=asdict(args))
+    barrier()
+
+
+def lock(out: Path):
+    """Hold a folder until the run or the process ends. Raises InputError if another run holds it."""
+    if RANK > 0 or out in LOCKS:
+        return  # the first process holds it for all
+    LOCKS[out] = open(out / "checkpoint" / "lock", "a")
+    try:
+        fcntl.lockf(LOCKS[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        LOCKS.pop(out).close()
+        raise InputError(f"--out {out}: another process is at work there; give another --out")
+
+
+def unlock():
+    """Let go of the folders that this process holds."""
+    while LOCKS:
+        LOCKS.popitem()[1].close()
+
+
+def finish_run(out: Path, skipped: int):
+    """Let go of the folder, and print what came of the run: reward and norm ratio, first and last, of held-out prompts
+    if they were evaluated."""
+    unlock()
+    shutdown()
+    WANDB.pop(out, None)
+    if RANK > 0:
+        return
+    lines, parts = read_log(out / "metrics.jsonl"), [f"{skipped} steps skipped"] if skipped else []
+    prefix, prompts = ("eval_", "held-out") if any("eval_reward" in line for line in lines) else ("", "training")
+    for name, decimals in (("reward", None), ("norm_ratio", 3)):
+        values = [line[prefix + name] for line in lines if line.get(prefix + name) is not None]
+        if values:
+            change = abs(values[-1] - values[0]) if decimals is None else 0.1
+            first, last = digits(values[0], change), digits(values[-1], change)
+            parts.append(f"{prompts} {name.replace('_', ' ')} {first} -> {last}")
+    print(f"done: {', '.join(parts)}; {out}/ holds lora/, samples/, curves.png and metrics.jsonl")
+
+
+# ---------------------------------------------------------------- log
+
+def mean_over_rows(batches: list[dict[str, Tensor]], rows: int) -> dict:
+    """Means over an update's rows, of all processes, by name. batches: of each micro-batch, values (b,) by name. With
+    norm_ratio there must be t (b,): it gives norm_ratio_by_t, the ratio in BINS equal bins of the noise level. Waits
+    for the GPU."""
+    sums = {}
+    for values in batches:
+        values = {name: value.detach() for name, value in values.items()}
+        t, ratio = values.pop("t", None), values.get("norm_ratio")
+        for k in range(BINS) if ratio is not None else ():
+            in_bin = ((t * BINS).long().clamp_max(BINS - 1) == k).to(ratio.device)
+            values |= {f"ratio in bin {k}": ratio * in_bin, f"rows in bin {k}": in_bin}
+        for name, value in values.items():
+            value = value if value.dtype == torch.float64 else value.float()
+            sums[name] = sums.get(name, 0) + value.sum()
+    local = dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}
+    totals = all_gather(local)  # of each process
+    names = dict.fromkeys(name for total in totals for name in total)
+    means = {name: sum(total[name] for total in totals if name in total) / rows for name in names}
+    bins = [(means.pop(f"ratio in bin {k}", 0), means.pop(f"rows in bin {k}", 0)) for k in range(BINS)]
+    by_t = [ratio / count if count else None for ratio, count in bins]
+    return {"norm_ratio": None, "active": None, **means, "norm_ratio_by_t": by_t}
+
+
+def log_step(out: Path, bar, line: dict):
+    """Log an optimizer step, and show it on the bar."""
+    if torch.cuda.is_available():
+        line = {**line, "peak_gb": torch.cuda.max_memory_allocated() / 2**30}
+    log_line(out, line)
+    ratio = "-" if line["norm_ratio"] is None else f"{line['norm_ratio']:.3f}"
+    skipped = {"skipped": line["skipped"]} if line["skipped"] else {}
+    bar.set_postfix(reward=digits(line["reward"], line["reward_std"]), norm_ratio=ratio, **skipped)
+
+
+def log_line(out: Path, line: dict, picture: Path | None = None):
+    """Append a line to metrics.jsonl; send its numbers and a picture to wandb if asked for."""
+    if RANK > 0:
+        return
+    append(out / "metrics.jsonl", json_text(line) + "\n")
+    if out in WANDB:
+        import wandb  # open_run has imported it
+        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        WANDB[out].log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=line["step"])
+
+
+def digits(value: float, spread: float) -> str:
+    """A number with as many decimals as show a change of `spread`, at least 3."""
+    decimals = 2 - math.floor(math.log10(max(spread, 1e-6 * abs(value)))) if 0 < spread < math.inf else 3
+    return f"{value:.{min(max(decimals, 3), 15)}f}"
+
+
+# ---------------------------------------------------------------- checkpoint
+
+def save_checkpoint(out: Path, method: str, args, pipe, eval_prompts: list[str], params: list, optimizer, *,
+                    epoch: int, step: int, skipped: int, skipped_in_a_row: int, ema: list | None, **copies: list):
+    """Write lora/ (of `ema`, if given), curves.png, and last checkpoint/state.pt, on which the next epoch depends:
+    a run that is killed in between repeats the epochs since the last checkpoint and writes the same files. copies:
+    other lists of tensors like params, by name."""
+    if RANK > 0:
+        return
+    with swapped(params, ema):
+        save_lora(pipe, out / "lora")
+    write_files({out / "lora" / "README.md": model_card(method, args, eval_prompts)})
+    embedded = pipe.transformer.config.get("guidance_embeds")  # then training is told the guidance too
+    plot_curves(out, None if embedded else args.guidance)
+    content = io.BytesIO()  # torch.save to a file does not report a full disk
+    torch.save({"lora": get_peft_model_state_dict(pipe.transformer), "opt": optimizer.state_dict(), "epoch": epoch,
+                "step": step, "skipped": skipped, "bad": skipped_in_a_row, "ema": ema, **copies,
+                "log_bytes": (out / "metrics.jsonl").stat().st_size}, content)
+    write_files({out / "checkpoint" / "state.pt": content.getvalue()})
+
+
+def resume(out: Path, saved: dict | None, model: torch.nn.Module, params: list, optimizer,
+           **copies: list | None) -> tuple[int, int, int, int]:
+    """Put back what the checkpoint holds: the LoRA, the optimizer, and each of `copies` (None: there is none). Returns
+    (epochs done, step, skipped, skipped in a row), zeros for a new run. Raises InputError if it does not fit."""
+    if saved is None:
+        return 0, 0, 0, 0
+    lora, now = saved["lora"], get_peft_model_state_dict(model)
+    shapes = [p.shape for p in params]
+    try:
+        fits = {name: x.shape for name, x in lora.items()} == {name: x.shape for name, x in now.items()}
+        for i, moments in saved["opt"]["state"].items():
+            fits = fits and moments["exp_avg"].shape == moments["exp_avg_sq"].shape == shapes[i]
+        fits = fits and all([x.shape for x in saved[name]] == shapes for name, copy in copies.items() if copy)
+        optimizer.load_state_dict(saved["opt"])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # it is of another form
+        fits = False
+    if not fits:
+        raise InputError(f"{out}/checkpoint/state.pt: does not fit the model; restore it, or give another --out")
+    set_peft_model_state_dict(model, lora)
+    for name, copy in copies.items():
+        for x, value in zip(copy or (), saved[name] or ()):
+            x.data.copy_(value)
+    print(f"{out}: resumed at epoch {saved['epoch']}")
+    return saved["epoch"], saved["step"], saved["skipped"], saved["bad"]
+
+
+def read_state(file: Path, more: dict[str, type]) -> dict:
+    """The checkpoint. Raises InputError if it is damaged, lacks a part, or holds numbers that are not finite. more: the
+    parts that a method adds, with their types."""
+    why = ""
+    try:
+        with zipfile.ZipFile(file) as opened:  # torch.load does not check the checksums
+            why = opened.testzip() and "a checksum is wrong"
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        kinds = {"lora": dict, "opt": dict, "epoch": int, "step": int, "skipped": int, "bad": int, "log_bytes": int}
+        lacks = sorted(name for name, kind in (kinds | more).items() if not isinstance(state.get(name), kind))
+        if not why and lacks:
+            why = f"it lacks {', '.join(lacks)}"
+        if not why and not all(x.isfinite().all() for x in float_tensors(state)):
+            why = "it holds numbers that are not finite"
+    except Exception as e:  # torch and zipfile raise many kinds
+        why = type(e).__name__
+    if why:
+        raise InputError(f"{file}: cannot be read ({why}); restore it, or give another --out")
+    return state
+
+
+def float_tensors(value) -> list[Tensor]:
+    """All floating-point tensors in nested dicts and lists."""
+    if isinstance(value, (dict, list)):
+        return [x for part in (value.values() if isinstance(value, dict) else value) for x in float_tensors(part)]
+    return [value] if torch.is_tensor(value) and value.is_floating_point() else []
+
+
+def read_log(log: Path, size: int | None = None) -> list[dict]:
+    """The lines in the first `size` bytes of metrics.jsonl. Raises InputError if they are not there or no JSON."""
+    try:
+        content = log.read_bytes()
+        lines = [json.loads(line) for line in content[:size].splitlines()]
+        if len(content) < (size or 0) or not all(isinstance(line, dict) for line in lines):
+            raise ValueError("it is shorter than the checkpoint says, or a line is no JSON object")
+        return lines
+    except (OSError, ValueError) as e:
+        raise InputError(f"{log}: cannot be read ({e}); restore it, or give another --out")
+
+
+def epochs_logged(log: Path) -> int:
+    """The number of the last epoch that metrics.jsonl has a training step of, 0 if there is none."""
+    try:
+        return max((line["epoch"] for line in read_log(log) if "loss" in line), default=0)
+    except (InputError, KeyError):  # cut short in its first epoch
+        return 0
+
+
+def model_card(method: str, args, eval_prompts: list[str]) -> str:
+    """lora/README.md: a model card for the hub. The user chooses the licence."""
+    flags = []
+    for field in fields(args):
+        value, flag = getattr(args, field.name), field.name.replace("_", "-")
+        if value != field.default:
+            words = value if isinstance(value, tuple) else [value]
+            switch = f"--{flag}" if value else f"--no-{flag}"
+            flags.append(switch if isinstance(value, bool) else shlex.join([f"--{flag}", *map(str, words)]))
+    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(eval_prompts[:4]))
+    return f"""---
+base_model: {args.model}
+library_name: diffusers
+tags: [lora, diffusers, normguard, {method}]
+---
+A LoRA of rank {args.rank} for `{args.model}` (`pipe.load_lora_weights(FOLDER)`), trained for the reward
+`{args.reward}` with {method.upper()} and NormGuard (arXiv 2606.27771), lam {args.lam}:
+
+    python train_{method}.py {" ".join(flags)}
+
+Prompts to try:
+
+{prompts}
+"""

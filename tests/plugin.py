@@ -1,15 +1,21 @@
-"""Tests run on the CPU, where results are exact, but those of `python -m pytest -m gpu`."""
+"""Settings of every pytest process. They come before the first import of torch, which tests/helpers.py does."""
 import gc
 import os
+import sys
 
 
 def pytest_configure(config):
-    """Before anything imports torch. OpenMP's threads of two workers must not spin against each other."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    """Hide the GPU but from `python -m pytest -m gpu`: on a CPU results are exact. Then load the shared fixtures."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")  # the OpenMP threads of two workers must not spin against each other
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.pop("OPENAI_API_KEY", None)
+    os.chdir(config.rootpath)  # defaults like tiny/sd3 are relative to the repository
+    sys.path[:0] = [str(config.rootpath), str(config.rootpath / "tiny")]
+    if not config.getoption("numprocesses", None):  # with -n, only the workers run tests
+        config.pluginmanager.import_plugin("tests.helpers")
 
 
 def pytest_collection_finish(session):
-    """What has been imported stays: the garbage collector need not look through it again."""
+    """Keep the garbage collector from looking through everything that has been imported."""
     gc.freeze()

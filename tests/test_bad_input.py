@@ -1,8 +1,8 @@
-"""A storm of odd inputs: each is one short line that names the flag or the file, exit code 2, and nothing is written.
+"""Tests of bad input: the error is one short line that names the flag or the file, exit code 2, and no file changes.
 
-A case a line: script, flags, words of the line. RUN stands for the flags of the finished run in `run/`, of which the
-folders in `runs/` are copies with one thing wrong each. All but a few are called in this process, as the scripts'
-last line does.
+Each line of CASES has a script, its flags, and words of the error. RUN stands for the flags of the finished run in
+`run/`; the folders in `runs/` are copies of it, each with one thing wrong. The scripts are called in this process as
+their last line calls them.
 """
 import importlib
 import json
@@ -20,14 +20,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flow import checkpoint, cli, pictures
+import eval_judge
+import flow.rewards
+from flow import cli, pictures, run
+from flow.pipeline import load_pipeline
+from tests.helpers import CPU, ROOT, refuses
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tiny"))
 RUN = ("--group 2 --groups 2 --batch 8 --rank 4 --steps 2 --timesteps 1 --eval-n 2 --eval-every 2 --save-every 1 "
        "--epochs 3 --out")
 BIG = "1" + "0" * 12
-
+ASK = "--judge-model m --judge-retries 0 --reward --forensic"
 CASES = [line.split("|") for line in f"""
 train_awm | --lr 0 | --lr 0 positive
 train_awm | --lr -1e-3 | --lr
@@ -102,9 +104,11 @@ train_awm | --reward missing.py:f | --reward missing.py
 train_awm | --reward odd/reward.py | --reward odd/reward.py:FUNCTION
 train_awm | --reward odd/reward.py: | --reward odd/reward.py
 train_awm | --reward odd/reward.py:g | --reward odd/reward.py:g
-train_awm | --reward odd/reward.py:number | --reward number function
+train_awm | --reward odd/reward.py:number | --reward no function number
+train_awm | --reward odd/reward.py:0.5 | --reward 0.5
+train_awm | --reward odd/reward.py:nan:nan | --reward weight
 train_awm | --reward odd/reward.py:raises | --reward raises reward.py
-train_awm | --reward odd/reward.py:exits | --reward exits
+train_awm | --reward odd/reward.py:exits | --reward exits SystemExit reward.py:5
 train_awm | --reward odd/reward.py:nan | --reward nan
 train_awm | --reward odd/reward.py:inf | --reward inf
 train_awm | --reward odd/reward.py:shape | --reward shape
@@ -112,7 +116,7 @@ train_awm | --reward odd/reward.py:none | --reward none
 train_awm | --reward odd/reward.py:text | --reward text
 train_awm | --reward odd/syntax.py:f | --reward odd/syntax.py:f
 train_awm | --reward odd/imports.py:f | --reward odd/imports.py:f nothing_of_the_kind
-train_awm | --reward odd/quits.py:f | --reward odd/quits.py:f
+train_awm | --reward odd/quits.py:f | --reward odd/quits.py:f SystemExit
 train_awm | --reward odd/binary.txt.py:f | --reward odd/binary.txt.py:f
 train_awm | --reward odd/folder.py:f | --reward odd/folder.py
 train_awm | --reward tiny/pickscore:nan | --reward weight
@@ -122,10 +126,6 @@ train_awm | --reward ,tiny/pickscore | --reward missing
 train_awm | --reward :0.5 | --reward missing
 train_awm | --reward tiny/sd3 | --reward tiny/sd3
 train_awm | --reward odd/folder | --reward odd/folder
-train_awm | --reward vlm: | --reward vlm:MODEL
-train_awm | --reward vlm:http://localhost/v1 | --reward vlm:MODEL
-train_awm | --reward vlm:missing | --reward vlm: missing
-train_awm | --reward vlm:tiny/pickscore | --reward vlm: tiny/pickscore
 train_awm | --prompts '' | --prompts empty
 train_awm | --prompts missing.txt | --prompts missing.txt
 train_awm | --prompts odd/empty.txt | --prompts odd/empty.txt no prompt
@@ -150,8 +150,9 @@ train_awm | --out /proc/run | --out /proc
 train_awm | {RUN} run --lr 0.5 | --out run --lr 0.0005 0.5
 train_awm | {RUN} run --seed 7 --kl 0.5 | --out --seed --kl
 train_awm | {RUN} run --epochs 1 --lam 1 | --out run --lam
-train_nft | {RUN} run | --out run train_nft.py
-train_dpo | {RUN} run | --out run train_dpo.py
+train_awm | {RUN} run --epochs 1 | --epochs 1 has done 2
+train_nft | {RUN} run | --out run train_nft.py another
+train_dpo | {RUN} run | --out run train_dpo.py another
 train_awm | {RUN} runs/args-folder | --out args.json no file
 train_awm | {RUN} runs/args-list | --out args.json
 train_awm | {RUN} runs/args-garbage | args.json
@@ -178,6 +179,7 @@ train_awm | {RUN} runs/checkpoint-dangling | --out checkpoint no folder
 train_awm | {RUN} runs/checkpoint-gone | --out checkpoint gone
 train_awm | {RUN} runs/state-folder | --out state.pt no file
 train_awm | {RUN} runs/state-gone | checkpoint gone
+train_awm | {RUN} runs/state-gone --lr 0.5 | --out --lr
 train_awm | {RUN} runs/state-cut | state.pt
 train_awm | {RUN} runs/state-bits | state.pt checksum
 train_awm | {RUN} runs/state-garbage | state.pt
@@ -185,18 +187,26 @@ train_awm | {RUN} runs/state-empty | state.pt
 train_awm | {RUN} runs/state-list | state.pt
 train_awm | {RUN} runs/state-pickle | state.pt
 train_awm | {RUN} runs/state-no-opt | state.pt opt
+train_awm | {RUN} runs/state-no-step | state.pt step
 train_awm | {RUN} runs/state-epoch-text | state.pt epoch
 train_awm | {RUN} runs/state-nan | state.pt not finite
-train_awm | {RUN} runs/state-epoch-9 | --epochs 3 9
-train_awm | {RUN} runs/state-other-lora | state.pt fit
-train_awm | {RUN} runs/state-odd-opt | state.pt fit
+train_awm | {RUN} runs/state-epoch-9 | --epochs 3 has done 9
+train_awm | {RUN} runs/state-other-lora | state.pt does not fit
+train_awm | {RUN} runs/state-fewer-loras | state.pt does not fit
+train_awm | {RUN} runs/state-renamed-lora | state.pt does not fit
+train_awm | {RUN} runs/state-odd-opt | state.pt does not fit
+train_awm | {RUN} runs/state-odd-moments | state.pt does not fit
 train_nft | {RUN} runs/nft-no-old | state.pt old
 train_nft | {RUN} runs/nft-odd-old | state.pt fit
 train_nft | {RUN} runs/nft-nan-old | state.pt not finite
 train_awm | {RUN} runs/lock-folder | --out lock no file
 train_awm | --out runs/only-png | --out samples another
+train_awm | --out runs/only-mine | --out samples another
 train_awm | --out runs/only-curves | --out curves.png another
 train_awm | --out runs/only-lora | --out lora another
+train_awm | --out runs/only-log | --out metrics.jsonl another
+train_awm | --out runs/only-args | --out args.json another
+train_awm | --out a | --out samples.jsonl another
 sample | --steps 0 | --steps 0
 sample | --steps {BIG} | --steps {BIG} most
 sample | --n 0 | --n 0
@@ -252,13 +262,11 @@ sample | --out /proc/x | --out /proc
 eval_judge | a b --judge ftp://x | --judge ftp://x
 eval_judge | a b --judge missing | --judge missing
 eval_judge | a b --judge http://127.0.0.1:9/v1 | --judge-model
-eval_judge | a b --judge http://127.0.0.1:9/v1 --judge-model m --judge-retries 0 --reward --forensic | --judge reached
-eval_judge | a b --judge http:// --judge-model m --judge-retries 0 --reward --forensic | --judge http://
-eval_judge | a b --judge http://[ --judge-model m --judge-retries 0 --reward --forensic | --judge http://[
+eval_judge | a b {ASK} --judge http://127.0.0.1:9/v1 | --judge cannot be reached
+eval_judge | a b {ASK} --judge http:// | --judge http://
+eval_judge | a b {ASK} --judge http://[ | --judge http://[
 eval_judge | a b --judge tiny/pickscore --reward --forensic | --judge tiny/pickscore
-eval_judge | a b --judge '' | --judge empty
 eval_judge | a b --judge-timeout 0 | --judge-timeout 0
-eval_judge | a b --judge-timeout nan | --judge-timeout nan
 eval_judge | a b --judge-retries -1 | --judge-retries -1
 eval_judge | a b --judge-retries {BIG} | --judge-retries {BIG}
 eval_judge | a b --judge-concurrency 0 | --judge-concurrency 0
@@ -274,16 +282,23 @@ eval_judge | a b --forensic missing --reward --judge none | --forensic missing
 eval_judge | a b --real-label typo --reward --judge none | --real-label typo
 eval_judge | a b --real missing | missing folder
 eval_judge | a b --real odd/folder | odd/folder picture
+eval_judge | a b --real outs/other | --real at least two
 eval_judge | a b --embed missing --real b --reward --forensic --judge none | --embed missing
 eval_judge | | folders
-eval_judge | a a | a twice
-eval_judge | a missing | missing folder
+eval_judge | a missing | missing no such folder
 eval_judge | a odd/empty.txt | odd/empty.txt folder
 eval_judge | a odd/folder | odd/folder samples.jsonl
 eval_judge | a outs/jsonl-garbage | outs/jsonl-garbage samples.jsonl
 eval_judge | a outs/cut | 00001.png
 eval_judge | a outs/gone | 00001.png
-eval_judge | a outs/other | prompt
+eval_judge | a outs/broken | 00001.png
+eval_judge | a outs/small | 00001.png
+eval_judge | a outs/jsonl-object | outs/jsonl-object samples.jsonl
+eval_judge | a outs/jsonl-list | outs/jsonl-list samples.jsonl
+eval_judge | a outs/jsonl-prompts | outs/jsonl-prompts samples.jsonl
+eval_judge | a outs/jsonl-empty | outs/jsonl-empty no picture
+eval_judge | a outs/other | no prompt and seed
+eval_judge | a outs/seeds | no prompt and seed
 eval_judge | a b --out odd/empty.txt | --out odd/empty.txt no folder
 eval_judge | a b --out evals/report-folder | --out report.json no file
 eval_judge | a b --out evals/report-garbage | report.json
@@ -314,19 +329,23 @@ world | --prompts odd/latin.txt | --prompts odd/latin.txt
 world | --prompts odd/strange.txt | --prompts a grey cat
 world | --out odd/empty.txt | --out odd/empty.txt no folder
 world | --out run/samples | --out run/samples
+flow.cost.budget | --model no/such/folder | --model no/such/folder
+flow.cost.budget | --batch 0 | --batch 0 positive
+flow.cost.budget | --tflops -1 | --tflops -1.0
 reproduce | --bases sdxl | --bases sdxl flux
 reproduce | --methods grpo | --methods grpo
 reproduce | --rewards clip | --rewards clip
 reproduce | --seeds -1 | --seeds -1
 reproduce | --seeds | --seeds
 reproduce | --only 0 | --only 0
-reproduce | --jobs 0 | --jobs 0
+reproduce | --only 11 | --only 11
 reproduce | --runs /dev/null | --runs /dev/null no folder
 reproduce | --runs '' | --runs empty
 reproduce | --runs 'a b' | --runs a b
 reproduce | --results /dev/null/x | --results /dev/null no folder
 reproduce | --results {"y" * 300} | --results long
 """.strip().splitlines()]
+
 
 REWARDS = """import numpy as np
 import torch
@@ -432,15 +451,28 @@ def make_runs(runs: Path, run: Path):
     shutil.rmtree(copy("checkpoint-gone") / "checkpoint")
     other_state("state-list", [1, 2])
     other_state("state-pickle", {**state, "epoch": Path("x")})  # needs the unpickler that runs code
-    other_state("state-no-opt", {k: v for k, v in state.items() if k != "opt"})
+    for part in ("opt", "step"):
+        other_state(f"state-no-{part}", {k: v for k, v in state.items() if k != part})
     other_state("state-epoch-text", {**state, "epoch": "1"})
     other_state("state-nan", {**state, "lora": {**state["lora"], name: weight * math.nan}})
     other_state("state-epoch-9", {**state, "epoch": 9})
     other_state("state-other-lora", {**state, "lora": {**state["lora"], name: weight[:1]}})
+    fewer = {k: v for k, v in state["lora"].items() if k != name}
+    other_state("state-fewer-loras", {**state, "lora": fewer})
+    other_state("state-renamed-lora", {**state, "lora": {**fewer, "renamed": weight}})
+    moments = {0: {**state["opt"]["state"][0], "exp_avg": torch.zeros(3, 3)}}
+    other_state("state-odd-moments", {**state, "opt": {**state["opt"], "state": moments}})
     other_state("state-odd-opt", {**state, "opt": {"state": {0: {"exp_avg": weight}}, "param_groups": []}})
-    for what, file in {"png": "samples/00000.png", "curves": "curves.png", "lora": "lora/mine.safetensors"}.items():
+    for what, file in {
+        "png": "samples/00000.png",
+        "mine": "samples/mine.png",
+        "curves": "curves.png",
+        "lora": "lora/mine.safetensors",
+        "log": "metrics.jsonl",
+        "args": "args.json",
+    }.items():
         (runs / f"only-{what}" / file).parent.mkdir(parents=True)
-        (runs / f"only-{what}" / file).write_bytes(b"mine")
+        (runs / f"only-{what}" / file).write_bytes(b"{}")
 
 
 def make_nft_runs(runs: Path, run: Path):
@@ -485,11 +517,23 @@ def make_loras(loras: Path, run: Path):
 def make_outs(home: Path):
     """Folders of pictures, and folders that these are not to be written to."""
     rows = [{"prompt": "a red star", "seed": seed} for seed in range(2)]
-    for name in ("a", "b", "outs/cut", "outs/gone"):
+    for name in ("a", "b", "outs/cut", "outs/gone", "outs/broken", "outs/small"):
         pictures.save_samples(str(home / name), torch.rand(2, 3, 64, 64), rows)
     pictures.save_samples(str(home / "outs/other"), torch.rand(1, 3, 64, 64), [{"prompt": "a blue star", "seed": 0}])
+    other_seeds = [{**row, "seed": 9 + row["seed"]} for row in rows]
+    pictures.save_samples(str(home / "outs/seeds"), torch.rand(2, 3, 64, 64), other_seeds)
     (home / "outs/cut/00001.png").write_bytes((home / "a/00001.png").read_bytes()[:100])
     (home / "outs/gone/00001.png").unlink()
+    (home / "outs/broken/00001.png").write_bytes(b"not a picture")
+    pictures.to_image(torch.rand(3, 32, 32)).save(home / "outs/small/00001.png")
+    for name, text in {
+        "object": "{}\n",
+        "list": "[1]\n",
+        "prompts": '{"prompt": ["a"], "seed": 0, "file": "00000.png"}\n',
+        "empty": "",
+    }.items():
+        (home / f"outs/jsonl-{name}").mkdir(parents=True)
+        (home / f"outs/jsonl-{name}/samples.jsonl").write_text(text)
     for folder in ("outs/jsonl-folder/samples.jsonl", "outs/grid-folder/grid.png", "outs/norms-folder/norms.json",
                    "evals/report-folder/report.json", "evals/picture-folder/report.png",
                    "evals/scores-folder/scores.jsonl"):
@@ -502,26 +546,25 @@ def make_outs(home: Path):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder with a finished run and everything odd; tiny/ is the repository's."""
-    before, argv = os.getcwd(), sys.argv
-    home = tmp_path_factory.mktemp("storm")
-    os.chdir(home)
+    """A folder with finished runs and everything that is wrong; tiny/ is the repository's."""
+    home = tmp_path_factory.mktemp("bad")
     (home / "tiny").symlink_to(ROOT / "tiny")
-    call("train_awm", [*RUN.split(), "run", "--epochs", "2"])
-    call("train_nft", [*RUN.split(), "nft", "--epochs", "1"])
-    checkpoint.unlock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(sys, "argv", sys.argv)
+        call("train_awm", [*RUN.split(), "run", "--epochs", "2"])
+        call("train_nft", [*RUN.split(), "nft", "--epochs", "1"])
+    run.unlock()
     make_odd(home / "odd")
     make_runs(home / "runs", home / "run")
     make_nft_runs(home / "runs", home / "nft")
     make_loras(home / "loras", home / "run")
     make_outs(home)
-    os.chdir(before)
-    sys.argv = argv
     return home
 
 
 def tree(folder) -> dict:
-    """All that there is, with its size and its time of writing; but for locks, and links are not followed."""
+    """Each file and folder with its size and time of writing, without locks; links are not followed."""
     found = {}
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -531,7 +574,7 @@ def tree(folder) -> dict:
     return found
 
 
-def check_line(said: str, words: str):
+def check_error(said: str, words: str):
     """One short line of these words."""
     lines = [line for line in said.replace("\r", "\n").split("\n") if line.strip() and "%|" not in line]
     assert len(lines) == 1, lines
@@ -539,9 +582,9 @@ def check_line(said: str, words: str):
     assert all(word in lines[0] for word in words.split()), (words, lines[0])
 
 
-def late(signum, frame):
-    """For a case that is not refused."""
-    raise TimeoutError("it went to work")
+def stop(signum, frame):
+    """End a case that is not refused."""
+    raise TimeoutError("the input was accepted")
 
 
 @pytest.mark.parametrize("script, flags, words", CASES, ids=lambda text: text.strip()[:60])
@@ -549,16 +592,16 @@ def test_it_is_one_line_and_nothing_is_written(home, monkeypatch, capfd, script,
     monkeypatch.chdir(home)
     monkeypatch.setattr(sys, "argv", sys.argv)
     before = tree(home)
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGALRM, stop)
     signal.alarm(30)
     try:
         with pytest.raises(SystemExit) as end:
             call(script.strip(), shlex.split(flags))
     finally:
         signal.alarm(0)
-        checkpoint.unlock()
+        run.unlock()
     assert end.value.code == 2
-    check_line(capfd.readouterr().err, words)
+    check_error(capfd.readouterr().err, words)
     assert tree(home) == before
 
 
@@ -572,5 +615,25 @@ def test_a_real_process_says_the_same(home, command):
     script, *flags = shlex.split(command)
     end = subprocess.run([sys.executable, ROOT / script, *flags], cwd=home, capture_output=True, text=True)
     assert end.returncode == 2 and end.stdout == ""
-    check_line(end.stderr, words)
+    check_error(end.stderr, words)
     assert tree(home) == before
+
+
+def test_a_model_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys):
+    """A hub id without network and without a cache: what to accept or download, and how to point the flag to a
+    folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for flag, call, name in [
+        ("--model", lambda n: load_pipeline(n, CPU), "stabilityai/stable-diffusion-3.5-medium"),
+        ("--embed", lambda n: eval_judge.load_embed(n, CPU), "facebook/dinov2-base"),
+    ]:
+        refuses(capsys, lambda: call(name),
+                f"{flag} {name}", "licence", f"hf download {name} --local-dir DIR", f"{flag} DIR")
+    for name, needs in (
+        ("pickscore", "yuvalkirstain/PickScore_v1"),
+        ("hpsv2.1", "xswu/HPSv2"),
+        ("clipscore", "openai/clip-vit-large-patch14"),
+    ):
+        refuses(capsys, lambda: flow.rewards.load_reward(name, CPU),
+                f"--reward {name}", needs, "HF_HOME")

@@ -1,21 +1,21 @@
 """Tests of the command line: what is wrong is said in a line that names the flag and what it takes."""
 import errno
+import json
+import math
 import re
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass, fields
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
 import train_awm
-from flow import checkpoint, cli
+from flow import cli, run
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tiny"))
 SCRIPTS = ["train_nft", "train_awm", "train_dpo", "sample", "eval_judge", "make", "reproduce", "world"]
 
 
@@ -77,8 +77,8 @@ def test_out_of_memory_keeps_its_traceback_and_advises_what_can_be_changed(capsy
     except torch.OutOfMemoryError:
         cli.excepthook(*sys.exc_info())
     first, *_, said, advice = capsys.readouterr().err.splitlines()
-    advised = set(re.findall(r"--([a-z-]+)", advice))
-    assert advised and {flag.replace("-", "_") for flag in advised} <= set(checkpoint.FREE + checkpoint.NEARLY_FREE)
+    advised = set(re.findall(r"--[a-z-]+", advice))
+    assert advised and advised <= set(run.MAY_CHANGE + run.CHANGES_ROUNDING)
     assert first.startswith("Traceback") and said.endswith("tried to allocate 2 GiB")
 
 
@@ -123,3 +123,18 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on():
     end = run_python(code)
     assert end.stderr == "interrupted; the same command resumes from the last checkpoint\n"
     assert end.returncode == -signal.SIGINT  # which a shell shows as 130
+
+
+def test_json_has_no_nan():
+    assert json.loads(cli.json_text({"a": [math.nan, 1.0], "b": math.inf})) == {"a": [None, 1.0], "b": None}
+
+
+def test_a_fingerprint_sees_names_sizes_and_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(3_000_000))
+    before = cli.fingerprint(str(tmp_path))
+    assert before == cli.fingerprint(str(tmp_path)) and cli.fingerprint("a/hub-id") is None
+    (tmp_path / "a").write_bytes(bytes([1]) * 3_000_000)
+    assert cli.fingerprint(str(tmp_path)) != before
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "b").write_bytes(bytes(3_000_000))
+    assert cli.fingerprint(str(tmp_path)) != before

@@ -1,9 +1,7 @@
 """Tests of the budget and the bench: what fake tensors say against what real ones take, on small models."""
 import functools
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,27 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from flow.cost import bench, budget, count, shapes
 from flow.lora import merged
 from normguard import reference
+from tests.helpers import CPU
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tiny"))
-from families import build  # noqa: E402
-
-CPU = torch.device("cpu")
 FLAGS = budget.Args(model="tiny/sd3", size=64, reward="tiny/pickscore", batch=8, rank=8)
-
-
-@pytest.fixture(autouse=True)
-def at_home(monkeypatch):
-    """Paths like tiny/sd3 are relative to the repository."""
-    monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(scope="session")
-def z_image(tmp_path_factory) -> str:
-    """A tiny Z-Image, which does not pad its prompts and takes lists."""
-    folder = tmp_path_factory.mktemp("z_image")
-    build("z_image", folder)
-    return str(folder)
 
 
 @functools.cache
@@ -49,11 +29,6 @@ def real_pipeline(model: str, dtype: torch.dtype):
     shapes.encode(pipe)
     shapes.blank_lora(pipe, FLAGS.rank)
     return pipe
-
-
-def model_of(name: str, request) -> str:
-    """A folder of the repository, or a fixture's."""
-    return name if "/" in name else request.getfixturevalue(name)
 
 
 def allocated(run) -> int:
@@ -100,8 +75,8 @@ def test_estimates_are_what_a_real_pipeline_takes():
     ("tiny/sd3", torch.bfloat16, False, 0.1),  # as on a GPU; a CPU's kernels for bf16 have scratch space
     ("tiny/flux", torch.float32, True, 0.05),
     ("z_image", torch.float32, False, 0.05)])
-def test_an_update_takes_as_much_on_real_tensors(name, dtype, on, tolerance, request):
-    model = model_of(name, request)
+def test_an_update_takes_as_much_on_real_tensors(name, dtype, on, tolerance, family):
+    model = family(name)
     fake = shapes.blank_pipeline(model, CPU, 64, fake=True, dtype=dtype)
     shapes.encode(fake)
     shapes.blank_lora(fake, FLAGS.rank)
@@ -228,15 +203,3 @@ def test_the_bench_measures_each_phase_next_to_its_estimate(monkeypatch, capsys)
         assert rows[phase]["peak_gb"] == pytest.approx(rows[phase]["estimated_gb"], rel=0.05)
     update = rows["update"]
     assert update["pictures_per_s"] == pytest.approx(8 / update["seconds"]) and update["tflop_per_s"] > 0
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["--model", "no/such/folder"], ["--model", "no/such/folder"]),
-    (["--batch", "0"], ["--batch", "0", "positive"]),
-    (["--tflops", "-1"], ["--tflops", "-1.0"])])
-def test_bad_flags_are_one_line(monkeypatch, capsys, argv, words):
-    monkeypatch.setattr(sys, "argv", ["budget.py", *argv])
-    with pytest.raises(SystemExit) as end:
-        budget.main(budget.parse(budget.Args, budget.__doc__))
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words)

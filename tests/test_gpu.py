@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -16,15 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-import sample  # noqa: E402
-import train_awm  # noqa: E402
-import train_dpo  # noqa: E402
-import train_nft  # noqa: E402
+import sample
+import train_awm
+import train_dpo
+import train_nft
 from flow import lora, pictures
-from flow.cost import bench, count, shapes  # noqa: E402
-from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity  # noqa: E402
-from normguard import norm_hinge, reference  # noqa: E402
+from flow.cost import bench, count, shapes
+from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
+from normguard import norm_hinge, reference
 
 ON_CPU = bool(os.environ.get("NORMGUARD_GPU_TESTS_ON_CPU"))
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")

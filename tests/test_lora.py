@@ -1,44 +1,24 @@
 """Precision, merged rollouts and quantized bases: the GPU's path (bf16 base under autocast, fp32 LoRA), on a CPU."""
 import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
 
-import flow.cli
 import sample
-from flow.evaluate import score
-from flow.lora import add_lora, lora_layers, merged, quantization, save_lora, swapped
+from flow.lora import add_lora, lora_layers, lora_targets, merged, quantization, save_lora, swapped
 from flow.pictures import load_pictures
-from flow.pipeline import (
-    add_noise,
-    decode,
-    draw_noise,
-    encode_prompts,
-    integrate,
-    load_pipeline,
-    project,
-    schedule,
-    velocity,
-)
-from flow.rewards import load_reward
+from flow.pipeline import add_noise, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from normguard import norm_hinge, norm_ratio, reference
+from tests.helpers import CPU, refuses
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tiny"))
-from families import build  # noqa: E402
-
-CPU = torch.device("cpu")
 PROMPTS = ["a red star", "a blue circle"]
 
 
 def ready(model, **options):
     """A pipeline with a LoRA whose B is not zero, two prompts encoded."""
-    pipe = load_pipeline(str(model), CPU, **options)
+    pipe = load_pipeline(model, CPU, **options)
     encode_prompts(pipe, PROMPTS)
     params = add_lora(pipe.transformer, 4, seed=0)
     g = torch.Generator().manual_seed(1)
@@ -66,15 +46,11 @@ def step(pipe, params):
 
 
 @pytest.mark.parametrize("model", ["tiny/sd3", "tiny/flux", "qwen_image", "sana"])
-def test_the_gpus_path(model, tmp_path):
+def test_the_gpus_path(family, model):
     """A bf16 base under autocast with an fp32 LoRA: velocities near fp32's, gradients in fp32, with gradient
     checkpointing or without."""
-    folder = ROOT / model
-    if "/" not in model:
-        folder = tmp_path / model
-        build(model, folder)
-    full = step(*ready(folder, size=64))
-    pipe, params = ready(folder, size=64, base=torch.bfloat16)
+    full = step(*ready(family(model), size=64))
+    pipe, params = ready(family(model), size=64, base=torch.bfloat16)
     frozen = [p for p in pipe.transformer.parameters() if not p.requires_grad]
     assert sum(p.numel() for p in frozen if p.dtype == torch.bfloat16) > 0.9 * sum(p.numel() for p in frozen)
     assert {p.dtype for p in params} == {p.dtype for p in pipe.vae.parameters()} == {torch.float32}
@@ -98,7 +74,7 @@ def first_velocity(pipe, x, sigmas) -> torch.Tensor:
 def test_the_policy_that_draws_is_the_one_that_trains(model):
     """On a bf16 base, a young LoRA (entries of B of 3e-4, an Adam step of the recipes) changes the velocity of a
     rollout as it changes that of training. Merged into bf16 weights, it would lose most of itself."""
-    pipe, _ = ready(ROOT / model, base=torch.bfloat16)
+    pipe, _ = ready(model, base=torch.bfloat16)
     x, sigmas = draw_noise(pipe, 2, torch.Generator().manual_seed(0)), schedule(pipe, 4)
     changes = []
     for size in (3e-4, 0.0):
@@ -117,7 +93,7 @@ def test_the_policy_that_draws_is_the_one_that_trains(model):
 def test_merged_is_the_adapter_and_leaves_no_trace():
     """In a rollout the LoRA is in a copy of the weights: the velocity is the same but for rounding, the reference is
     still the base, and afterwards everything is as it was, to the bit."""
-    pipe, _ = ready(ROOT / "tiny/sd3")
+    pipe, _ = ready("tiny/sd3")
     x, t = draw_noise(pipe, 2, torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.4])
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
 
@@ -141,26 +117,13 @@ def test_merged_is_the_adapter_and_leaves_no_trace():
 
 
 def test_merged_takes_the_active_adapter():
-    pipe, _ = ready(ROOT / "tiny/sd3")
+    pipe, _ = ready("tiny/sd3")
     add_lora(pipe.transformer, 4, 0, "old")  # its B is zero: the base
     x, t = draw_noise(pipe, 2, torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.4])
     with merged(pipe.transformer), torch.no_grad():
         v = velocity(pipe, x, t, PROMPTS)
     with reference(pipe.transformer):
         torch.testing.assert_close(v, velocity(pipe, x, t, PROMPTS))
-
-
-def test_a_reward_rests_on_the_cpu(monkeypatch):
-    """Its model is sent to the device before pictures are scored, and home after them."""
-    pipe, _ = ready(ROOT / "tiny/sd3")
-    reward, sent = load_reward(str(ROOT / "tiny/pickscore"), CPU), []
-    (model,) = reward.models
-    monkeypatch.setattr(model, "to", sent.append)
-    run = SimpleNamespace(pipe=pipe, reward=reward, peaks={})
-    x0 = draw_noise(pipe, 2, torch.Generator().manual_seed(0))
-    scores = score(run, x0, PROMPTS)
-    assert sent == [CPU, "cpu"] and isinstance(sent[0], torch.device) and isinstance(sent[1], str)
-    torch.testing.assert_close(scores, reward(decode(pipe, x0), PROMPTS))
 
 
 def test_swapped_puts_back_the_very_tensors():
@@ -177,30 +140,44 @@ def test_swapped_puts_back_the_very_tensors():
 def test_quantize_names_what_it_needs(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # none is installed
     for kind, said in (("int8", "pip install torchao"), ("nf4", "pip install bitsandbytes"), ("int7", "none, int8 or")):
-        with pytest.raises(SystemExit), flow.cli.one_line_errors():
-            quantization(kind)
-        assert f"--quantize {kind}: " in (line := capsys.readouterr().err) and said in line
+        refuses(capsys, lambda: quantization(kind), f"--quantize {kind}: ", said)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_an_int8_base(tmp_path):
     """Quantized on the way in, and saved quantized: near the base, trained through, and not merged."""
-    full = step(*ready(ROOT / "tiny/sd3"))
-    pipe, params = ready(ROOT / "tiny/sd3", quantize="int8")
+    full = step(*ready("tiny/sd3"))
+    pipe, params = ready("tiny/sd3", quantize="int8")
     ours = step(pipe, params)
     assert (ours[1] - full[1]).norm() < 0.1 * full[1].norm()
     assert torch.nn.functional.cosine_similarity(ours[3], full[3], dim=0) > 0.95
     with merged(pipe.transformer):
         assert not any(hasattr(layer, "merged_weight") for layer in lora_layers(pipe.transformer))
-    saved = diffusers.DiffusionPipeline.from_pretrained(ROOT / "tiny/sd3", quantization_config=quantization("int8"))
+    saved = diffusers.DiffusionPipeline.from_pretrained("tiny/sd3", quantization_config=quantization("int8"))
     saved.save_pretrained(tmp_path / "int8")
-    torch.testing.assert_close(step(*ready(tmp_path / "int8"))[1], ours[1])
+    torch.testing.assert_close(step(*ready(f"{tmp_path}/int8"))[1], ours[1])
 
 
-def test_a_scaled_lora_is_plain_diffusers(tmp_path, monkeypatch):
+def test_lora_goes_where_it_went_before():
+    """On SD3, SD3.5 and FLUX.1 the layers that DiffusionNFT, AWM and Flow-GRPO list by name, without SD3.5's attn2."""
+    names = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+             "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+    small = dict(num_layers=3, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
+                 pooled_projection_dim=8)
+    sd3 = dict(sample_size=8, patch_size=2, caption_projection_dim=16, pos_embed_max_size=8, **small)
+    for model, count in [
+            (diffusers.SD3Transformer2DModel(**sd3), 23),
+            (diffusers.SD3Transformer2DModel(dual_attention_layers=(0, 1), qk_norm="rms_norm", **sd3), 23),
+            (diffusers.FluxTransformer2DModel(num_single_layers=2, axes_dims_rope=(2, 2, 4), **small), 30)]:
+        parts = dict(model.named_modules())
+        listed = [name for name in parts if any(name.endswith("." + target) for target in names)]
+        assert lora_targets(model) == listed and len(listed) == count
+        assert any(".attn2." in name for name in parts) == bool(getattr(model.config, "dual_attention_layers", ()))
+
+
+def test_a_scaled_lora_is_plain_diffusers(tmp_path):
     """`sample.py --lora-scale` and its samples.jsonl against diffusers' set_adapters; 0 is the base."""
-    monkeypatch.chdir(ROOT)
-    pipe, _ = ready(ROOT / "tiny/sd3")
+    pipe, _ = ready("tiny/sd3")
     save_lora(pipe, tmp_path / "lora")
     pictures = {}
     for scale in (0.0, 0.5, 1.0):
@@ -217,15 +194,3 @@ def test_a_scaled_lora_is_plain_diffusers(tmp_path, monkeypatch):
     torch.testing.assert_close(pictures[0.0], base, rtol=0, atol=2 / 255)
     torch.testing.assert_close(pictures[0.5], half, rtol=0, atol=2 / 255)
     assert (half - base).abs().max() > 8 / 255 and (pictures[1.0] - half).abs().max() > 8 / 255
-
-
-def test_project_takes_out_what_lies_along_the_reference():
-    g = torch.Generator().manual_seed(0)
-    v, v_ref = torch.randn(2, 3, 4, 4, 4, generator=g, dtype=torch.float64)
-    ours = project(v, v_ref)
-    for one, v_one, ref in zip(ours, v, v_ref):  # by Gram-Schmidt on each sample alone
-        unit = ref / ref.square().sum().sqrt()
-        change = (v_one - ref) - ((v_one - ref) * unit).sum() * unit
-        torch.testing.assert_close(one, ref + change)
-    torch.testing.assert_close(((ours - v_ref) * v_ref).flatten(1).sum(1), torch.zeros(3, dtype=torch.float64))
-    assert project(v, torch.zeros_like(v)).isfinite().all()

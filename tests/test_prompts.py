@@ -1,16 +1,20 @@
-"""Tests of what is said of prompts and sizes that a model was not made for."""
+"""Tests of prompts: read from files, encoded once, kept on disk; what a model was not made for is told."""
+
 import pytest
 import torch
 
-from flow.pipeline import load_pipeline
+from flow import prompts
+from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.prompts import warn_unsuitable
+from flow.run import float_tensors as tensors
+from tests.helpers import CPU, PROMPTS
 
 LONG = "a very very very very very very red star before a wall"
 
 
 @pytest.fixture(scope="module", params=["tiny/sd3", "tiny/flux"])
 def pipe(request):
-    return load_pipeline(request.param, torch.device("cpu"))
+    return load_pipeline(request.param, CPU)
 
 
 def test_prompts_that_are_cut_are_told_once_with_the_limit(pipe, capsys):
@@ -36,3 +40,53 @@ def test_a_size_far_from_the_models_own_is_told(pipe, capsys):
         warn_unsuitable(pipe, ["a red star"], size)
         said = capsys.readouterr().out
         assert said.count("\n") == 1 and f"--size {size}" in said and "64 pixels" in said
+
+
+def test_a_byte_order_mark_is_no_prompt(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red star\n")
+    assert prompts.read_prompts(f"{tmp_path}/prompts.txt", "--prompts") == ["a red star"]
+
+
+def test_prompts_are_encoded_once(family, monkeypatch):
+    """By the pipeline's own encoding, each prompt; with the encoders gone a prompt that was not encoded is told."""
+    pipe, asked = load_pipeline(family("qwen_image"), CPU, 64), []
+    pipe.flow.encoders["text_encoder"].register_forward_hook(lambda *args: asked.append(None))
+    encode_prompts(pipe, PROMPTS * 3)
+    assert len(asked) == len(PROMPTS)
+    noise = draw_noise(pipe, 6, torch.Generator().manual_seed(0))
+    integrate(pipe, noise, PROMPTS * 2, schedule(pipe, 2))
+    assert len(asked) == len(PROMPTS)
+    with pytest.raises(ValueError, match="encode_prompts"):
+        velocity(pipe, noise[:1], torch.ones(1), ["a prompt that nobody has encoded"])
+
+
+@pytest.mark.parametrize("model", ["tiny/sd3", "z_image", "qwen_image", "cogview4"])
+def test_kept_encodings_are_the_encoders_own(family, tmp_path, model):
+    """With a folder for them, guided and not, a second pipeline asks its encoders nothing and computes the same."""
+    name = family(model)
+    velocities = []
+    for again in (False, True):
+        pipe, asked = load_pipeline(name, CPU, 64), []
+        for encoder in pipe.flow.encoders.values():
+            encoder.register_forward_hook(lambda *args: asked.append(None))
+        encode_prompts(pipe, PROMPTS, 3.0, tmp_path)
+        assert bool(asked) != again
+        noise, t = draw_noise(pipe, 3, torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.5, 0.2])
+        with torch.no_grad():
+            velocities.append([velocity(pipe, noise, t, PROMPTS, guidance) for guidance in (None, 3.0)])
+    assert torch.equal(*map(torch.stack, velocities))
+    encode_prompts(pipe := load_pipeline(name, torch.device("cpu", 0), 64), PROMPTS, 3.0, tmp_path)  # another device
+    with torch.no_grad():
+        torch.testing.assert_close(velocity(pipe, noise, t, PROMPTS, 3.0), velocities[0][1])
+    in_bf16, asked = load_pipeline(name, CPU, 64, base=torch.bfloat16), []
+    for encoder in in_bf16.flow.encoders.values():
+        encoder.register_forward_hook(lambda *args: asked.append(None))
+    encode_prompts(in_bf16, PROMPTS, 3.0, tmp_path)
+    assert asked  # what fp32 encoders have made is not taken for bf16's
+    for file in tmp_path.glob("*.pt"):
+        file.write_bytes(file.read_bytes()[:100])  # broken: they are encoded again
+    encode_prompts(pipe := load_pipeline(name, CPU, 64), [*PROMPTS, "a new prompt"], 3.0, tmp_path)  # is encoded
+    maps = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(tmp_path) in line]
+    kept = [x for key, row in pipe.flow.rows.items() if key[1] in PROMPTS for x in tensors(list(row))]
+    kept += [x for key, row in pipe.flow.last.items() if key in PROMPTS for x in tensors(list(row))]
+    assert kept and all(any(int(a, 16) <= x.data_ptr() < int(b, 16) for a, b in maps) for x in kept)  # on disk

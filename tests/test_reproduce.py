@@ -9,62 +9,25 @@ import sys
 import time
 from pathlib import Path
 
+import guards
 import numpy as np
+import paired
 import pytest
+import reading
+import report
+import reproduce
 import torch
 import torch.nn.functional as F
-from PIL import Image
+import world
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
-import guards  # noqa: E402
-import paired  # noqa: E402
-import reading  # noqa: E402
-import report  # noqa: E402
-import reproduce  # noqa: E402
-
-import flow.cli  # noqa: E402
-import flow.lora  # noqa: E402
-import flow.pipeline  # noqa: E402
-import flow.rewards  # noqa: E402
-import train_awm  # noqa: E402
-import train_dpo  # noqa: E402
-from normguard import norm_hinge, reference  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def at_home(monkeypatch):
-    """Defaults like tiny/sd3 are relative to the repository."""
-    monkeypatch.chdir(ROOT)
-
-
-def random_pair(b=5, scale=1.2, seed=0, dtype=torch.float64):
-    """A velocity and its reference, with norm ratios from 0.7 to `scale`."""
-    g = torch.Generator().manual_seed(seed)
-    v_ref = torch.randn(b, 4, 3, 2, generator=g, dtype=dtype)
-    scales = torch.linspace(0.7, scale, b, dtype=dtype).view(-1, 1, 1, 1)
-    v = v_ref * scales + 0.1 * torch.randn(v_ref.shape, generator=g, dtype=dtype)
-    return v, v_ref
-
-
-def lora_bytes(out: Path) -> bytes:
-    """A training's LoRA."""
-    return (out / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
-
-
-def pixels(path) -> np.ndarray:
-    """A picture (h, w, 3), 0 to 255."""
-    return np.asarray(Image.open(path).convert("RGB")).astype(int)
-
-
-def refuses(capsys, call, *words):
-    """One line on stderr that has these words, and exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
-        call()
-    error = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert end.value.code == 2 and len(error) == 1, error
-    assert all(word in error[0] for word in words), error[0]
+import flow.cli
+import flow.lora
+import flow.pipeline
+import flow.rewards
+import train_awm
+import train_dpo
+from normguard import norm_hinge, reference
+from tests.helpers import CPU, lora_bytes, pixels, random_pair, refuses, sample_rows
 
 
 def test_other_guards():
@@ -115,7 +78,7 @@ def make_rivals():
 
 def test_rivals_of_a_batch():
     """The rivals on batches of two epochs, whose policy moves in between."""
-    pipe = flow.pipeline.load_pipeline("tiny/sd3", torch.device("cpu"))
+    pipe = flow.pipeline.load_pipeline("tiny/sd3", CPU)
     flow.pipeline.encode_prompts(pipe, ["a red star"])
     params = flow.lora.add_lora(pipe.transformer, 4, 0)
     g, rivals, kls = torch.Generator().manual_seed(0), make_rivals(), []
@@ -304,7 +267,7 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
 def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     """The smoke run of two parts, killed without warning in its second training: what it has is kept, nothing is
     computed again, and the report is of its own pictures. A rival and another guard are really in place."""
-    command = [sys.executable, "tiny/reproduce.py", "--smoke", "--jobs", "1", "--runs", str(tmp_path)]
+    command = [sys.executable, "tiny/reproduce.py", "--smoke", "--runs", str(tmp_path)]
     parts = "main", "rival: EMA-KL 0.3"
     home, state = tmp_path / "sd3-awm-hps-s0", tmp_path / "sd3-awm-hps-s0" / "lam0" / "checkpoint" / "state.pt"
     process = subprocess.Popen([*command, "--only", "10"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -325,9 +288,9 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     again = {line for line in commands if commands.count(line) > 1}
     assert len(again) == 1 and "--lam 0.05" in again.pop()  # the one that was killed
 
-    hps = flow.rewards.load_reward("tiny/hps", torch.device("cpu"))
+    hps = flow.rewards.load_reward("tiny/hps", CPU)
     for name, folder in (("unguarded", "awm"), ("guarded", "awm+normguard")):
-        rows = [json.loads(line) for line in (home / folder / "samples.jsonl").read_text().splitlines()]
+        rows = sample_rows(home / folder)
         arrays = [pixels(home / folder / row["file"]) for row in rows]
         pictures = torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
         score = hps(pictures, [row["prompt"] for row in rows])
@@ -342,15 +305,10 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.glob("*.png")} == graphs
 
 
-def test_several_jobs_are_other_processes(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # it sets it for them
-    file, told = tmp_path / "done", []
-    reproduce.work_through([file.touch], 2, 1, lambda: told.append(file.exists()))
-    assert told[-1]
-
-
-def test_reproduce_refuses(capsys):
-    refuses(capsys, lambda: reproduce.main(reproduce.Args(only=11)), "--only")
-    refuses(capsys, lambda: reproduce.main(reproduce.Args(seeds=())), "--seeds")
-    refuses(capsys, lambda: reproduce.main(reproduce.Args(jobs=0)), "--jobs")
-    refuses(capsys, lambda: reproduce.main(reproduce.Args(runs="a b")), "--runs", "a b")
+def test_world_is_deterministic_and_split():
+    f = [world.scene(torch.arange(64), torch.Generator().manual_seed(3)) for _ in range(2)]
+    a, b = (world.render(x) for x in f)
+    assert torch.equal(a, b) and a.shape == (64, 3, 64, 64) and 0 <= a.min() and a.max() <= 1
+    rl, held_out = (Path(p).read_text().splitlines() for p in ("tiny/prompts.txt", "tiny/eval_prompts.txt"))
+    assert not set(rl) & set(held_out) and set(rl) | set(held_out) == set(world.CAPTIONS)
+    assert (len(rl), len(held_out)) == (48, 16)

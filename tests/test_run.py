@@ -1,11 +1,11 @@
-"""Tests of a run's folder: nothing is lost, nothing is silent. They train tiny/sd3 for an epoch or two."""
+"""Tests of a run's folder: resuming, what is refused, what is said, wandb, a full disk."""
 import json
-import math
 import os
 import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -13,43 +13,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import eval_judge
 import flow.cli
-import sample
+import flow.run
 import train_awm
-import train_nft
-from flow import checkpoint, cli, pictures, prompts
-from flow.pipeline import decode, load_pipeline
+import train_dpo
+from flow import cli, pictures, run
+from tests.helpers import CPU, SMALL, contents, lora_bytes, lora_weights, metrics, refuses, small_run, timeless
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(epochs=2, group=2, groups=2, batch=8, rank=4, steps=3, timesteps=1, eval_n=2, eval_every=2, save_every=2)
-
-
-@pytest.fixture(autouse=True)
-def at_home(monkeypatch):
-    """Defaults like tiny/sd3 are relative to the repository."""
-    monkeypatch.chdir(ROOT)
+SHORT = dict(epochs=2, group=2, updates=1, steps=3, eval_n=2, save_every=2)
 
 
 def train(out, script=train_awm, **changes) -> Path:
-    """A short training in this process."""
-    script.main(script.Args(out=str(out), **{**SMALL, **changes}))
-    return Path(out)
+    """A training shorter than small_run's."""
+    return small_run(out, script, **SHORT | changes)
 
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Path:
     """A finished run, not to be changed."""
-    os.chdir(ROOT)
     return train(tmp_path_factory.mktemp("runs") / "run", save_every=1)
 
 
 @pytest.fixture(scope="session")
 def longer(tmp_path_factory) -> Path:
     """An uninterrupted run of one epoch more."""
-    os.chdir(ROOT)
     return train(tmp_path_factory.mktemp("runs") / "longer", epochs=3)
 
 
@@ -59,30 +48,79 @@ def trained(once, tmp_path) -> Path:
     return shutil.copytree(once, tmp_path / "run")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+# ---------------------------------------------------------------- resuming
+
+def test_killed_runs_resume_bit_for_bit(run, tmp_path, capsys):
+    flags = {**SMALL, "save_every": 1, "out": tmp_path / "run"}
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
+    command = [sys.executable, "train_awm.py", *flags]
+    code = (f"import torch, runpy, sys; torch.set_num_threads({torch.get_num_threads()}); sys.argv = {command[1:]!r}; "
+            "runpy.run_path('train_awm.py', run_name='__main__')")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 7):  # within epoch 3
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert lora_bytes(tmp_path / "run") != lora_bytes(run)
+    small_run(tmp_path / "run")
+    assert "resumed at epoch" in capsys.readouterr().out
+    assert lora_bytes(tmp_path / "run") == lora_bytes(run)
+    assert timeless(tmp_path / "run") == timeless(run)
 
 
-def refuses(capsys, folder: Path, call, *words):
-    """It ends with exit code 2 and one line that has these words, and leaves the folder as it was."""
-    before = contents(folder)
-    capsys.readouterr()
+def test_a_save_cut_short_anywhere_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """save_checkpoint fails at each of its own steps in turn, at the end of some epoch; the next start goes on."""
+    flags = dict(epochs=2, group=2, updates=1, steps=2, eval_every=0, save_every=1)
+    whole = lora_bytes(small_run(tmp_path / "whole", **flags))
+    for module, name in ((flow.run, "save_lora"), (flow.run, "plot_curves"), (torch, "save")):
+        honest, calls = getattr(module, name), []
+
+        def cut(*args, **kwargs):
+            calls.append(None)
+            if len(calls) > 1:
+                raise KeyboardInterrupt
+            return honest(*args, **kwargs)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, cut)
+            small_run(tmp_path / name, **flags)
+        assert lora_bytes(small_run(tmp_path / name, **flags)) == whole
+
+
+def test_dpo_resumes_bit_for_bit(finished, tmp_path, monkeypatch, capsys):
+    """For NFT, test_training.py compares all that a resumed run has kept."""
+    honest, calls = flow.run.plot_curves, []
+
+    def cut(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return honest(*args, **kwargs)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(flow.run, "plot_curves", cut)
+        small_run(tmp_path, train_dpo, save_every=1)
+    assert lora_bytes(small_run(tmp_path, train_dpo)) == lora_bytes(finished(train_dpo))
+    assert "resumed at epoch 2" in capsys.readouterr().out
+    assert timeless(tmp_path) == timeless(finished(train_dpo))
+
+
+def test_finished_run_says_so(run, capsys):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     with pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
-        call()
-    error = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
-    assert end.value.code == 2 and len(error) == 1, error
-    assert all(word in error[0] for word in words), error[0]
-    assert contents(folder) == before
-
-
-def lora(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "lora/pytorch_lora_weights.safetensors")
+        small_run(run)
+    assert end.value.code == 0 and "finished" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
 
 
 def test_a_finished_run_is_extended_to_what_a_longer_one_gives(trained, longer, capsys):
+    """From state.pt alone: what else is in checkpoint/ may be lost."""
+    state = (trained / "checkpoint/state.pt").read_bytes()
+    shutil.rmtree(trained / "checkpoint")
+    (trained / "checkpoint").mkdir()
+    (trained / "checkpoint/state.pt").write_bytes(state)
     train(trained, epochs=3, save_every=2, eval_every=3)
     assert "resumed at epoch 2" in capsys.readouterr().out
-    assert all(torch.equal(value, lora(longer)[name]) for name, value in lora(trained).items())
+    assert all(torch.equal(value, lora_weights(longer)[name]) for name, value in lora_weights(trained).items())
     assert json.loads((trained / "args.json").read_text())["epochs"] == 3
 
 
@@ -91,32 +129,9 @@ def test_flags_that_only_round_may_change_and_say_so(trained, capsys):
     assert "but for rounding" in capsys.readouterr().out
 
 
-def test_fewer_epochs_than_are_done_are_refused(trained, capsys):
-    refuses(capsys, trained, lambda: train(trained, epochs=1), "--epochs 1", "has done 2")
-
-
-@pytest.mark.parametrize("lam, name", [
-    (0.05, "lam0.05"),
-    (0, "lam0"),
-    ("auto", "lamauto")])
-def test_the_default_folder_tells_lam(tmp_path, monkeypatch, lam, name):
-    monkeypatch.chdir(tmp_path)
-    out, state = checkpoint.find_run("awm", train_awm.Args(lam=lam), torch.device("cpu"))
-    assert (str(out), state) == (f"runs/awm-sd3-pickscore-{name}-s0", None)
-
-
-def test_a_folder_of_someone_elses_is_not_touched(tmp_path, capsys):
-    for name in ("metrics.jsonl", "curves.png", "args.json"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / name).write_text("{}")
-        refuses(capsys, folder, lambda: train(folder), "--out", name, "another --out")
-    (tmp_path / "dir" / "samples").mkdir(parents=True)
-    (tmp_path / "dir" / "samples" / "mine.png").write_text("")
-    refuses(capsys, tmp_path / "dir", lambda: train(tmp_path / "dir"), "--out", "samples")
-    (tmp_path / "other" / "notes.txt").parent.mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")  # in nobody's way
-    assert (train(tmp_path / "other", epochs=1) / "notes.txt").read_text() == "mine"
+def test_other_files_stay_in_a_runs_folder(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert (train(tmp_path, epochs=1) / "notes.txt").read_text() == "mine"
 
 
 def test_a_run_killed_at_its_very_start_starts_again(tmp_path):
@@ -124,192 +139,6 @@ def test_a_run_killed_at_its_very_start_starts_again(tmp_path):
         (tmp_path / "run" / part).mkdir(parents=True)
     (tmp_path / "run/checkpoint/lock").touch()
     assert (train(tmp_path / "run", epochs=1) / "checkpoint/state.pt").exists()
-
-
-def test_another_scripts_run_is_not_resumed(trained, capsys):
-    refuses(capsys, trained, lambda: train(trained, train_nft), "train_nft.py", "another --out")
-
-
-def test_a_finished_run_without_its_checkpoint_does_not_start_over(trained, capsys):
-    state = (trained / "checkpoint/state.pt").read_bytes()
-    (trained / "checkpoint/state.pt").unlink()
-    refuses(capsys, trained, lambda: train(trained), "checkpoint is gone")
-    shutil.rmtree(trained / "checkpoint")
-    refuses(capsys, trained, lambda: train(trained), "checkpoint is gone")
-    (trained / "checkpoint").mkdir()
-    (trained / "checkpoint/state.pt").write_bytes(state)
-    train(trained, epochs=3)
-
-
-def test_two_runs_into_one_folder(trained, capsys):
-    """Another process holds it; its death frees it."""
-    read, write = os.pipe()
-    holder = os.fork()
-    if not holder:
-        try:
-            checkpoint.lock(trained)
-            os.write(write, b"held")
-            time.sleep(60)
-        finally:
-            os._exit(0)
-    os.close(write)
-    assert os.read(read, 4) == b"held"
-    refuses(capsys, trained, lambda: train(trained, epochs=3), "--out", "another process is at work")
-    os.kill(holder, signal.SIGKILL)
-    os.waitpid(holder, 0)
-    train(trained, epochs=3)
-
-
-@pytest.mark.parametrize("flag", ["prompts", "eval_prompts", "reward"])
-def test_a_changed_input_is_named(tmp_path, capsys, flag):
-    source = {"prompts": Path("tiny/prompts.txt"), "eval_prompts": Path("tiny/eval_prompts.txt")}.get(flag)
-    text = source.read_text() if source else "def f(images, prompts):\n    return images.mean((1, 2, 3))\n"
-    file = tmp_path / "input.py"
-    file.write_text(text)
-    given = {flag: f"{file}:f" if flag == "reward" else str(file)}
-    out = train(tmp_path / "run", **given)
-    file.write_text(text + "\n")
-    refuses(capsys, out, lambda: train(out, epochs=3, **given), f"--{flag.replace('_', '-')}", "changed since")
-    if flag == "reward":
-        file.write_text(text)
-        train(out, epochs=3, **given)
-
-
-def test_a_fingerprint_sees_names_sizes_and_bytes(tmp_path):
-    (tmp_path / "a").write_bytes(bytes(3_000_000))
-    before = cli.fingerprint(str(tmp_path))
-    assert before == cli.fingerprint(str(tmp_path)) and cli.fingerprint("a/hub-id") is None
-    (tmp_path / "a").write_bytes(bytes([1]) * 3_000_000)
-    assert cli.fingerprint(str(tmp_path)) != before
-    (tmp_path / "a").rename(tmp_path / "b")
-    (tmp_path / "b").write_bytes(bytes(3_000_000))
-    assert cli.fingerprint(str(tmp_path)) != before
-
-
-def test_a_damaged_checkpoint_is_refused_whole(trained, capsys):
-    file = trained / "checkpoint/state.pt"
-    good, state = file.read_bytes(), torch.load(file, weights_only=True)
-
-    def changed(**parts):
-        torch.save({**state, **parts}, file)
-    middle = len(good) // 2
-    broken_lora = dict(state["lora"])
-    name, weight = broken_lora.popitem()
-    moments = {**state["opt"], "state": {0: {**state["opt"]["state"][0], "exp_avg": torch.zeros(3, 3)}}}
-    for damage, word in [
-            (lambda: file.write_bytes(good[:middle] + bytes(64) + good[middle + 64:]), "checksum"),
-            (lambda: file.write_bytes(good[:1000]), "state.pt"),
-            (lambda: torch.save({k: v for k, v in state.items() if k != "step"}, file), "step"),
-            (lambda: changed(lora=broken_lora), "does not fit"),
-            (lambda: changed(lora={**broken_lora, "renamed": weight}), "does not fit"),
-            (lambda: changed(lora={**broken_lora, name: weight[:1]}), "does not fit"),
-            (lambda: changed(lora={**broken_lora, name: weight * math.nan}), "not finite"),
-            (lambda: changed(opt=moments), "does not fit"),
-            (lambda: changed(epoch=9), "has done 9")]:
-        damage()
-        refuses(capsys, trained, lambda: train(trained, epochs=3), word)
-    file.write_bytes(good)
-    train(trained, epochs=3)
-
-
-def test_sample_leaves_other_pictures_alone(trained, tmp_path, capsys):
-    refuses(capsys, trained, lambda: sample.main(sample.Args(out=f"{trained}/samples")), "--out", "00000.png")
-    own = tmp_path / "own"
-    for n in (3, 1):  # its own earlier pictures make place
-        sample.main(sample.Args(prompt="a red star", n=n, steps=1, out=str(own)))
-        assert len(list(own.glob("0*.png"))) == n
-    (own / "00007.png").write_text("mine")
-    refuses(capsys, own, lambda: sample.main(sample.Args(prompt="a red star", steps=1, out=str(own))), "00007.png")
-    (own / "samples.jsonl").write_text("[1]\n")
-    refuses(capsys, own, lambda: sample.main(sample.Args(prompt="a red star", steps=1, out=str(own))), "samples.jsonl")
-
-
-def test_pictures_that_are_not_finite_end_the_run(tmp_path, capsys):
-    pipe = load_pipeline("tiny/sd3", torch.device("cpu"))
-    latents = torch.zeros(2, 16, 8, 8)
-    latents[1, 0, 0, 0] = math.nan
-    refuses(capsys, tmp_path, lambda: decode(pipe, latents), "not finite")
-
-
-def test_a_lora_of_nan_is_refused(trained, tmp_path, capsys):
-    weights = {name: value * math.nan for name, value in lora(trained).items()}
-    (tmp_path / "nan").mkdir()
-    from safetensors import safe_open
-    with safe_open(trained / "lora/pytorch_lora_weights.safetensors", "pt") as opened:
-        metadata = opened.metadata()
-    save_file(weights, tmp_path / "nan/pytorch_lora_weights.safetensors", metadata)
-    refuses(capsys, tmp_path / "nan", lambda: sample.main(sample.Args(
-        lora=f"{tmp_path}/nan", out=f"{tmp_path}/out")), "--lora", "not finite")
-
-
-def test_a_byte_order_mark_is_no_prompt(tmp_path):
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red star\n")
-    assert prompts.read_prompts(f"{tmp_path}/prompts.txt", "--prompts") == ["a red star"]
-
-
-def test_json_has_no_nan():
-    assert json.loads(cli.json_text({"a": [math.nan, 1.0], "b": math.inf})) == {"a": [None, 1.0], "b": None}
-
-
-def test_a_run_ends_by_saying_what_came_of_it(tmp_path, capsys):
-    train(tmp_path / "run")
-    said = capsys.readouterr().out.splitlines()[-1]
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    evals = [line for line in lines if "eval_reward" in line]
-    first, last = re.search(r"reward (\S+) -> (\S+),", said).groups()
-    assert first != last  # as many digits as are needed to tell them apart
-    assert [float(first), float(last)] == pytest.approx([line["eval_reward"] for line in evals], abs=1e-3)
-    assert f"norm ratio 1.000 -> {evals[-1]['eval_norm_ratio']:.3f}" in said
-
-
-def test_the_model_card_has_what_the_hub_wants(trained):
-    card = (trained / "lora/README.md").read_text()
-    assert card.startswith("---\nbase_model: tiny/sd3\n") and "--rank 4" in card and "license" not in card
-
-
-def test_captions_stand_below_their_pictures():
-    sheet = pictures.grid(torch.zeros(3, 3, 64, 64), 2, ["a red star", "", "a blue ring"])
-    plain = pictures.grid(torch.zeros(3, 3, 64, 64), 2)
-    assert sheet.width == plain.width and sheet.height > plain.height
-    high = sheet.height // 2
-    strips = [sheet.crop((x, y + 64, x + 64, y + high)).convert("L") for x, y in ((0, 0), (64, 0), (0, high))]
-    assert [strip.getextrema()[0] < 100 for strip in strips] == [True, False, True]
-
-
-@pytest.fixture()
-def wandb(monkeypatch):
-    """A wandb that remembers: [(how a run was begun, the numbers it was given)]."""
-    started, fake = [], type(sys)("wandb")
-
-    def init(**given):
-        own = type(sys)("run")
-        started.append((given, []))
-        own.log = lambda numbers, step: started[-1][1].append(numbers)
-        return own
-    fake.init, fake.Image = init, str
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return started
-
-
-def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    refuses(capsys, tmp_path, lambda: train(tmp_path / "run", wandb="project"), "--wandb", "pip install wandb")
-
-
-def test_wandb_gets_the_numbers_and_the_grids(tmp_path, wandb):
-    out = train(tmp_path / "run", wandb="project", epochs=1, eval_every=1)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    ((_, logged),) = wandb
-    assert [numbers["loss"] for numbers in logged if "loss" in numbers] == [lines[1]["loss"]]
-    assert sum("samples" in numbers for numbers in logged) == 2
-
-
-def test_a_wandb_run_is_one_folders(tmp_path, wandb):
-    """Two folders of one name are two runs; a resumed run goes on with its own."""
-    for out, epochs, project in (("a/run", 1, "one"), ("b/run", 1, "one"), ("a/run", 2, None), ("a/run", 3, "one")):
-        train(tmp_path / out, wandb=project, epochs=epochs, eval_every=0)
-    ids = [given["id"] for given, _ in wandb]
-    assert ids[0] == ids[2] != ids[1] and {given["name"] for given, _ in wandb} == {"run"}
 
 
 def test_a_resume_on_another_machine_says_what_it_may_change(trained, capsys):
@@ -330,12 +159,50 @@ def test_a_resume_on_another_machine_says_what_it_may_change(trained, capsys):
     assert args["device"] == "NVIDIA H200" and [machine["device"][:3] for machine in args["resumed_on"]] == ["cpu"]
 
 
+# ---------------------------------------------------------------- what is refused
+
+
+def test_two_runs_into_one_folder(trained, capsys):
+    """Another process holds it; its death frees it."""
+    read, write = os.pipe()
+    holder = os.fork()
+    if not holder:
+        try:
+            run.lock(trained)
+            os.write(write, b"held")
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(write)
+    assert os.read(read, 4) == b"held"
+    refuses(capsys, lambda: train(trained, epochs=3), "--out", "another process is at work", unchanged=trained)
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    train(trained, epochs=3)
+
+
+@pytest.mark.parametrize("flag", ["prompts", "eval_prompts", "reward"])
+def test_a_changed_input_is_named(tmp_path, capsys, flag):
+    source = {"prompts": Path("tiny/prompts.txt"), "eval_prompts": Path("tiny/eval_prompts.txt")}.get(flag)
+    text = source.read_text() if source else "def f(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    file = tmp_path / "input.py"
+    file.write_text(text)
+    given = {flag: f"{file}:f" if flag == "reward" else str(file)}
+    out = train(tmp_path / "run", **given)
+    file.write_text(text + "\n")
+    name = flag.replace("_", "-")
+    refuses(capsys, lambda: train(out, epochs=3, **given), f"--{name}", "changed since", unchanged=out)
+    if flag == "reward":
+        file.write_text(text)
+        train(out, epochs=3, **given)
+
+
 def test_a_run_of_an_earlier_version_is_not_resumed(trained, capsys):
     """Its advantages were others: not a resume that no line tells of."""
     args = json.loads((trained / "args.json").read_text())
     del args["format"]
     (trained / "args.json").write_text(json.dumps(args))
-    refuses(capsys, trained, lambda: train(trained, epochs=3), "--out", "earlier version")
+    refuses(capsys, lambda: train(trained, epochs=3), "--out", "earlier version", unchanged=trained)
 
 
 def test_another_revision_of_a_hub_model_is_refused(trained, tmp_path, monkeypatch, capsys):
@@ -348,18 +215,83 @@ def test_another_revision_of_a_hub_model_is_refused(trained, tmp_path, monkeypat
         (tmp_path / "models--some--model/refs").mkdir(exist_ok=True)
         (tmp_path / "models--some--model/refs/main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert checkpoint.revision("some/model") is None and checkpoint.revision("tiny/sd3") is None
-    assert checkpoint.revision("no/such/folder") is None
+    assert run.revision("some/model") is None and run.revision("tiny/sd3") is None
+    assert run.revision("no/such/folder") is None
     cache("abc123")
     args = json.loads((trained / "args.json").read_text())
     args |= {"model": "some/model", "inputs": {**args["inputs"], "model": "abc123"}}
     (trained / "args.json").write_text(json.dumps(args))
-    given = train_awm.Args(**{**SMALL, "epochs": 3, "model": "some/model", "out": str(trained)})
-    checkpoint.find_run("awm", given, torch.device("cpu"))
-    checkpoint.unlock()
+    given = train_awm.Args(**SMALL | SHORT | dict(epochs=3, model="some/model", out=str(trained)))
+    run.find_run("awm", given, CPU)
+    run.unlock()
     cache("def456")
-    refuses(capsys, trained, lambda: checkpoint.find_run("awm", given, torch.device("cpu")), "--model some/model",
-            "changed since")
+    refuses(capsys, lambda: run.find_run("awm", given, CPU), "--model some/model", "changed since",
+            unchanged=trained)
+
+
+# ---------------------------------------------------------------- what a run says
+
+@pytest.mark.parametrize("lam, name", [
+    (0.05, "lam0.05"),
+    (0, "lam0"),
+    ("auto", "lamauto")])
+def test_the_default_folder_tells_lam(tmp_path, monkeypatch, lam, name):
+    monkeypatch.chdir(tmp_path)
+    out, state = run.find_run("awm", train_awm.Args(lam=lam), CPU)
+    assert (str(out), state) == (f"runs/awm-sd3-pickscore-{name}-s0", None)
+
+
+def test_a_run_ends_by_saying_what_came_of_it(tmp_path, capsys):
+    train(tmp_path / "run")
+    said = capsys.readouterr().out.splitlines()[-1]
+    lines = metrics(tmp_path / "run")
+    evals = [line for line in lines if "eval_reward" in line]
+    first, last = re.search(r"reward (\S+) -> (\S+),", said).groups()
+    assert first != last  # as many digits as are needed to tell them apart
+    assert [float(first), float(last)] == pytest.approx([line["eval_reward"] for line in evals], abs=1e-3)
+    assert f"norm ratio 1.000 -> {evals[-1]['eval_norm_ratio']:.3f}" in said
+
+
+def test_the_model_card_has_what_the_hub_wants(trained):
+    card = (trained / "lora/README.md").read_text()
+    assert card.startswith("---\nbase_model: tiny/sd3\n") and "--rank 4" in card and "license" not in card
+
+
+@pytest.fixture()
+def wandb(monkeypatch):
+    """A wandb that remembers: [(how a run was begun, the numbers it was given)]."""
+    started, fake = [], type(sys)("wandb")
+
+    def init(**given):
+        own = type(sys)("run")
+        started.append((given, []))
+        own.log = lambda numbers, step: started[-1][1].append(numbers)
+        return own
+    fake.init, fake.Image = init, str
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return started
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refuses(capsys, lambda: train(tmp_path / "run", wandb="project"), "--wandb", "pip install wandb",
+            unchanged=tmp_path)
+
+
+def test_wandb_gets_the_numbers_and_the_grids(tmp_path, wandb):
+    out = train(tmp_path / "run", wandb="project", epochs=1, eval_every=1)
+    lines = metrics(out)
+    ((_, logged),) = wandb
+    assert [numbers["loss"] for numbers in logged if "loss" in numbers] == [lines[1]["loss"]]
+    assert sum("samples" in numbers for numbers in logged) == 2
+
+
+def test_a_wandb_run_is_one_folders(tmp_path, wandb):
+    """Two folders of one name are two runs; a resumed run goes on with its own."""
+    for out, epochs, project in (("a/run", 1, "one"), ("b/run", 1, "one"), ("a/run", 2, None), ("a/run", 3, "one")):
+        train(tmp_path / out, wandb=project, epochs=epochs, eval_every=0)
+    ids = [given["id"] for given, _ in wandb]
+    assert ids[0] == ids[2] != ids[1] and {given["name"] for given, _ in wandb} == {"run"}
 
 
 # ---------------------------------------------------------------- a full disk
@@ -391,7 +323,7 @@ def test_a_full_disk_costs_no_more_than_the_epoch(trained, longer, capsys, file)
     limit = len(before[file]) - 1 if file in before else 4000
     with full_beyond(limit), pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
         train(trained, epochs=3)
-    checkpoint.unlock()
+    run.unlock()
     said = capsys.readouterr().err.replace("\x1b[A", "")  # bars go up a line
     error = [line for line in said.splitlines() if line.strip() and "%|" not in line]
     assert end.value.code == 2 and len(error) == 1 and re.search(f"{file}\\S*: cannot be written", error[0]), error
@@ -400,7 +332,7 @@ def test_a_full_disk_costs_no_more_than_the_epoch(trained, longer, capsys, file)
     assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
     assert not [name for name in after if name.endswith(".tmp")]
     train(trained, epochs=3)
-    assert all(torch.equal(value, lora(longer)[name]) for name, value in lora(trained).items())
+    assert all(torch.equal(value, lora_weights(longer)[name]) for name, value in lora_weights(trained).items())
 
 
 def test_a_full_disk_leaves_earlier_pictures_and_reports(tmp_path, capsys):
@@ -410,16 +342,17 @@ def test_a_full_disk_leaves_earlier_pictures_and_reports(tmp_path, capsys):
     for folder in dirs:
         pictures.save_samples(folder, noise, rows)
     with full_beyond(2000):  # more than samples.jsonl, less than a picture
-        refuses(capsys, tmp_path, lambda: pictures.save_samples(dirs[0], 1 - noise, rows), "00000.png", "room")
+        refuses(capsys, lambda: pictures.save_samples(dirs[0], 1 - noise, rows), "00000.png", "room",
+                unchanged=tmp_path)
     args = eval_judge.Args(tuple(dirs), reward=(), judge=None, out=str(tmp_path / "eval"))
     eval_judge.main(args)
     args.dirs = args.dirs[::-1]  # another report, of the same scores
     with full_beyond(5000):
-        refuses(capsys, tmp_path, lambda: eval_judge.main(args), "report.png", "room")
+        refuses(capsys, lambda: eval_judge.main(args), "report.png", "room", unchanged=tmp_path)
 
 
 def test_a_log_that_cannot_grow_stays_as_it_was(tmp_path, capsys):
     (tmp_path / "log").write_text("a line\n")
     with full_beyond(10):
-        refuses(capsys, tmp_path, lambda: cli.append(tmp_path / "log", "another line\n"), "log", "room")
-    refuses(capsys, tmp_path, lambda: cli.append(Path("/dev/full"), "a line\n"), "/dev/full", "No space left")
+        refuses(capsys, lambda: cli.append(tmp_path / "log", "another line\n"), "log", "room", unchanged=tmp_path)
+    refuses(capsys, lambda: cli.append(Path("/dev/full"), "a line\n"), "/dev/full", "No space left", unchanged=tmp_path)

@@ -1,100 +1,25 @@
-"""Tests of a training's parts that no formula of test_normguard.py covers: what rollouts are of, what several processes
-add up to, what a resumed run has kept, and what evaluations and summed rewards say."""
-import itertools
-import json
-import sys
+"""Tests of the training loop that no formula of test_normguard.py covers: what rollouts are of, what a step adds up,
+which policy is kept, what the guard does to a run."""
+import contextlib
+import functools
+import re
 from pathlib import Path
-from types import SimpleNamespace
 
-import matplotlib.colors
-import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import flow.cli
-import flow.distributed  # noqa: E402
-import flow.draws  # noqa: E402
-import flow.evaluate  # noqa: E402
-import flow.rewards  # noqa: E402
-import flow.run  # noqa: E402
-import train_awm  # noqa: E402
-import train_dpo  # noqa: E402
-import train_nft  # noqa: E402
-from flow.lora import lora_layers  # noqa: E402
-from flow.pipeline import decode  # noqa: E402
-from normguard import guard_gradient, norm_hinge, oppose, reference  # noqa: E402
+import flow.draws
+import flow.pipeline
+import flow.run
+import train_awm
+import train_dpo
+import train_nft
+from flow.lora import lora_layers
+from flow.pipeline import load_pipeline, schedule
+from tests.helpers import CPU, SCRIPTS, SMALL, flat_copy, generator, lora_bytes, metrics, small_run, timeless
 
-SCRIPTS = [train_nft, train_awm, train_dpo]
-SMALL = dict(seed=5, epochs=2, groups=2, group=2, steps=3, timesteps=1, updates=2, batch=3, rank=4, lr=2e-2,
-             eval_every=0, save_every=1, eval_n=3)
-
-
-@pytest.fixture(autouse=True)
-def at_home(monkeypatch):
-    """Defaults like tiny/sd3 are relative to the repository."""
-    monkeypatch.chdir(ROOT)
-
-
-def generator(*key: int) -> torch.Generator:
-    """What a run draws from, by (seed, purpose, place): purpose 0 is prompts, 2 noise of a rollout."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-
-
-def lines(out: Path, without: str = "img_per_s") -> list[dict]:
-    """The log, but for a number."""
-    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != without} for line in log]
-
-
-def values(params) -> torch.Tensor:
-    """A copy of all parameters, flat."""
-    return torch.cat([p.detach().flatten() for p in params])
-
-
-# ---------------------------------------------------------------- the guard, a loss, what is drawn
-
-def test_within_the_margin_no_guard_acts():
-    """Velocities longer than the reference's by 0 %, 3 % and 7 %, at a margin of 5 %."""
-    v_ref, g = torch.randn(2, 3, 4, 2, generator=generator(0), dtype=torch.float64)
-    v = v_ref * torch.tensor([1.0, 1.03, 1.07], dtype=torch.float64).view(3, 1, 1)
-    for margin, acts in ((0.05, [False, False, True]), (0.02, [False, True, True]), (0.1, [False] * 3)):
-        leaf = v.clone().requires_grad_()
-        moved = 1 * leaf
-        oppose(moved, v_ref, margin)
-        (moved * g).sum().backward()
-        for guarded in (guard_gradient(g, v, v_ref, margin), leaf.grad):
-            assert (guarded != g).any(2).any(1).tolist() == acts
-        assert (norm_hinge(v, v_ref, margin) > 0).tolist() == acts
-
-
-def test_the_reference_records_no_gradient_of_its_input():
-    net, x = torch.nn.Sequential(torch.nn.Linear(3, 4)), torch.ones(2, 3, requires_grad=True)
-    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
-    with reference(model):
-        v_ref = model(x)
-    assert not v_ref.requires_grad and model(x).requires_grad
-
-
-def test_awm_gives_its_old_policy_no_gradient():
-    v, v_old, x0, noise = torch.randn(4, 3, 2, 2, 2, generator=generator(0), dtype=torch.float64)
-    t, adv = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0.5, -0.5, 1.0])
-    v.requires_grad_()
-    v_old.requires_grad_()
-    train_awm.awm_loss(v, v_old, x0, noise, t, adv).sum().backward()
-    assert v_old.grad is None and v.grad.abs().amin() > 0
-
-
-def test_each_pass_over_the_prompts_is_a_shuffle_of_its_own():
-    args = train_awm.Args(seed=5, epochs=21, groups=5, eval_n=100)
-    captions = Path("tiny/prompts.txt").read_text().splitlines()
-    held_out = Path("tiny/eval_prompts.txt").read_text().splitlines()
-    prompts, eval_prompts = flow.draws.draw_prompts(args)
-    order = torch.cat([torch.randperm(len(captions), generator=generator(5, 0, i)) for i in range(3)])
-    assert len(captions) == 48 and prompts == [captions[i] for i in order[:105]] and prompts[:48] != prompts[48:96]
-    assert eval_prompts == list(itertools.islice(itertools.cycle(held_out), 100))
+QUICK = dict(seed=5, epochs=2, group=2, steps=3, batch=3, lr=2e-2, eval_every=0, save_every=1, eval_n=3)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -105,13 +30,13 @@ def test_rollouts_are_of_the_epochs_prompts_and_the_right_policy(tmp_path, monke
     def watched(pipe, noise, prompts, sigmas, **kwargs):
         layers = lora_layers(pipe.transformer)
         assert all(layer.active_adapters == [name] for layer in layers)
-        weights = {key: values(layer.lora_B[key].weight for layer in layers) for key in ("default", name)}
+        weights = {key: flat_copy(layer.lora_B[key].weight for layer in layers) for key in ("default", name)}
         rollouts.append((noise, prompts, weights))
         return noise.clone(), None
     monkeypatch.setattr(script, "integrate", watched)
-    monkeypatch.setattr(script, "score", lambda *args: torch.tensor([0.1, 0.5, 0.3, 0.2]))
+    monkeypatch.setattr(script, "score", lambda *args: torch.tensor([[0.1, 0.5, 0.3, 0.2]]))
     more = {"old_decay": (0, 0.2, 0.5)} if script is train_nft else {"pairs": 1} if script is train_dpo else {}
-    script.main(script.Args(out=str(tmp_path), **SMALL, **more))
+    small_run(tmp_path, script, **QUICK | more)
     captions = Path("tiny/prompts.txt").read_text().splitlines()
     order = torch.randperm(len(captions), generator=generator(5, 0, 0))
     assert len(rollouts) == 2
@@ -123,111 +48,37 @@ def test_rollouts_are_of_the_epochs_prompts_and_the_right_policy(tmp_path, monke
         assert weights[name].any() == (epoch == 1)
 
 
-# ---------------------------------------------------------------- several processes, which one plays in turn
-
-def play(monkeypatch, rank: int, processes: int, run_collective=None):
-    """Be one of several processes, with something in the place of the network."""
-    monkeypatch.setattr(flow.distributed, "RANK", rank)
-    monkeypatch.setattr(flow.distributed, "PROCESSES", processes)
-    monkeypatch.setattr(flow.distributed, "run_collective", run_collective)
-
-
-@pytest.mark.parametrize("n, processes", [
-    (12, 3),
-    (7, 3),
-    (5, 1),
+@pytest.mark.parametrize("good, steps", [
+    ([10], 19),  # nine bad steps, a good one, nine bad ones
+    ([], 10),
 ])
-def test_shares_are_everything_once_and_in_order(monkeypatch, n, processes):
-    shares = []
-    for rank in range(processes):
-        play(monkeypatch, rank, processes)
-        shares.append(range(n)[flow.distributed.local_slice(n)])
-    assert [i for share in shares for i in share] == list(range(n))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path, monkeypatch, good, steps):
+    calls, honest = [], train_awm.awm_loss
+
+    def broken(*args):
+        calls.append(None)
+        return honest(*args) * (1 if len(calls) in good else float("nan"))
+    monkeypatch.setattr(train_awm, "awm_loss", broken)
+    monkeypatch.setattr(train_awm, "integrate", lambda pipe, noise, *args, **kwargs: (noise.clone(), None))
+    monkeypatch.setattr(train_awm, "score", lambda *args: torch.tensor([[0.1, 0.5, 0.3, 0.2]]))
+    with contextlib.nullcontext() if good else pytest.raises(SystemExit):
+        small_run(tmp_path, **QUICK | dict(epochs=19, updates=1, batch=8))
+    lines = metrics(tmp_path)
+    assert len(lines) == steps and lines[-1]["skipped"] == steps - len(good)
 
 
-def test_own_batches_are_an_updates_rows_once():
-    picture, update = torch.tensor([3, 0, 5, 2, 1, 4]).repeat_interleave(2), torch.arange(2, 11)
-    for owns in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
-        batches = [flow.draws.local_batches(update, picture, own, 4) for own in owns]
-        assert sorted(row for own in batches for b in own for row in b.tolist()) == update.tolist()
-        for own, parts in zip(owns, batches):
-            assert all(own.start <= picture[row] < own.stop for b in parts for row in b) and max(map(len, parts)) <= 4
-    assert flow.draws.local_batches(update, picture, slice(6, 8), 4) == []
-
-
-def test_what_is_gathered_is_in_order(monkeypatch):
-    sent = []
-    for rank, mine in enumerate((torch.tensor([1, 2]), torch.tensor([3]))):
-        sent.append(mine)
-
-        def run_collective(collective, out, value):
-            out[:] = [*sent[:rank], value]
-        play(monkeypatch, rank, 2, run_collective)
-        everything = flow.distributed.all_gather_tensor(mine)
-    assert everything.tolist() == [1, 2, 3]
-
-
-def test_gradients_are_summed_over_processes(monkeypatch):
-    """Not averaged; where one process has none, it is the other's, and where none has one, there is none."""
-    given = [[1.0, 2.0, None, None], [10.0, None, 3.0, None]]
-    sent = []
-    for rank, grads in enumerate(given):
-        params = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in grads]
-        for p, value in zip(params, grads):
-            p.grad = None if value is None else torch.full((2, 3), value)
-
-        def run_collective(collective, flat):
-            sent.append(flat.clone())
-            flat.copy_(sum(sent))
-        play(monkeypatch, rank, 2, run_collective)
-        flow.distributed.sum_gradients(params)
-    assert params[3].grad is None
-    assert [p.grad.unique().tolist() for p in params[:3]] == [[11.0], [2.0], [3.0]]
-
-
-def bare_run(out: Path):
-    """As much of a run as a step's end needs, and its only parameter."""
-    p = torch.nn.Parameter(torch.zeros(2))
-    bar = SimpleNamespace(set_postfix=lambda **said: None)
-    return SimpleNamespace(name="awm", args=train_awm.Args(group=2), params=[p], opt=torch.optim.SGD([p], lr=1),
-                           ema=None, step=0, epoch=0, skipped=0, bad=0, parts={}, peaks={}, start=0.0, out=out,
-                           wandb=None, bar=bar), p
-
-
-def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path):
-    run, p = bare_run(tmp_path)
-    reward = torch.tensor([0.1, 0.2, 0.5, 0.5])
-
-    def step(good: bool):
-        p.grad = torch.tensor([0.0, 0.5 if good else float("nan")])
-        flow.run.finish_step(run, {"loss": torch.tensor(1.0)}, 1, reward, 1.0)
-    for good in [False] * 9 + [True] + [False] * 9:
-        step(good)
-    assert p.tolist() == [0, -0.5] and run.skipped == 18 and run.step == 19
-    with pytest.raises(SystemExit), flow.cli.one_line_errors():
-        step(good=False)
-
-
-@pytest.mark.parametrize("sums, loss", [
-    ({"loss": torch.tensor(1.0)}, 1.5),
-    ({}, 1.25),
+@pytest.mark.parametrize("local, loss", [
+    ([{"loss": torch.tensor([0.25, 0.75])}], 1.5),
+    ([], 1.25),
 ])
-def test_a_steps_means_are_over_the_rows_of_all_processes(tmp_path, monkeypatch, sums, loss):
-    """Of four rows; this process has one, or none."""
-    theirs = {"loss": 5.0, "norm_ratio": 4.4, "ratio_at_4": 3.3, "rows_at_4": 3.0}
+def test_a_steps_means_are_over_the_rows_of_all_processes(monkeypatch, local, loss):
+    """Of four rows; this process has two, or none."""
+    theirs = {"loss": 5.0, "norm_ratio": 4.4, "ratio in bin 4": 3.3, "rows in bin 4": 3.0}
     monkeypatch.setattr(flow.run, "all_gather", lambda own: [own, theirs])
-    run, p = bare_run(tmp_path)
-    p.grad = torch.tensor([3.0, 4.0])
-    flow.run.finish_step(run, sums, 4, torch.tensor([0.1, 0.2, 0.5, 0.5]), 1.0)
-    (line,) = lines(tmp_path)
-    said = [line[name] for name in ("loss", "norm_ratio", "grad_norm", "zero_std_share")]
-    assert said == pytest.approx([loss, 1.1, 5, 0.5])
-    assert line["norm_ratio_by_t"] == [None] * 4 + [pytest.approx(1.1)] and line["guard"] is None
-    torch.testing.assert_close(p.detach(), torch.tensor([-0.6, -0.8]))  # clipped to 1
+    means = flow.run.mean_over_rows(local, 4)
+    assert [means["loss"], means["norm_ratio"]] == pytest.approx([loss, 1.1]) and means["active"] is None
+    assert means["norm_ratio_by_t"] == [None] * 4 + [pytest.approx(1.1)]
 
-
-# ---------------------------------------------------------------- resuming
 
 def same(a, b) -> bool:
     """Nested dicts and lists of the same tensors and numbers."""
@@ -248,11 +99,11 @@ def test_a_resumed_run_has_kept_everything(tmp_path, monkeypatch):
         return honest(*args) * (float("nan") if len(calls) == 2 else 1)
     monkeypatch.setattr(train_nft, "nft_loss", second_is_nan)
     monkeypatch.setattr(train_nft, "integrate", lambda pipe, noise, *args, **kwargs: (noise.clone(), None))
-    monkeypatch.setattr(train_nft, "score", lambda *args: torch.tensor([0.1, 0.5, 0.3, 0.2]))
+    monkeypatch.setattr(train_nft, "score", lambda *args: torch.tensor([[0.1, 0.5, 0.3, 0.2]]))
 
     def train(out, epochs):
         more = dict(epochs=epochs, save_every=3, ema=0.6, old_decay=(0, 0.2, 0.5))
-        train_nft.main(train_nft.Args(out=str(out), **SMALL | more))
+        small_run(out, train_nft, **QUICK | more)
     train(tmp_path / "whole", 3)
     calls.clear()
     train(tmp_path / "parts", 1)
@@ -266,82 +117,170 @@ def test_a_resumed_run_has_kept_everything(tmp_path, monkeypatch):
     assert whole.keys() == parts.keys()
     for name in whole.keys() - {"log_bytes"}:
         assert same(whole[name], parts[name]), name
-    assert lines(tmp_path / "whole") == lines(tmp_path / "parts") and bad == 1
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts") and bad == 1
     kept = [tmp_path / name / "lora/pytorch_lora_weights.safetensors" for name in ("whole", "parts")]
     assert kept[0].read_bytes() == kept[1].read_bytes()
-    assert [line["skipped"] for line in lines(tmp_path / "whole")] == [0, 1, 1, 1, 1, 1]
+    assert [line["skipped"] for line in timeless(tmp_path / "whole")] == [0, 1, 1, 1, 1, 1]
 
 
-# ---------------------------------------------------------------- rewards and evaluations
+def test_nonfinite_steps_are_skipped_and_ten_stop_the_run(tmp_path, monkeypatch, capsys):
+    honest, calls = train_awm.awm_loss, []
 
-REWARDS = """
-import torch
-def spoiling(images, prompts):
-    images.neg_().add_(1)
-    return images[:, 0].mean((1, 2))
-def red(images, prompts):
-    return images[:, 0].mean((1, 2))
-def length(images, prompts):
-    return torch.tensor([float(len(prompt)) for prompt in prompts])
-"""
-
-
-def test_a_summed_rewards_parts_see_the_same_pictures_with_their_prompts(tmp_path, monkeypatch):
-    """What one does to the pictures no other sees, whatever the pieces in which they are decoded and scored."""
-    (tmp_path / "r.py").write_text(REWARDS)
-    spec = ",".join(f"{tmp_path}/r.py:{name}" for name in ("spoiling:2", "red", "length:-0.5"))
-    reward = flow.rewards.load_reward(spec, torch.device("cpu"), batch=3)
-    monkeypatch.setattr(flow.evaluate, "decode", lambda pipe, x0: x0)
-    large = SimpleNamespace(flow=SimpleNamespace(picture=(3, 2048, 2048)))  # four of them are decoded at a time
-    run = SimpleNamespace(pipe=large, reward=reward, peaks={}, parts={})
-    images, prompts = torch.rand(10, 3, 8, 8, generator=generator(0)), ["x" * k for k in range(10)]
-    before, red, length = images.clone(), images[:, 0].double().mean((1, 2)), torch.arange(10.0)
-    scores = flow.evaluate.score(run, images, prompts)
-    torch.testing.assert_close(scores.double(), 2 * (1 - red) + red - 0.5 * length)
-    expected = {"r.py:spoiling": 1 - red, "r.py:red": red, "r.py:length": length.double()}
-    torch.testing.assert_close({name: part.double() for name, part in run.parts.items()}, expected)
-    assert torch.equal(images, before)
+    def broken(*args):
+        calls.append(None)
+        return honest(*args) * (float("nan") if len(calls) > 2 else 1)  # the first epoch is sound
+    monkeypatch.setattr(train_awm, "awm_loss", broken)
+    with pytest.raises(SystemExit) as end, flow.cli.one_line_errors():
+        small_run(tmp_path / "run", epochs=9, eval_every=0, batch=64)
+    assert end.value.code == 2 and "ten steps" in capsys.readouterr().err
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["skipped"] == 10 and lines[-1]["loss"] is None and len(lines) == 12
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert all(torch.isfinite(p).all() for p in state["lora"].values()) and state["bad"] == 2 * (state["epoch"] - 1)
 
 
-def test_what_an_evaluation_says(tmp_path, monkeypatch):
-    """The same prompts and noise each time, of the average of --ema; its numbers against NumPy's. And the speed."""
-    (tmp_path / "r.py").write_text(REWARDS)
-    seen, ratios = [], 1 + torch.rand(3, 4, generator=generator(1))
-    ratios[1, 2] += 1
-    honest = flow.run.evaluate
+@pytest.mark.parametrize("pairs, each", [
+    (None, 2),  # half of the group, where four do not fit
+    (1, 1),
+])
+def test_dpo_takes_a_small_group(tmp_path, monkeypatch, pairs, each):
+    rows, honest = [], train_dpo.dpo_loss
 
-    def watched(run, epoch):
-        seen.append({"run": run, "own": values(run.params), "ema": values(run.ema)})
-        honest(run, epoch)
-        assert torch.equal(values(run.params), seen[-1]["own"])
+    def counted(v_w, *others, **named):
+        rows.append(len(v_w))
+        return honest(v_w, *others, **named)
+    monkeypatch.setattr(train_dpo, "dpo_loss", counted)
+    flags = dict(group=4, groups=2, updates=1, pairs=pairs, epochs=1, eval_every=0)
+    (line,) = metrics(small_run(tmp_path / "run", train_dpo, **flags))
+    assert line["loss"] > 0 and sum(rows) == 2 * each * SMALL["timesteps"]
 
-    def drawn(pipe, noise, prompts, sigmas, **kwargs):
-        seen[-1] |= {"noise": noise, "prompts": prompts, "sigmas": sigmas, "used": values(seen[-1]["run"].params)}
-        return 0.3 * noise, ratios
-    monkeypatch.setattr(flow.run, "evaluate", watched)
-    monkeypatch.setattr(flow.evaluate, "integrate", drawn)
-    monkeypatch.setattr(flow.run, "time", SimpleNamespace(time=itertools.count(0, 10).__next__))
-    changes = dict(eval_every=1, eval_steps=4, ema=0.6, reward=f"{tmp_path}/r.py:red:3,{tmp_path}/r.py:length")
-    train_awm.main(train_awm.Args(out=str(tmp_path / "run"), **SMALL | changes))
-    held_out = Path("tiny/eval_prompts.txt").read_text().splitlines()[:3]
-    noise = torch.cat([torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)])
-    pictures = decode(seen[0]["run"].pipe, 0.3 * noise).double().numpy()
-    red, length = pictures[:, 0].mean((1, 2)), np.array([len(prompt) for prompt in held_out])
-    reward = 3 * red + length
-    said = [line for line in lines(tmp_path / "run") if "eval_reward" in line]
-    assert len(seen) == len(said) == 3
-    for epoch, (line, evaluation) in enumerate(zip(said, seen)):
-        assert (line["epoch"], line["step"]) == (epoch, 2 * epoch)
-        assert torch.equal(evaluation["noise"], noise) and evaluation["prompts"] == held_out
-        assert len(evaluation["sigmas"]) == 5
-        assert torch.equal(evaluation["used"], evaluation["ema"])
-        assert torch.equal(evaluation["own"], evaluation["ema"]) == (epoch == 0)
-        expected = {"eval_reward": reward.mean(), "eval_reward_se": reward.std(ddof=1) / 3**0.5,
-                    "eval_reward/r.py:red": red.mean(), "eval_reward/r.py:length": length.mean(),
-                    "eval_norm_ratio": ratios.mean().item(), "eval_norm_ratio_max": ratios.mean(0).max().item(),
-                    "eval_saturation": matplotlib.colors.rgb_to_hsv(np.moveaxis(pictures, 1, -1))[..., 1].mean()}
-        for name, value in expected.items():
-            assert line[name] == pytest.approx(value, rel=1e-4), name
-        assert line["eval_norm_ratio_steps"] == pytest.approx(ratios.mean(0).tolist(), rel=1e-5)
-    steps = [line["img_per_s"] for line in lines(tmp_path / "run", without="") if "loss" in line]
-    assert steps == pytest.approx([0.5 * 4 / 10, 4 / 20] * 2)  # the clock goes on by 10 s at each look
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_with_lam_0_no_guard_has_a_say(tmp_path, monkeypatch, script):
+    """To the bit, whatever the guard is."""
+    short = dict(epochs=1, groups=1, steps=2, eval_every=0)
+    zero = lora_bytes(small_run(tmp_path / "zero", script, lam=0.0, **short))
+    monkeypatch.setattr(script, "norm_hinge", lambda v, v_ref, margin: 1e3 * v.flatten(1).sum(1))
+    assert lora_bytes(small_run(tmp_path / "other", script, lam=0.0, **short)) == zero
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_lam_auto_knows_no_scale_and_resumes_bit_for_bit(tmp_path, monkeypatch, script):
+    """base_loss times 1024, which rounds nothing, and interrupted: but for Adam's epsilon, the clipping and the KL, the
+    same run."""
+    name = script.__name__.replace("train_", "") + "_loss"
+    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-30))
+    flags = dict(lam="auto", eval_every=0, kl=0.0, max_grad_norm=1e9, lr=1e-2)
+    one = small_run(tmp_path / "one", script, **flags | dict(epochs=2))
+    honest = getattr(script, name)
+    monkeypatch.setattr(script, name, lambda *args: 1024 * honest(*args))
+    for epochs in (1, 2):
+        other = small_run(tmp_path / "other", script, **flags | dict(epochs=epochs))
+    assert lora_bytes(one) == lora_bytes(other)
+    steps, scaled = metrics(one), metrics(other)
+    assert any(line["active"] > 0 for line in steps) and len(steps) == len(scaled) == 4
+    for a, b in zip(steps, scaled):
+        assert a["loss"] == a["base_loss"] == pytest.approx(b["loss"] / 1024, rel=1e-6)
+        assert (a["guard"], a["norm_ratio"], a["active"]) == (b["guard"], b["norm_ratio"], b["active"])
+
+
+def test_dpo_with_lam_auto_also_trains_where_sampling_goes(tmp_path, monkeypatch):
+    levels, honest = [], flow.draws.add_noise
+
+    def capture(x0, noise, t):
+        levels.append(t[:len(t) // 2])
+        return honest(x0, noise, t)
+    monkeypatch.setattr(flow.draws, "add_noise", capture)
+    for lam in (0.05, "auto"):
+        small_run(tmp_path / str(lam), train_dpo, lam=lam, groups=4, updates=1, timesteps=2, epochs=1, batch=64,
+                  eval_every=0)
+    plain, auto = levels
+    changed = plain != auto
+    assert len(plain) == 16 and set(changed.nonzero().flatten().tolist()) == {0, 8}
+    pipe = load_pipeline("tiny/sd3", CPU)
+    assert all(t in schedule(pipe, SMALL["steps"])[:-1] for t in auto[changed])
+
+
+@pytest.mark.parametrize("script", [train_nft, train_awm])
+def test_no_reference_forward_is_paid_when_none_is_needed(tmp_path, monkeypatch, script):
+    def refuse(model):
+        raise AssertionError("a reference forward was paid")
+    monkeypatch.setattr(script, "reference", refuse)
+    monkeypatch.setattr(flow.pipeline, "reference", refuse)
+    lines = metrics(small_run(tmp_path, script, lam=0.0, kl=0.0, eval_every=0, epochs=1))
+    assert [line["norm_ratio"] for line in lines] == [None, None]
+
+
+SHORT = dict(group=8, groups=2, updates=1, batch=32, rank=8, steps=4, timesteps=2, eval_n=16, epochs=3, eval_every=3,
+             lr=8e-3)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_training_raises_a_reward_it_can_raise(tmp_path, script):
+    """Brightness: the sign of the advantage, its pairing with rows, the noising and the accumulation all count."""
+    (tmp_path / "bright.py").write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    out = small_run(tmp_path / "run", script, reward=f"{tmp_path}/bright.py:bright", lam=0.0, **SHORT)
+    first, *_, last = metrics(out)
+    assert last["eval_reward"] - first["eval_reward"] > 3 * first["eval_reward_se"]
+
+
+def test_guard_holds_the_norm(tmp_path):
+    """A reward that inflates the norm (contrast): with the guard the norm ends lower, and at most at the
+    reference's."""
+    (tmp_path / "contrast.py").write_text("def contrast(images, prompts):\n    return images.std((1, 2, 3))\n")
+    ratio = {}
+    for lam in (0.0, 1.0):
+        out = small_run(tmp_path / str(lam), lam=lam, reward=f"{tmp_path}/contrast.py:contrast", **SHORT)
+        ratio[lam] = metrics(out)[-1]["eval_norm_ratio"]
+    assert ratio[0.0] > 1.02 and ratio[1.0] < 1.01
+
+
+def test_a_reward_that_cannot_teach_is_told(tmp_path, capsys):
+    (tmp_path / "flat.py").write_text("def flat(images, prompts):\n    return images.new_ones(len(images))\n")
+    small_run(tmp_path / "run", reward=f"{tmp_path}/flat.py:flat", epochs=1, eval_every=0)
+    assert "note: all pictures of a prompt have the same reward (1, ...)" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the three scripts are twins
+
+def blocks(method: str) -> dict[str, str]:
+    """A script's main, by its headings; and its imports and the first lines of main under names of our own."""
+    text = Path(f"train_{method}.py").read_text().replace(f'"{method}"', '"METHOD"')
+    main = text[text.index("@one_line_errors()"):]
+    parts = re.split(r"^ +# ---- (.*)\n", main, flags=re.MULTILINE)
+    return dict(zip(["begin", *parts[1::2]], [parts[0], *parts[2::2]]))
+
+
+@pytest.mark.parametrize("heading, methods", [
+    ("load; what can fail, fails before anything is written", ["awm", "nft"]),  # DPO's has one line more
+    ("LoRA and optimizer", ["awm", "dpo"]),  # NFT's has the old policy
+    ("start or resume", ["awm", "dpo"]),
+    ("rollout: `group` pictures of each prompt from the policy as it stands", ["awm", "dpo"]),
+    ("optimizer step, unless the loss or a gradient is not finite", ["awm", "nft", "dpo"]),
+    ("evaluation and checkpoint", ["awm", "dpo"]),
+])
+def test_shared_blocks_of_the_scripts_are_the_same_word_for_word(heading, methods):
+    assert len({blocks(method)[heading] for method in methods}) == 1
+
+
+def test_what_a_script_adds_to_a_shared_block_is_added_lines():
+    """NFT's old policy, DPO's noise levels and pairs: without these lines the blocks are the same."""
+    for heading, method, words in (
+            ("load; what can fail, fails before anything is written", "dpo", "training_levels"),
+            ("LoRA and optimizer", "nft", "old|use_adapter"),
+            ("start or resume", "nft", "old_decay"),
+            ("evaluation and checkpoint", "nft", "old=")):
+        theirs = blocks(method)[heading].replace(", old=old_params", "").replace("ema=ema,\n", "ema=ema)\n")
+        lines = [line for line in theirs.splitlines() if not re.search(words, line)]
+        assert "\n".join(lines).split() == blocks("awm")[heading].split(), heading
+
+
+def test_shared_flags_have_one_default_and_one_help():
+    """But for what the methods mean differently."""
+    fields = [dict(re.findall(r"^((?:    # .*\n)?    (\w+): .*)$", Path(f"train_{method}.py").read_text(), re.MULTILINE))
+              for method in ("nft", "awm", "dpo")]
+    fields = [{name: line for line, name in lines.items()} for lines in fields]
+    own = {"lam", "lr", "kl", "updates", "timesteps", "batch", "out"}
+    for name in set().union(*fields) - own:
+        assert len({lines[name] for lines in fields if name in lines}) == 1, name
+    assert len(set.intersection(*map(set, fields)) - own) > 20

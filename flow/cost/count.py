@@ -18,7 +18,8 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from flow.cost.shapes import PROMPT, blank_lora, blank_pipeline, blank_reward, encode
 from flow.lora import lora_layers
-from flow.pipeline import CHUNK, decode_batch, decode_size, draw_noise, velocity
+from flow.pipeline import decode_batch, decode_size, draw_noise, velocity
+from flow.prompts import CHUNK
 from normguard import norm_hinge, reference
 
 GB = 2**30

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from flow import pipeline
 from flow.cli import InputError, cannot_load, check_model
 from flow.lora import add_lora, use_autocast
+from flow.prompts import CHUNK
 from flow.rewards import VIT_H_CONFIG
 
 WORDS = 40  # of the prompt: tokens, where a pipeline does not pad to one length
@@ -196,7 +197,7 @@ def blank_pipeline(model: str, device: torch.device, size: int | None = None, fr
 
 def encode(pipe, guidance: float | None = None):
     """flow.pipeline.encode_prompts for PROMPT and as many more as are encoded in one go."""
-    n = pipeline.CHUNK if pipe.flow.in_one_go else 1
+    n = CHUNK if pipe.flow.in_one_go else 1
     pipeline.encode_prompts(pipe, [PROMPT, *(f"{PROMPT} {i}" for i in range(1, n))], guidance)
 
 

@@ -1,0 +1,367 @@
+"""Tests of eval_judge.py: folders compared by rewards, judge, detector and distance; its report."""
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import pytest
+import torch
+import world
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import eval_judge
+import flow.pictures
+import sample
+from tests.helpers import CPU, answer, refuses, sample_rows, serve
+
+PICKSCORE = ("tiny/pickscore",)
+OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_judge.py's questions only; it has commas
+
+
+@pytest.fixture(scope="session")
+def base_and_lora(run, tmp_path_factory) -> tuple[str, str]:
+    """16 pictures of the base and of a trained LoRA, same prompts and noise."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name, lora in (("base", None), ("lora", str(run / "lora"))):
+        sample.main(sample.Args(steps=4, lora=lora, out=str(root / name), reward="tiny/pickscore"))
+    return f"{root}/base", f"{root}/lora"
+
+
+def compare(*dirs, out, **changes) -> dict:
+    """The report on some folders, with none of the metrics that cost time but those of `changes`."""
+    args = {"dirs": dirs, "reward": (), "forensic": (), "judge": None, "judge_model": "tiny", "out": str(out)} | changes
+    eval_judge.main(eval_judge.Args(**args))
+    return json.loads((Path(out) / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def render_folder(folder, n=16, flaw=None, strength=0.0, seed=3) -> str:
+    """A folder of renders as sample.py would write it, flawed at that strength."""
+    index = torch.arange(n) * 7 % 64
+    pictures = world.render(world.scene(index, torch.Generator().manual_seed(seed)))
+    if flaw:
+        pictures = world.degrade(pictures, flaw, torch.full((n,), strength), torch.Generator().manual_seed(seed + 1))
+    flow.pictures.save_samples(str(folder), pictures, [{"prompt": world.CAPTIONS[i], "seed": seed} for i in index])
+    return str(folder)
+
+
+def test_eval_judge_compares_folders(base_and_lora, tmp_path, capsys):
+    base, lora = base_and_lora
+    report = compare(base, lora, real=base, reward=PICKSCORE, forensic=("tiny/forensic",), judge="tiny/judge",
+                     out=tmp_path / "report")
+    assert sorted(p.name for p in Path(base).glob("0*.png")) == [f"{i:05d}.png" for i in range(16)]
+    rows = [row["reward"] for row in sample_rows(lora)]
+    mine = report["metrics"]["reward/pickscore"][lora]
+    assert mine["mean"] == pytest.approx(np.mean(rows), abs=2e-3) and mine["lo"] < mine["mean"] < mine["hi"]
+    assert report["n"] == mine["n"] == 16
+    difference = mine["mean"] - report["metrics"]["reward/pickscore"][base]["mean"]
+    assert mine["diff"]["mean"] == pytest.approx(difference, abs=1e-6)
+    distance = report["metrics"]["fd/embed"]
+    assert abs(distance[base]["mean"]) < 1e-3 < distance[lora]["mean"]
+    judged = [f"judge/{d}" for d in eval_judge.SINGLE]
+    assert set(report["metrics"]) == {"reward/pickscore", "forensic/forensic", "fd/embed", *judged}
+    verdict = report["pairs"]["judge/quality"][f"{base} vs {lora}"]
+    assert verdict["win"] + verdict["tie"] + verdict["loss"] == 16 and verdict["nan"] == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert table[0] == f"| metric | {base} | {lora} |"
+    assert f"{mine['mean']:.4f} [{mine['lo']:.4f}, {mine['hi']:.4f}]" in table[2]
+
+
+def test_bootstrap_interval_of_known_coverage():
+    """One picture a prompt: the interval is that of the mean, 1.96 standard errors to either side."""
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    s = eval_judge.summary(torch.cat([values, torch.tensor([math.nan])]), [str(i) for i in range(401)], 4000)
+    se = values.std().item() / 20
+    assert s["n"] == 400 and s["nan"] == 1 and s["mean"] == pytest.approx(values.mean().item())
+    np.testing.assert_allclose([s["mean"] - s["lo"], s["hi"] - s["mean"]], 1.96 * se, rtol=0.1)
+    two = eval_judge.summary(values, ["a"] * 200 + ["b"] * 200, 4000)  # two prompts: the interval spans their means
+    assert sorted([values[:200].mean().item(), values[200:].mean().item()]) == pytest.approx([two["lo"], two["hi"]])
+    # mean and interval weigh pictures alike
+    uneven = eval_judge.summary(torch.tensor([1.0] * 9 + [0.0]), ["a"] * 9 + ["b"], 4000)
+    assert (uneven["mean"], uneven["lo"], uneven["hi"]) == pytest.approx((0.9, 0.0, 1.0))
+    one = eval_judge.summary(values, ["a"] * 400, 4000)  # one prompt: over its pictures
+    np.testing.assert_allclose([one["mean"] - one["lo"], one["hi"] - one["mean"]], 1.96 * se, rtol=0.1)
+
+
+@pytest.mark.parametrize("flaw", world.FLAWS)
+def test_judge_prefers_the_clean_picture(tmp_path, flaw):
+    dirs = [render_folder(tmp_path / "clean", n=8)]
+    dirs += [render_folder(tmp_path / f"{strength}", 8, flaw, strength) for strength in (0.35, 0.7, 1.0)]
+    report = compare(*dirs, judge="tiny/judge", out=tmp_path / "report")
+    pairs = report["pairs"]["judge/quality"]
+    assert all(pairs[f"{dirs[0]} vs {d}"]["win"] == 8 for d in dirs[2:])
+    margins = [pairs[f"{dirs[0]} vs {d}"]["margin"] for d in dirs[1:]]
+    assert 0 < margins[0] < margins[1] < margins[2]
+    assert all(pairs[f"{a} vs {b}"]["rate"] >= 0.75 for a, b in zip(dirs[1:], dirs[2:]))  # the weaker flaw is preferred
+    overall = [report["metrics"]["judge/overall"][d]["mean"] for d in dirs]
+    assert overall[0] > 0.7 and max(overall[2:]) < 0.3
+    flaws_told_by = {
+        "over-sharpening": ["sharpening"],
+        "oversaturation": ["saturation"],
+        "unnatural lighting": ["light", "contrast"],
+    }
+    own = next((d for d, flaws in flaws_told_by.items() if flaw in flaws), "artifacts")
+    said = [report["metrics"][f"judge/{own}"][d]["mean"] for d in dirs]
+    assert said[0] < 0.3 and min(said[2:]) > 0.7
+
+
+def test_identical_pictures_tie_and_swapped_folders_mirror(base_and_lora, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_judge, "SINGLE", {"overall": eval_judge.SINGLE["overall"]})
+    base, lora = base_and_lora
+    copy = str(shutil.copytree(base, tmp_path / "copy"))
+    same = compare(base, copy, reward=PICKSCORE, judge="tiny/judge", out=tmp_path / "same")
+    verdict = same["pairs"]["judge/quality"][f"{base} vs {copy}"]
+    assert verdict["tie"] == 16 and verdict["rate"] == 0.5 and verdict["margin"] == 0
+    there = compare(base, lora, reward=PICKSCORE, judge="tiny/judge", out=tmp_path / "there")
+    back = compare(lora, base, reward=PICKSCORE, judge="tiny/judge", out=tmp_path / "back")
+    one, two = there["pairs"]["judge/quality"][f"{base} vs {lora}"], back["pairs"]["judge/quality"][f"{lora} vs {base}"]
+    assert (one["win"], one["tie"], one["loss"], one["margin"]) == (two["loss"], two["tie"], two["win"], -two["margin"])
+    assert one["rate"] == pytest.approx(1 - two["rate"], abs=1e-12)
+    assert one["lo"] == pytest.approx(1 - two["hi"], abs=1e-12)
+    for name in there["metrics"]:
+        for d in (base, lora):
+            ours, mirrored = ({k: r["metrics"][name][d][k] for k in ("mean", "lo", "hi")} for r in (there, back))
+            assert ours == mirrored
+
+
+@pytest.fixture(scope="module")
+def judge_server():
+    """(url, faults, asked): a server of tiny/judge. Pictures whose hash is in `faults` get that fault in place of an
+    answer; each request's model goes to `asked`."""
+    model = AutoModelForImageTextToText.from_pretrained("tiny/judge", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained("tiny/judge")
+    faults, asked, lock = {}, [], Lock()
+    bodies = {"garbage": b"<html>", "empty": b"{}", "words": json.dumps(answer({"Well": 0.99})).encode()}
+
+    def reply(path, headers, request):
+        assert path == "/v1/chat/completions"
+        (message,), files = request["messages"], []
+        for part in message["content"]:
+            if part["type"] == "image_url":
+                files.append(base64.b64decode(part.pop("image_url")["url"].removeprefix("data:image/png;base64,")))
+                part |= {"type": "image", "image": Image.open(io.BytesIO(files[-1])).convert("RGB")}
+        asked.append(request["model"])
+        hashes = [hashlib.sha256(file).hexdigest() for file in files]
+        fault = next((faults[h] for h in hashes if h in faults), None)
+        if fault in ("hang", "cut"):
+            time.sleep(2 if fault == "hang" else 0)
+            return None
+        if fault:
+            return (500, b"") if fault == "500" else (200, bodies[fault])
+        with lock, torch.no_grad():
+            inputs = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=True,
+                                                   return_dict=True, return_tensors="pt")
+            top = model(**inputs).logits[0, -1].softmax(0).topk(20)
+        words = [processor.tokenizer.decode([i]) for i in top.indices.tolist()]
+        return 200, json.dumps(answer(dict(zip(words, top.values.tolist())))).encode()
+    with serve(reply) as url:
+        yield url, faults, asked
+
+
+def test_judge_over_http_is_the_judge_in_process(base_and_lora, judge_server, tmp_path):
+    url, _, asked = judge_server
+
+    def judged(judge: str) -> dict:
+        out = tmp_path / ("http" if judge == url else "local")
+        return compare(*base_and_lora, reward=PICKSCORE, judge=judge, out=out)
+    there, here = judged(url), judged("tiny/judge")
+    for name, verdict in here["pairs"]["judge/quality"].items():
+        assert verdict == pytest.approx(there["pairs"]["judge/quality"][name], abs=1e-4)
+    for name in here["metrics"]:
+        for d in base_and_lora:
+            assert here["metrics"][name][d]["mean"] == pytest.approx(there["metrics"][name][d]["mean"], abs=1e-4)
+    assert set(asked) == {"tiny"}
+    before = len(asked)
+    assert judged(url) == there and len(asked) == before  # all is known
+    scores = (tmp_path / "http/scores.jsonl").read_text().splitlines()
+    # killed while it wrote
+    (tmp_path / "http/scores.jsonl").write_text("\n".join(scores[:-3]) + "\n" + scores[-3][:20])
+    for _ in range(2):  # the second time it finds all that the first has added
+        assert judged(url) == there
+        assert len(asked) == before + 3
+
+
+def test_faults_of_the_server_are_counted(base_and_lora, judge_server, tmp_path, monkeypatch, capsys):
+    url, faults, asked = judge_server
+    monkeypatch.setattr(eval_judge, "SINGLE", {"overall": eval_judge.SINGLE["overall"]})
+    rows = flow.pictures.read_folder(base_and_lora[1])
+    try:
+        kinds = ("garbage", "empty", "words", "500", "hang", "cut")
+        faults.update({row["hash"]: fault for row, fault in zip(rows, kinds)})
+        report = compare(*base_and_lora, judge=url, judge_retries=0, judge_timeout=1.0, judge_concurrency=4,
+                         out=tmp_path / "report")
+    finally:
+        faults.clear()
+    verdict = report["pairs"]["judge/quality"][f"{base_and_lora[0]} vs {base_and_lora[1]}"]
+    assert verdict["nan"] == 6 and verdict["win"] + verdict["tie"] + verdict["loss"] == 10
+    for name in eval_judge.SINGLE:
+        said = [report["metrics"][f"judge/{name}"][d] for d in base_and_lora]
+        assert [(m["n"], m["nan"]) for m in said] == [(16, 0), (10, 6)] and 0 <= said[1]["mean"] <= 1
+    captured = capsys.readouterr()
+    assert captured.out.count("6 of 16 not read") == len(eval_judge.SINGLE) and "500" in captured.err
+    before = len(asked)
+    whole = compare(*base_and_lora, judge=url, out=tmp_path / "report")  # what failed is asked again, and only that
+    assert len(asked) == before + 6 + 2 * 6
+    assert whole["pairs"]["judge/quality"][f"{base_and_lora[0]} vs {base_and_lora[1]}"]["nan"] == 0
+    assert all(m["nan"] == 0 for scores in whole["metrics"].values() for m in scores.values())
+
+
+def test_forensic_tells_renders_from_samples(tmp_path):
+    """Of a base and of prompts that the detector was not trained on."""
+    sample.main(sample.Args(steps=12, n=6, seed=500, out=str(tmp_path / "base")))
+    score = eval_judge.load_forensic("tiny/forensic", None, CPU)
+    dirs = (render_folder(tmp_path / "renders", n=96), str(tmp_path / "base"))
+    real, drawn = (score([row["file"] for row in flow.pictures.read_folder(folder)]) for folder in dirs)
+    auc = (real[:, None] > drawn[None]).float().mean().item()  # P(a render scores above a sample)
+    assert auc >= 0.9 and 0 <= min(real.min(), drawn.min()) and max(real.max(), drawn.max()) <= 1
+
+
+def test_the_common_pictures_are_compared(base_and_lora, tmp_path, capsys):
+    base, lora = base_and_lora
+
+    def copied(name: str, keep) -> str:
+        """A copy of a folder with some of the lines of samples.jsonl."""
+        jsonl = shutil.copytree(lora, tmp_path / name) / "samples.jsonl"
+        jsonl.write_text("".join(line + "\n" for line in keep(jsonl.read_text().splitlines())))
+        return str(jsonl.parent)
+
+    # half of them, in another order: the common ones are compared
+    fewer = copied("fewer", lambda rows: rows[::-2])
+    report = compare(base, fewer, reward=PICKSCORE, out=tmp_path / "report")
+    assert report["n"] == 8 and "8 of the 16 pictures in " + base in capsys.readouterr().out
+    # the same pictures in another order: each is paired with itself
+    turned = copied("turned", lambda rows: rows[::-1])
+    report = compare(lora, turned, reward=PICKSCORE, judge="tiny/judge", out=tmp_path / "turned")
+    verdict = report["pairs"]["judge/quality"][f"{lora} vs {turned}"]
+    diff = report["metrics"]["reward/pickscore"][turned]["diff"]
+    assert verdict["tie"] == 16 and verdict["margin"] == 0 and diff == {"mean": 0, "lo": 0, "hi": 0}
+    # no interval of a single picture
+    single = copied("single", lambda rows: rows[:1])
+    one = compare(base, single, reward=PICKSCORE, judge="tiny/judge", out=tmp_path / "one")
+    assert one["metrics"]["reward/pickscore"][base]["lo"] is None
+    assert one["pairs"]["judge/quality"].popitem()[1]["lo"] is None
+
+
+def test_a_report_of_odd_names(tmp_path):
+    """Prompts that matplotlib would take for mathematics, folders of one name, a sum of rewards."""
+    dirs = [render_folder(tmp_path / side / "same", n=4, seed=seed) for side, seed in (("a", 3), ("b", 3))]
+    for d in dirs:
+        jsonl = Path(d) / "samples.jsonl"
+        jsonl.write_text("".join(json.dumps({**json.loads(line), "prompt": f"cost is $\\foo$ {i}"}) + "\n"
+                                 for i, line in enumerate(jsonl.read_text().splitlines())))
+    report = compare(*dirs, reward=("tiny/pickscore:0.5,tiny/hps:0.5",), out=tmp_path / "report")
+    assert list(report["metrics"]) == ["reward/pickscore:0.5,hps:0.5"] and (tmp_path / "report/report.png").exists()
+
+
+# ---------------------------------------------------------------- errors and files
+
+def bright(tmp_path) -> tuple[str]:
+    """A reward that loads at once."""
+    (tmp_path / "bright.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    return (f"{tmp_path}/bright.py:f",)
+
+
+def test_the_same_folder_twice(folders, tmp_path, capsys):
+    a, _ = folders
+    (tmp_path / "link").symlink_to(a)
+    for again in (a, f"{a}/", f"{a}/../a", str(tmp_path / "link"), os.path.relpath(a)):
+        refuses(capsys, lambda: compare(a, again, out=tmp_path / "out", reward=bright(tmp_path)), a, again, "twice")
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_are_refused_before_anything_is_loaded(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_judge, "load_reward", lambda *args: pytest.fail("a reward was loaded"))
+    for changes, words in [
+        (dict(judge="httpfoo"), ["--judge httpfoo", "no such folder", "http://HOST:PORT/v1"]),
+        (dict(judge="http:/localhost/v1"), ["--judge http:/localhost/v1", "http://HOST:PORT/v1"]),
+        (dict(judge=""), ["--judge ''"]),
+        (dict(reward=("",)), ["--reward ''"]),
+        (dict(forensic=("tiny/forensic", "")), ["--forensic ''"]),
+        (dict(real=""), ["--real ''"]),
+        (dict(out=""), ["--out ''"]),
+        (dict(judge_timeout=math.inf), ["--judge-timeout inf"]),
+        (dict(judge_timeout=math.nan), ["--judge-timeout nan"]),
+    ]:
+        args = {"out": tmp_path / "out", "reward": bright(tmp_path), **changes}
+        refuses(capsys, lambda: compare(*folders, **args), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_others_are_refused_and_kept(folders, tmp_path, capsys, monkeypatch):
+    """In --out, before anything is loaded or asked."""
+    monkeypatch.setattr(eval_judge, "load_reward", lambda *args: pytest.fail("a reward was loaded"))
+    key = "0" * 32
+    for i, (name, content) in enumerate([
+        ("scores.jsonl", None),  # a folder
+        ("scores.jsonl", b"my scores\n"),
+        ("scores.jsonl", b'{"prompt": "a red star", "seed": 0}\n'),
+        ("scores.jsonl", b'{"%s": "good"}\n' % key.encode()),
+        ("scores.jsonl", b"[1, 2]\n"),
+        ("scores.jsonl", b"\x89PNG\r\n"),
+        ("report.json", None),
+        ("report.json", b'{"title": "mine"}'),
+        ("report.json", b"[]"),
+        ("report.json", b""),
+        ("report.png", None),
+        ("report.png", b"a picture"),
+    ]):
+        file = tmp_path / f"out{i}" / name
+        file.parent.mkdir()
+        file.mkdir() if content is None else file.write_bytes(content)
+        refuses(capsys, lambda: compare(*folders, out=file.parent, reward=bright(tmp_path)), str(file), "--out")
+        assert [*file.parent.iterdir()] == [file] and (file.is_dir() or file.read_bytes() == content)
+
+
+def test_a_report_written_again(folders, tmp_path):
+    """Over its own files; a line that a kill has cut short at any place is no line of others."""
+    args = {"out": tmp_path / "out", "reward": bright(tmp_path)}
+    first = compare(*folders, **args)
+    scores = (tmp_path / "out" / "scores.jsonl").read_text()
+    line = scores.splitlines()[-1]
+    for cut in range(len(line) + 1):
+        (tmp_path / "out" / "scores.jsonl").write_text(scores + line[:cut] + "\n\n" + line[:cut])
+        assert len(eval_judge.read_scores(tmp_path / "out" / "scores.jsonl")[1]) == 6
+    assert compare(*folders, **args) == first
+    assert not (tmp_path / "out" / ".report.tmp").exists()
+
+
+def test_nan_is_null_in_the_report(folders, tmp_path, monkeypatch, capsys):
+    """The report is JSON that any reader takes."""
+    monkeypatch.setattr(eval_judge, "load_embed", lambda *args: None)
+    monkeypatch.setattr(eval_judge, "embed_images", lambda embed, images: torch.zeros(1, 2))
+    monkeypatch.setattr(eval_judge, "frechet_distance", lambda a, b: math.nan)
+    report = compare(*folders, real=folders[0], out=tmp_path / "out")
+    assert all(m["mean"] is None for m in report["metrics"]["fd/embed"].values())
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_a_score_is_kept_with_its_device_and_libraries(monkeypatch):
+    """What another device or library computes is another score; a server's is the server's."""
+    cpu, gpu = CPU, torch.device("cuda")
+    assert eval_judge.identity("tiny/judge", cpu) != eval_judge.identity("tiny/judge", gpu)
+    assert "bfloat16" in eval_judge.identity("tiny/judge", gpu)
+    before, url = eval_judge.identity("tiny/judge", cpu), "http://127.0.0.1:9/v1"
+    assert eval_judge.identity(url, cpu) == eval_judge.identity(url, gpu) == url
+    monkeypatch.setattr("transformers.__version__", "0")
+    assert eval_judge.identity("tiny/judge", cpu) != before
+
+
+def test_a_vlm_reward_in_a_report(folders, server, tmp_path):
+    """Named without its question, unless two would be alike; its folder's weights are part of its identity."""
+    url, _, asked = server
+    spec = f"vlm:m@{url}[Good, or not?]"
+    report = compare(*folders, reward=(spec, "vlm:tiny/judge[" + OVERALL + "]:0.5"), out=tmp_path / "out")
+    assert list(report["metrics"]) == ["reward/m", "reward/judge:0.5"] and len(asked) == 6
+    assert report["metrics"]["reward/m"][folders[0]]["mean"] == pytest.approx(0.6 / 0.9)
+    assert len(set(eval_judge.short_names((spec, f"vlm:m@{url}[Bad?]")))) == 2
+    (tmp_path / "model").mkdir()
+    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", CPU)
+    (tmp_path / "model" / "weights").write_text("1")
+    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", CPU) != before

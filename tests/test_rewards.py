@@ -1,0 +1,289 @@
+"""Tests of rewards: PickScore, HPSv2.1, SigLIP, functions, sums, a vision-language model's answers."""
+import base64
+import functools
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+import world
+from PIL import Image
+
+import eval_judge
+import flow.rewards
+import sample
+from flow.judge import local_judge, read_answer
+from flow.pictures import to_image
+from flow.rewards import VLM_QUESTION, load_reward
+from tests.families import fast_tokenizer, vocab_size
+from tests.helpers import CPU, answer, refuses, renders, small_run
+
+OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_judge.py's questions only; it has commas
+
+
+# ---------------------------------------------------------------- the models
+
+@pytest.mark.parametrize("size", [64, 224, 512])
+def test_differentiable_rewards_are_the_rewards(size):
+    """torch's bicubic against PIL's, for pictures smaller than, as large as and larger than what the network takes."""
+    drawn = world.render(world.scene(torch.arange(8), torch.Generator().manual_seed(1)))
+    pictures = torch.nn.functional.interpolate(drawn, size, mode="bicubic").clamp(0, 1)
+    ours, theirs = (
+        flow.rewards.load_reward("tiny/pickscore", CPU, differentiable=d)(pictures, world.CAPTIONS[:8])
+        for d in (True, False)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=0.01)
+    mean, std = flow.rewards.OPENAI_CLIP_MEAN, flow.rewards.OPENAI_CLIP_STD
+    for picture in pictures[:2]:
+        pil = flow.rewards.hps_pixels(picture)
+        own = flow.rewards.torch_pixels(picture[None], 224, mean, std)[0]
+        assert (pil - own).abs().mean() < 0.02  # both in standard deviations: half a level of 255
+
+
+def test_pickscore_formula():
+    from transformers import CLIPModel, CLIPTokenizer
+    pictures = world.render(world.scene(torch.arange(4), torch.Generator().manual_seed(0)))
+    prompts = world.CAPTIONS[:2] + world.CAPTIONS[40:42]
+    clip = CLIPModel.from_pretrained("tiny/pickscore", dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained("tiny/pickscore")
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        image = clip.get_image_features(((pictures * 255).round() / 255 - mean) / std).pooler_output
+        words = clip.get_text_features(**tokenizer(prompts, padding=True, return_tensors="pt")).pooler_output
+    image, words = image.numpy().astype(np.float64), words.numpy().astype(np.float64)
+    cosine = (image * words).sum(1) / np.linalg.norm(image, axis=1) / np.linalg.norm(words, axis=1)
+    ours = flow.rewards.load_reward("tiny/pickscore", CPU)(pictures, prompts)
+    np.testing.assert_allclose(ours.numpy(), cosine * math.exp(clip.logit_scale.item()) / 26, rtol=1e-4)
+    assert ours[:2].min() > ours[2:].max()  # renders of the first captions: right ones score above wrong colours
+
+
+class OpenClip(torch.nn.Module):
+    """open_clip's CLIP of two small towers, written from its checkpoint's layout with torch's own layers."""
+
+    def __init__(self, width, heads, positions, vocabulary=None, patch=14, out=16):
+        super().__init__()
+        self.class_embedding = torch.nn.Parameter(torch.randn(width)) if vocabulary is None else None
+        self.positional_embedding = torch.nn.Parameter(0.3 * torch.randn(positions, width))
+        self.proj = torch.nn.Parameter(torch.randn(width, out) / width**0.5)
+        self.conv1 = torch.nn.Conv2d(3, width, patch, patch, bias=False) if vocabulary is None else None
+        self.token_embedding = None if vocabulary is None else torch.nn.Embedding(vocabulary, width)
+        self.ln_pre, self.ln_post = torch.nn.LayerNorm(width) if vocabulary is None else None, torch.nn.LayerNorm(width)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ModuleDict({
+                "ln_1": torch.nn.LayerNorm(width),
+                "attn": torch.nn.MultiheadAttention(width, heads, batch_first=True),
+                "ln_2": torch.nn.LayerNorm(width),
+                "mlp": torch.nn.ModuleDict({
+                    "c_fc": torch.nn.Linear(width, 4 * width),
+                    "c_proj": torch.nn.Linear(4 * width, width),
+                }),
+            })
+            for _ in range(2)
+        )
+        for p in self.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+
+    def forward(self, x):
+        if self.conv1 is not None:
+            x = self.conv1(x).flatten(2).mT
+            x = self.ln_pre(torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding)
+            last, mask = 0, None
+        else:
+            last, x = x.argmax(1), self.token_embedding(x) + self.positional_embedding[:x.shape[1]]
+            mask = torch.full((x.shape[1], x.shape[1]), -math.inf, dtype=x.dtype).triu(1)
+        for block in self.blocks:
+            y = block["ln_1"](x)
+            x = x + block["attn"](y, y, y, attn_mask=mask, need_weights=False)[0]
+            x = x + block["mlp"]["c_proj"](torch.nn.functional.gelu(block["mlp"]["c_fc"](block["ln_2"](x))))
+        return torch.nn.functional.normalize(self.ln_post(x[torch.arange(len(x)), last]) @ self.proj, dim=1)
+
+
+@torch.no_grad()
+def test_hps_checkpoint_layout():
+    """Agreement with open_clip 3.3.0's own model was checked the same way, outside: 6e-16 in float64."""
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(0)
+    image, words = OpenClip(32, 2, 5), OpenClip(24, 3, 8, vocabulary=50)
+    state = {f"visual.{k.replace('blocks.', 'transformer.resblocks.')}": v for k, v in image.state_dict().items()}
+    state["logit_scale"] = torch.tensor(2.0)
+    for k, v in words.state_dict().items():
+        renamed = k.replace("blocks.", "transformer.resblocks.").replace("ln_post", "ln_final")
+        state[{"proj": "text_projection"}.get(k, renamed)] = v
+    shared = dict(num_hidden_layers=2, hidden_act="gelu")
+    vision = dict(hidden_size=32, intermediate_size=128, num_attention_heads=2, image_size=28, patch_size=14, **shared)
+    text = dict(hidden_size=24, intermediate_size=96, num_attention_heads=3, max_position_embeddings=8,
+                vocab_size=50, eos_token_id=49, **shared)
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).eval()
+    clip.load_state_dict(flow.rewards.from_open_clip(state))
+    pixels = torch.randn(3, 3, 28, 28, dtype=torch.float64)
+    ids = torch.tensor([[48, 3, 7, 49, 0], [48, 1, 49, 0, 0], [48, 1, 2, 3, 49]])
+    out = clip.double()(pixel_values=pixels, input_ids=ids)
+    np.testing.assert_allclose(out.image_embeds, image.double()(pixels), atol=1e-12)
+    np.testing.assert_allclose(out.text_embeds, words.double()(ids), atol=1e-12)
+    assert clip.logit_scale == 2
+    with torch.device("meta"):
+        published = CLIPModel(CLIPConfig(**flow.rewards.VIT_H_CONFIG))
+    assert sum(p.numel() for p in published.parameters()) == 986_109_441  # open_clip's ViT-H-14
+
+
+def test_hps_pixels():
+    """Longest side to 224, the rest zero (black) before normalisation, as HPSv2's own ResizeMaxSize."""
+    x = flow.rewards.hps_pixels(torch.ones(3, 32, 64))
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    black, white = (np.subtract(v, mean) / std for v in (0, 1))
+    assert x.shape == (3, 224, 224)
+    np.testing.assert_allclose(x[:, :56].amax((1, 2)), black, rtol=1e-5)
+    np.testing.assert_allclose(x[:, 168:].amax((1, 2)), black, rtol=1e-5)
+    np.testing.assert_allclose(x[:, 56:168].amin((1, 2)), white, rtol=1e-5)
+
+
+def test_the_two_proxies_differ():
+    """Both follow the caption; one is blind to a dimmed or blurred picture, the other was tuned on preferences and is
+    not."""
+    pictures = world.render(world.scene(torch.arange(64), torch.Generator().manual_seed(5)))
+    dim = 0.65 * pictures
+    blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(pictures, 4), 64, mode="bilinear")
+    pick, hps = (flow.rewards.load_reward(f"tiny/{name}", CPU) for name in ("pickscore", "hps"))
+    for reward in (pick, hps):
+        mismatched = reward(pictures, world.CAPTIONS[9:] + world.CAPTIONS[:9])
+        assert reward(pictures, world.CAPTIONS).mean() > mismatched.mean() + 0.7
+    for worse in (dim, blurred):
+        assert (pick(pictures, world.CAPTIONS) - pick(worse, world.CAPTIONS)).mean().abs() < 0.05
+        assert (hps(pictures, world.CAPTIONS) - hps(worse, world.CAPTIONS)).mean() > 0.15
+
+
+def test_a_siglip_reward_does_not_depend_on_the_other_prompts(tmp_path):
+    """SigLIP sees padding: each prompt is padded to the same length, whatever stands beside it."""
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipProcessor
+
+    torch.manual_seed(0)
+    shared = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(shared, vocab_size=vocab_size(), max_position_embeddings=16, projection_size=16)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=dict(shared, image_size=32, patch_size=8))).eval()
+    processor = SiglipProcessor(SiglipImageProcessorPil(size={"height": 32, "width": 32}), fast_tokenizer(length=16))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    pictures, prompts = torch.rand(2, 3, 32, 32), ["a red star", "a red ring and a blue heart and a green moon"]
+    pictures = (pictures * 255).round() / 255
+    load = functools.partial(flow.rewards.load_reward, str(tmp_path), CPU)
+    together = load()(pictures, prompts)
+    alone = torch.cat([load()(pictures[i:i + 1], prompts[i:i + 1]) for i in range(2)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-7)
+    ids = processor.tokenizer(prompts, padding="max_length", max_length=16, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = model(pixel_values=2 * pictures - 1, input_ids=ids)
+    cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds) * model.logit_scale.exp() / 26
+    torch.testing.assert_close(together, cosine.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(load(differentiable=True)(pictures, prompts), cosine.detach(), rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------- functions and sums
+
+
+def test_reward_from_a_function(tmp_path):
+    (tmp_path / "red.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2)) + len(prompts)\n")
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = flow.rewards.load_reward(f"{tmp_path}/red.py:red", CPU, batch=2)(images, ["a"] * 3)
+    np.testing.assert_allclose(ours.numpy(), images[:, 0].numpy().reshape(3, -1).mean(1) + [2, 2, 1], rtol=1e-6)
+
+
+def test_a_reward_cannot_change_pictures_that_others_see(tmp_path):
+    """It may write into its own copy: neither the next part of a sum nor the file that is saved shows it."""
+    (tmp_path / "rude.py").write_text("def rude(images, prompts):\n    images.mul_(255)\n    prompts.clear()\n"
+                                      "    return images.mean((1, 2, 3))\n"
+                                      "def after(images, prompts):\n    return images.amax((1, 2, 3)) + len(prompts)\n")
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = images.clone()
+    spec = f"{tmp_path}/rude.py:rude,{tmp_path}/rude.py:after"
+    scores = flow.rewards.load_reward(spec, CPU).scores_of(images, ["a"] * 3)
+    torch.testing.assert_close(scores, torch.stack([255 * before.mean((1, 2, 3)), before.amax((1, 2, 3)) + 3]))
+    assert torch.equal(images, before)
+    for name, reward in (("plain", None), ("rude", f"{tmp_path}/rude.py:rude")):
+        sample.main(sample.Args(prompt="a red star", steps=2, reward=reward, out=str(tmp_path / name)))
+    assert (tmp_path / "plain/00000.png").read_bytes() == (tmp_path / "rude/00000.png").read_bytes()
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_a_reward_is_tried_on_pictures_like_the_runs(tmp_path, size):
+    """Of the run's size, and not all of one colour."""
+    (tmp_path / "picky.py").write_text(f"def picky(images, prompts):\n    assert images.shape[1:] == (3, {size or 64}, "
+                                       f"{size or 64})\n    return images.std((1, 2, 3)) / images.mean((1, 2, 3))\n")
+    small_run(tmp_path / "run", reward=f"{tmp_path}/picky.py:picky", size=size, epochs=1, eval_every=0)
+
+
+def test_a_videos_reward_is_the_mean_over_four_frames(tmp_path):
+    (tmp_path / "red.py").write_text("def red(images, prompts):\n    assert images.ndim == 4\n"
+                                     "    return images[:, 0].mean((1, 2))\n")
+    reward = load_reward(f"{tmp_path}/red.py:red", CPU)
+    videos = torch.rand(2, 10, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(reward(videos, ["a", "b"]), videos[:, [0, 3, 6, 9], 0].mean((1, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(reward(videos[:, :3], ["a", "b"]), videos[:, :3, 0].mean((1, 2, 3)), rtol=1e-6)
+
+
+def test_a_function_may_be_named_nan(tmp_path):
+    """It is no weight."""
+    (tmp_path / "f.py").write_text("def nan(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    reward = load_reward(f"{tmp_path}/f.py:nan,{tmp_path}/f.py:nan:2", CPU)
+    torch.testing.assert_close(reward(renders(), ["a"] * 3), 3 * renders().mean((1, 2, 3)))
+
+
+# ---------------------------------------------------------------- a vision-language model
+
+def test_a_vlm_reward_is_the_judge(folders):
+    """P(yes) of each picture; in a sum, with a weight, on video frames."""
+    x, prompts = renders(), world.CAPTIONS[:3]
+    files = [[f"{folders[0]}/0000{i}.png"] for i in range(3)]
+    answers = local_judge("tiny/judge", CPU)(OVERALL, files)
+    p = torch.tensor([read_answer(top, "yes", "no") for top in answers]).sigmoid()
+    assert 0 < p.min() and p.max() < 1 and p.std() > 0
+    spec = f"vlm:tiny/judge[{OVERALL}]"
+    torch.testing.assert_close(load_reward(spec, CPU)(x, prompts), p)
+    pick = load_reward("tiny/pickscore", CPU)(x, prompts)
+    both = load_reward(f"tiny/pickscore:0.5,{spec}:2", CPU)
+    torch.testing.assert_close(both(x, prompts), 0.5 * pick + 2 * p)
+    torch.testing.assert_close(load_reward(spec, CPU)(x[None], prompts[:1]), p.mean()[None])
+
+
+@pytest.mark.parametrize("own, question", [
+    ("", VLM_QUESTION),
+    ("[{prompt}: is it there, or not?]", "{prompt}: is it there, or not?"),
+])
+def test_a_vlm_reward_over_http(server, own, question):
+    """The model's name on the server may have a colon; the question has the prompt, whatever is in it."""
+    url, _, asked = server
+    prompts = ["a red star", "a {blue} ring, 1:2", "50 % [moon]"]
+    reward = load_reward(f"vlm:qwen2.5vl:7b@{url}{own}:0.5", CPU)
+    torch.testing.assert_close(reward(renders(), prompts), torch.full((3,), 0.5 * 0.6 / 0.9))
+    assert {request["model"] for _, request in asked} == {"qwen2.5vl:7b"}
+    content = [request["messages"][0]["content"] for _, request in asked]
+    assert {parts[1]["text"] for parts in content} == {question.replace("{prompt}", prompt) for prompt in prompts}
+    urls = {parts[0]["image_url"]["url"].partition("base64,")[2] for parts in content}
+    sent = {Image.open(io.BytesIO(base64.b64decode(url))).convert("RGB").tobytes() for url in urls}
+    assert sent == {to_image(picture).tobytes() for picture in renders()}
+
+
+def test_a_vlm_reward_without_an_answer(server, capsys):
+    url, replies, _ = server
+    reward = load_reward(f"vlm:m@{url}", CPU)
+    replies += [(200, answer({"Well": 1.0}))]
+    refuses(capsys, lambda: reward(renders(1), ["a red star"]), "--reward vlm:m", "neither yes nor no", "a red star")
+    replies += [(404, {})]
+    refuses(capsys, lambda: reward(renders(1), ["a red star"]), f"--reward vlm: {url}", "404")
+
+
+def test_vlm_specs_that_are_refused(capsys):
+    for spec, words in [
+        ("vlm:", ["vlm:MODEL"]),
+        ("vlm:http://localhost:8000/v1", ["vlm:MODEL@http://HOST:PORT/v1"]),
+        ("vlm:m@localhost:8000/v1", ["vlm:MODEL@http://HOST:PORT/v1"]),
+        ("vlm:m@http://localhost:8000", ["vlm:MODEL@http://HOST:PORT/v1"]),  # 8000 would be a weight
+        ("vlm:tiny/judge[", ["QUESTION"]),
+        ("vlm:tiny/judge[]", ["QUESTION"]),
+        ("vlm:tiny/judge[Good?]nan", ["QUESTION"]),
+        ("vlm:tiny/judge[Good?]:nan", ["weight"]),
+        ("vlm:no/such/model", ["no/such/model", "no such folder"]),
+        ("vlm:tiny/hps", ["tiny/hps", "cannot be loaded"]),
+    ]:
+        refuses(capsys, lambda: load_reward(spec, CPU), "--reward", *words)
