@@ -339,7 +339,6 @@ reproduce | --seeds -1 | --seeds -1
 reproduce | --seeds | --seeds
 reproduce | --only 0 | --only 0
 reproduce | --only 11 | --only 11
-reproduce | --jobs 0 | --jobs 0
 reproduce | --runs /dev/null | --runs /dev/null no folder
 reproduce | --runs '' | --runs empty
 reproduce | --runs 'a b' | --runs a b

@@ -1,4 +1,4 @@
-"""The figures of RESULTS.md and the README, from the numbers that reproduce.py has gathered and its pictures."""
+"""The figures of RESULTS.md and of the README, from what reproduce.py measured."""
 import math
 from itertools import product
 from pathlib import Path
@@ -7,11 +7,11 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-matplotlib.rcParams["text.parse_math"] = False  # a $ in a prompt is a $
+matplotlib.rcParams |= {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3}  # a $ in a prompt is a $
 import matplotlib.pyplot as plt
 from guards import LAM, RIVALS
-from paired import METRICS, cells_of, corners_of, has, has_any, mean_points, of, paired, points_of
-from report import corners
+from paired import METRICS, grouped, having, mean_points, paired, points_of, scaled
+from report import guards_by_corner
 
 from flow.pictures import load_pictures, read_folder
 
@@ -19,31 +19,28 @@ COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb", "auto": 
 
 
 def save(figure, path: Path, dpi: int = 110):
-    """PNG."""
+    """Write a figure as PNG."""
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
 
 
 def draw_inflation(results: dict[tuple, dict], path: Path):
-    """Norm ratio and saturation over training, and the ratio over t at its end; a column a method, a line a run."""
-    methods = list(dict.fromkeys(run.method for run in results))
+    """The norm ratio and the saturation over training, and the norm ratio over t at its end. A column is a method, a
+    line is a run."""
+    methods = grouped(results, "method")
     figure, axes = plt.subplots(3, len(methods), figsize=(4 * len(methods), 8), layout="constrained", squeeze=False,
                                 sharey="row")
-    for column, method in zip(axes.T, methods):
-        runs = {run: r["main"] for run, r in results.items() if run.method == method}
-        for (run, part), who in product(runs.items(), ("unguarded", "guarded")):
-            linestyle = "-" if run.base == "sd3" else ":"
-            style = {"color": COLOUR[who], "linestyle": linestyle, "linewidth": 0.9, "alpha": 0.7}
-            curve, norms = part["curves"][who], part["ratio"][who]
-            epochs = [e["epoch"] for e in curve]
+    for column, (method, runs) in zip(axes.T, methods.items()):
+        for (run, r), who in product(runs.items(), ("unguarded", "guarded")):
+            style = {"color": COLOUR[who], "linestyle": "-" if run.base == "sd3" else ":", "linewidth": 0.9,
+                     "alpha": 0.7}
+            curve, norms = r["main"]["curves"][who], r["main"]["ratio"][who]
             for axis, key in zip(column, ("norm_ratio", "saturation")):
-                axis.plot(epochs, [e[key] for e in curve], **style)
+                axis.plot([e["epoch"] for e in curve], [e[key] for e in curve], **style)
             column[2].plot(norms["t"], norms["mean"], **style)
         column[0].set(title=method.upper(), xlabel="epoch")
         column[1].set(xlabel="epoch")
         column[2].set(xlabel="t (1 is noise), at the end of training", xlim=(1.02, -0.02))
-        for axis in column:
-            axis.grid(alpha=0.3)
         for axis in column[::2]:
             axis.axhline(1, color="black", linewidth=0.8)
     labels = ("norm ratio to the reference", "saturation", "norm ratio to the reference")
@@ -57,47 +54,46 @@ def draw_inflation(results: dict[tuple, dict], path: Path):
 
 
 def draw_differences(results: dict[tuple, dict], path: Path):
-    """Guarded minus unguarded: a dot a run, a bar a cell's mean; the band is the mean's 95 % interval."""
+    """Guarded minus unguarded. A dot is a run, a tick is a cell's mean, the band is the mean's 95 % interval."""
     metrics = ("reward", "judge/overall", "judge/oversaturation", "P(real)", "FD", "saturation")
-    cells = cells_of(results)
+    cells = grouped(results, "cell")
     size = (2.3 * len(metrics) + 1, 0.27 * len(cells) + 1)
     figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", sharey=True)
     for axis, metric in zip(axes, metrics):
-        guarded, unguarded = of("main", "guarded", metric), of("main", "unguarded", metric)
+        guarded, unguarded = scaled("main", "guarded", metric), scaled("main", "unguarded", metric)
         d = paired(results, guarded, unguarded)
         low, high = d["difference"] - d["half"], d["difference"] + d["half"]
         axis.axvline(0, color="black", linewidth=0.8)
         axis.axvspan(low, high, color=COLOUR["guarded"], alpha=0.2, linewidth=0)
         for i, runs in enumerate(cells.values()):
-            values = [guarded(r) - unguarded(r) for r in runs]
+            values = [guarded(r) - unguarded(r) for r in runs.values()]
             axis.plot(values, [i] * len(values), "o", color=COLOUR["guarded"], markersize=3, alpha=0.7)
             axis.plot(np.mean(values), i, "|", color="black", markersize=9)
         axis.set_title(METRICS[metric][0], fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3, axis="x")
+        axis.grid(visible=False, axis="y")
     axes[0].set(yticks=range(len(cells)), yticklabels=list(cells))
     axes[0].invert_yaxis()
     save(figure, path)
 
 
 def draw_early(results: dict[tuple, dict], path: Path):
-    """Reward against the judge's P(good): the unguarded run's checkpoints, and the guarded model at the end; a line
-    and a star a run."""
-    cells = cells_of(results)
+    """Reward against the judge's P(good). A line is an unguarded run's checkpoints, a star is the guarded model at the
+    end of training."""
+    cells = grouped(results, "cell")
     wide = min(3, len(cells))
-    high = -(-len(cells) // wide)
+    high = math.ceil(len(cells) / wide)
     size = (3.2 * wide, 2.6 * high)
     figure, axes = plt.subplots(high, wide, figsize=size, layout="constrained", squeeze=False, sharey=True)
-    lines = {"color": COLOUR["unguarded"], "markersize": 2.5, "linewidth": 0.9, "label": "unguarded, its checkpoints"}
+    line = {"color": COLOUR["unguarded"], "markersize": 2.5, "linewidth": 0.9, "label": "unguarded, its checkpoints"}
     star = {"color": COLOUR["guarded"], "markersize": 9, "label": "guarded, at the end"}
     for axis, (cell, runs) in zip(axes.flat, cells.items()):
-        for found in (r["early"]["found"] for r in runs):
+        for found in (r["early"]["found"] for r in runs.values()):
             checkpoints = [found[name] for name in found if name != "guarded"]
-            axis.plot([f["reward"] for f in checkpoints], [f["overall"] for f in checkpoints], "o-", **lines)
+            axis.plot([f["reward"] for f in checkpoints], [f["overall"] for f in checkpoints], "o-", **line)
             axis.plot(found["guarded"]["reward"], found["guarded"]["overall"], "*", **star)
         axis.set_title(cell, fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("reward, training prompts", fontsize=8)
     for axis in axes[:, 0]:
@@ -107,40 +103,40 @@ def draw_early(results: dict[tuple, dict], path: Path):
 
 
 def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path):
-    """t statistic of the batch's mean sensitivity at each step: each reward's above, the control's below; mean and
-    range over models."""
-    found = {"base models": {}, "unguarded models": {}}  # of each base and reward
+    """The t statistic of the batch's mean sensitivity at each step: of the rewards above, of the control below. Lines
+    are means over models, bands their range."""
+    of_bases, of_runs = {}, {}  # {(base, reward): [adjoint, ...]}
     for base, b in bases.items():
         for part in (part for part in b if part.startswith("adjoint")):
-            found["base models"].setdefault((base, part.split()[1]), []).append(b[part])
+            of_bases[base, part.split()[1]] = [b[part]]
     for run, r in results.items():
-        found["unguarded models"].setdefault((run.base, run.reward), []).append(r["adjoint"])
-    colours = dict(zip(sorted({pair for adjoints in found.values() for pair in adjoints}), plt.cm.Dark2.colors))
+        of_runs.setdefault((run.base, run.reward), []).append(r["adjoint"])
+    colours = dict(zip(sorted({*of_bases, *of_runs}), plt.cm.Dark2.colors))
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharey="row", sharex=True)
-    for column, (title, adjoints) in zip(axes.T, found.items()):
-        for axis, of_what in zip(column, ("reward", "energy")):
+    columns = {"base models": of_bases, "unguarded models": of_runs}
+    for column, (title, adjoints) in zip(axes.T, columns.items()):
+        for axis, what in zip(column, ("reward", "energy")):
             axis.axhspan(-2.13, 2.13, color="gray", alpha=0.2, linewidth=0)
             for (base, reward), models in sorted(adjoints.items()):
-                t, at = np.array([a[of_what]["t_statistic"] for a in models]), models[0]["t"]
+                t, at = np.array([a[what]["t_statistic"] for a in models]), models[0]["t"]
                 colour, linestyle = colours[base, reward], "-" if base == "sd3" else "--"
                 axis.plot(at, t.mean(0), color=colour, linestyle=linestyle, linewidth=1.2, label=f"{base}, {reward}")
                 axis.fill_between(at, t.min(0), t.max(0), color=colour, alpha=0.15, linewidth=0)
-            axis.grid(alpha=0.3)
         column[0].set_title(title)
         column[1].set(xlabel="t (1 is noise)", xlim=(1.02, -0.02))
-    for axis, label in zip(axes[:, 0], ("the reward: t statistic", "energy (control): t statistic")):
-        axis.set_ylabel(label)
+    axes[0, 0].set_ylabel("the reward: t statistic")
+    axes[1, 0].set_ylabel("energy (control): t statistic")
     axes[0, 0].legend(fontsize=8)
     save(figure, path)
 
 
 def draw_ablation(results: dict[tuple, dict], path: Path):
-    """Norm ratio, reward and verdict over lam; other forms of the guard to the right. A dot a run, a line the mean."""
-    found, methods = corners(results), list(dict.fromkeys(run.method for run in results))
+    """Metrics over lam, and of other guards to the right. A dot is a run, a line is a method's mean."""
+    corners, methods = guards_by_corner(results), grouped(results, "method")
     panels = {"norm ratio": "ratio", "reward": "reward", "judged good": "judge/overall", "Fréchet distance": "FD"}
-    size = (4 * len(panels), 3.8 * len(found))
-    figure, axes = plt.subplots(len(found), len(panels), figsize=size, layout="constrained", squeeze=False)
-    for row, (corner, by_guard) in zip(axes, found.items()):
+    size = (4 * len(panels), 3.8 * len(corners))
+    figure, axes = plt.subplots(len(corners), len(panels), figsize=size, layout="constrained", squeeze=False)
+    for row, (corner, by_guard) in zip(axes, corners.items()):
         lams = sum(name.startswith("lam") for name in by_guard)
         for axis, (title, metric) in zip(row, panels.items()):
             for i, method in enumerate(methods):
@@ -154,40 +150,40 @@ def draw_ablation(results: dict[tuple, dict], path: Path):
             axis.axvline(lams - 0.5, color="gray", linewidth=0.8)
             axis.set(title=f"{title} ({corner})", xticks=range(len(by_guard)))
             axis.set_xticklabels(by_guard, rotation=60, ha="right", fontsize=8)
-            axis.grid(alpha=0.3)
         row[0].axhline(1, color="black", linewidth=0.8)
     axes[0, 0].legend(fontsize=8)
     save(figure, path)
 
 
 def draw_rivals(results: dict[tuple, dict], path: Path):
-    """Quality against reward as each rival grows stronger, from the unguarded model on; the guard's points on it. Means
-    over methods and seeds; the reward as the share of what the unguarded model gained."""
-    found = corners_of(results)
+    """Quality against reward. A line is a rival, from the unguarded model to its greatest strength; large marks are the
+    unguarded model and the guard. Means over methods and seeds."""
+    corners = grouped(results, "corner")
     panels = {"judge/overall": "judged good", "FD": "Fréchet distance"}
-    size = (5.5 * len(panels), 4.2 * len(found))
-    figure, axes = plt.subplots(len(found), len(panels), figsize=size, layout="constrained", squeeze=False)
-    for row, (corner, runs) in zip(axes, found.items()):
+    size = (5.5 * len(panels), 4.2 * len(corners))
+    figure, axes = plt.subplots(len(corners), len(panels), figsize=size, layout="constrained", squeeze=False)
+    for row, (corner, runs) in zip(axes, corners.items()):
         for axis, (metric, label) in zip(row, panels.items()):
             for i, rival in enumerate(RIVALS):
                 whole = {run: r for run, r in runs.items() if points_of(run, r, rival)}
                 if whole:
                     x, y = mean_points(whole, rival, metric)
                     axis.plot(x, y, "o-", color=plt.cm.tab10.colors[i], markersize=3, linewidth=1.2, label=rival)
-            for who, part, marker in (("unguarded", "main", "X"), ("guarded", "main", "*"), ("auto", "auto", "P")):
-                if own := [r for r in runs.values() if part in r]:
-                    x, y = (np.mean([of(part, who, m)(r) for r in own]) for m in ("reward", metric))
-                    name = {"guarded": f"lam {LAM}", "auto": "--lam auto"}.get(who, who)
+            models = (("unguarded", "main", "X", "unguarded"), ("guarded", "main", "*", f"lam {LAM}"),
+                      ("auto", "auto", "P", "--lam auto"))
+            for who, part, marker, name in models:
+                measured = having(runs, part).values()
+                if measured:
+                    x, y = (np.mean([scaled(part, who, m)(r) for r in measured]) for m in ("reward", metric))
                     axis.plot(x, y, marker, color=COLOUR[who], markersize=13, label=name, zorder=3)
-            axis.set(title=corner, xlabel="reward, share of the gain", ylabel=label)
-            axis.grid(alpha=0.3)
+            axis.set(title=corner, xlabel="reward, fraction of the gain", ylabel=label)
     axes[0, 0].legend(fontsize=7, markerscale=0.5)
     save(figure, path)
 
 
-def draw_front(run: dict, folders: dict[str, Path], path: Path, columns: int = 5):
-    """The README's picture: a row of large pictures of each folder, the same prompts and noise, and the norm ratio over
-    training beside them. run: its numbers."""
+def draw_front(r: dict, folders: dict[str, Path], path: Path, columns: int = 5):
+    """The README's picture: a row of pictures of each folder, with the same prompts and noise, and a run's norm ratio
+    over training beside them. r: the run's numbers."""
     figure = plt.figure(figsize=(12, 4.4))
     grid = figure.add_gridspec(len(folders), columns, left=0.03, right=0.63, bottom=0.01, top=0.99, wspace=0.03,
                                hspace=0.03)
@@ -201,32 +197,31 @@ def draw_front(run: dict, folders: dict[str, Path], path: Path, columns: int = 5
                 axis.set_ylabel(who, fontsize=17, color=COLOUR[who], fontweight="bold")
     axis = figure.add_axes((0.71, 0.15, 0.28, 0.71))
     axis.axhline(1, color="black", linewidth=1.5)
-    for who, above in (("unguarded", True), ("guarded", False)):
-        curve = run["main"]["curves"][who]
+    for who, offset, side in (("unguarded", 8, "bottom"), ("guarded", -8, "top")):
+        curve = r["main"]["curves"][who]
         x, y = [e["epoch"] for e in curve], [e["norm_ratio"] for e in curve]
         axis.plot(x, y, color=COLOUR[who], linewidth=4)
-        axis.annotate(who, (x[-1], y[-1]), (0, 8 if above else -8), textcoords="offset points", color=COLOUR[who],
-                      fontsize=19, fontweight="bold", ha="right", va="bottom" if above else "top")
+        axis.annotate(who, (x[-1], y[-1]), (0, offset), textcoords="offset points", color=COLOUR[who], fontsize=19,
+                      fontweight="bold", ha="right", va=side)
     axis.margins(y=0.2)
     axis.set_title("‖v‖ / ‖v_ref‖", fontsize=20)
     axis.set_xlabel("epochs of RL", fontsize=16)
     axis.tick_params(labelsize=14)
-    axis.grid(alpha=0.3)
     save(figure, path, dpi=100)
 
 
 def draw_all(results: dict[tuple, dict], bases: dict[str, dict], assets: Path):
-    """The figures of RESULTS.md, of all numbers that there are."""
+    """Draw the figures of RESULTS.md for which there are numbers."""
     assets.mkdir(parents=True, exist_ok=True)
-    done = has(results, "main")
-    figures = (("main", draw_inflation, "inflation"), ("main", draw_differences, "differences"),
-               ("early", draw_early, "early"))
-    for part, draw, name in figures:
-        if measured := has(done, part):
-            draw(measured, assets / f"{name}.png")
-    if measured := has(done, "adjoint"):
+    done = having(results, "main")
+    if done:
+        draw_inflation(done, assets / "inflation.png")
+        draw_differences(done, assets / "differences.png")
+    if measured := having(done, "early"):
+        draw_early(measured, assets / "early.png")
+    if measured := having(done, "adjoint"):
         draw_adjoint(measured, bases, assets / "adjoint.png")
-    if guarded := has_any(results, "guard"):
-        draw_ablation(guarded, assets / "ablation.png")
-    if rivals := has_any(done, "rival"):
-        draw_rivals(rivals, assets / "rivals.png")
+    if measured := having(results, "guard"):
+        draw_ablation(measured, assets / "ablation.png")
+    if measured := having(done, "rival"):
+        draw_rivals(measured, assets / "rivals.png")

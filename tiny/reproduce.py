@@ -1,19 +1,25 @@
-"""The paper's claims, measured on the miniature world by one command.
+"""Measure the paper's claims on the miniature world.
 
-    python tiny/reproduce.py                            # what is not in tiny/results yet; then the report of all of it
-    python tiny/reproduce.py --results runs/mine        # all of it anew, beside the committed numbers
+    python tiny/reproduce.py                            # what is missing in tiny/results, then the report of all of it
+    python tiny/reproduce.py --results runs/mine        # measure everything anew, beside the committed numbers
     python tiny/reproduce.py --bases sd3 --methods awm --rewards pickscore --seeds 0 --only 4
-    python tiny/reproduce.py --smoke                    # a toy of it, in runs/smoke: does everything still work?
+    python tiny/reproduce.py --smoke                    # a toy version in runs/smoke, to see that all of it works
 
-A run is a base, a method, a reward and a seed, trained with --lam 0 ("unguarded") and --lam 0.05 ("guarded"), the
-scripts' defaults otherwise. Trainings, pictures and their scores come from the project's own scripts, carried out in
-this process; their commands stand in RUNS/<run>/commands.txt. A run's numbers go to RESULTS/<run>.json part by part as
-they come, each with its commit and a hash of what it depends on (weights, code, flags), and are not computed again. A
-number whose hash is another today is stale: the end says how many are; to measure one anew, delete it. Killed at any
-moment, the same command goes on. Writes RESULTS.md and results.json beside RESULTS, the figures to assets/.
+A run is a base, a method, a reward and a seed. Each run is trained with --lam 0 ("unguarded") and with --lam 0.05
+("guarded"), and with the scripts' defaults otherwise. The project's own scripts train, sample and judge. They are
+called in this process; RUNS/<run>/commands.txt lists the commands.
 
-Pictures that are judged show held-out prompts. What is chosen (claim 8: a checkpoint; claim 9: a guard; claim 10: the
-rivals' strengths) is chosen on training prompts.
+What is measured on a run comes in parts (`PARTS`). Each part is saved in RESULTS/<run>.json as soon as it is measured,
+with its commit and with hashes of the weights, code and flags that it depends on, and is not measured again. The last
+lines say how many parts have other hashes than today's; to measure a part anew, delete it. An interrupted reproduction
+continues with the same command. RESULTS.md and results.json are written beside RESULTS, and the figures to assets/.
+
+On several cores, start one process for each seed, each with its own --runs:
+
+    for s in 0 1 2; do OMP_NUM_THREADS=1 python tiny/reproduce.py --seeds $s --runs runs/reproduce-$s & done; wait
+
+Pictures that are judged show held-out prompts. Whatever is chosen (claim 8: a checkpoint; claim 9: a guard; claim 10: a
+rival's strength) is chosen on training prompts.
 """
 import ast
 import contextlib
@@ -23,21 +29,19 @@ import hashlib
 import importlib
 import inspect
 import json
-import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -45,37 +49,33 @@ import numpy as np
 import torch
 import tyro
 from figures import draw_all, draw_front
-from guards import GUARDS, LAM, RIVALS, Other, instead_of_hinge, squared_error
+from guards import GUARDS, LAM, RIVALS, Variant, of_rows, squared_error, velocity_with
 from paired import read_json
 from report import rounded, write_report, write_text
 from tqdm import tqdm
 
 from eval_judge import SINGLE
-from flow import run as flow_run
 from flow.cli import InputError, check_flags, check_place, fingerprint, make_dir, one_line_errors, parse
 from flow.judge import local_judge, read_answer
-from flow.lora import save_lora
 from flow.pictures import load_pictures, read_folder
 
 
 @dataclass
 class Args:
-    bases: tuple[str, ...] = ("sd3", "flux")
-    """base models, of tiny/"""
-    methods: tuple[str, ...] = ("nft", "awm", "dpo")
+    bases: tuple[Literal["sd3", "flux"], ...] = ("sd3", "flux")
+    """base models in tiny/"""
+    methods: tuple[Literal["nft", "awm", "dpo"], ...] = ("nft", "awm", "dpo")
     """training scripts"""
-    rewards: tuple[str, ...] = ("pickscore", "hps")
-    """rewards, of tiny/"""
+    rewards: tuple[Literal["pickscore", "hps"], ...] = ("pickscore", "hps")
+    """reward models in tiny/"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """seeds of the training"""
+    """seeds of the trainings"""
     only: int | None = None
-    """one claim, 1 to 10 (None: all)"""
-    jobs: int | None = None
-    """runs at a time (None: one per CPU core, one on a GPU)"""
+    """measure what this claim needs, 1 to 10 (None: all claims)"""
     smoke: bool = False
-    """two epochs, few pictures, one cell"""
+    """one run of two epochs with few pictures"""
     runs: str = "runs/reproduce"
-    """folder for LoRAs and pictures (with --smoke: for all, and runs/smoke by default)"""
+    """folder for LoRAs and pictures (with --smoke: for everything; runs/smoke by default)"""
     results: str = "tiny/results"
     """folder for the numbers"""
 
@@ -88,32 +88,32 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its folder's and its file's name."""
-        return "-".join(self[:3]) + f"-s{self.seed}"
+        """The name of the run's folder and file."""
+        return f"{self.base}-{self.method}-{self.reward}-s{self.seed}"
 
     @property
     def cell(self) -> str:
-        """The run but for its seed."""
-        return " ".join(self[:3])
+        """What runs that differ only in their seed have in common."""
+        return f"{self.base} {self.method} {self.reward}"
+
+    @property
+    def corner(self) -> str:
+        """The run's base and reward."""
+        return f"{self.base}, {self.reward}"
 
 
 class Size(NamedTuple):
-    """How much of everything; the smoke test has less."""
-    train: str = ""  # further flags of the training scripts
+    """How much is trained and sampled. The recorded hashes of flags depend on these names and values."""
+    train: str = ""  # more flags for the training scripts
     steps: int = 28
-    few: tuple[int, ...] = (4, 2)
-    n: int = 8  # pictures of each of the 16 held-out prompts
-    n_adjoint: int = 12
-    n_choose: int = 2  # of each of the 48 training prompts, for a checkpoint
-    n_guard: int = 3  # and for a guard
+    few: tuple[int, ...] = (4, 2)  # steps of few-step sampling
+    n: int = 8  # pictures of each held-out prompt
+    n_adjoint: int = 12  # the same, for claim 3
+    n_choose: int = 2  # pictures of each training prompt, to choose a checkpoint or a strength
+    n_guard: int = 3  # the same, to compare guards
     renders: int = 1024
-    prompts: str = "tiny/prompts.txt"  # of choices
-    only: tuple[str, ...] | None = None  # of the parts
-
-    @property
-    def shown(self) -> str:
-        """Flags for pictures of held-out prompts; the smoke test has one short list for all."""
-        return f"--n {self.n}" + (f" --prompts {self.prompts}" if self.only else "")
+    prompts: str = "tiny/prompts.txt"  # training prompts
+    only: tuple[str, ...] | None = None  # parts to measure (None: all)
 
 
 SMOKE = Size("--epochs 2 --group 2 --groups 2 --steps 4 --eval-n 2 --save-every 2", 4, (2,), 1, 1, 1, 1, 32,
@@ -125,91 +125,89 @@ SMOKE = Size("--epochs 2 --group 2 --groups 2 --steps 4 --eval-n 2 --save-every 
 
 @functools.cache
 def weights(base: str) -> str:
-    """A hash of the models that a base's runs see, of the prompts and of the world."""
-    parts = (base, "pickscore", "hps", "judge", "forensic", "embed", "prompts.txt", "eval_prompts.txt", "world.py")
-    return hashlib.sha256("".join(fingerprint(f"tiny/{part}") for part in parts).encode()).hexdigest()[:8]
+    """A hash of the models and prompts that a base's runs use."""
+    files = (base, "pickscore", "hps", "judge", "forensic", "embed", "prompts.txt", "eval_prompts.txt")
+    return hashlib.sha256("".join(fingerprint(f"tiny/{file}") for file in files).encode()).hexdigest()[:8]
 
 
-def written(tree) -> str:
-    """A syntax tree as text, without fields that hold nothing: which of those there are depends on Python's version."""
-    if isinstance(tree, list):
-        return f"[{', '.join(map(written, tree))}]"
-    if not isinstance(tree, ast.AST):
-        return repr(tree)
-    fields = [f"{name}={written(value)}" for name, value in ast.iter_fields(tree) if value not in (None, [])]
-    return f"{type(tree).__name__}({', '.join(fields)})"
-
-
-COSTS = {"cost", "bench.py", "blank.py", "budget.py", "meter.py"}  # what of flow/ only estimates costs
-
-
-@functools.cache
-def code(*scripts: str) -> str:
-    """A hash of the code that numbers come from: the guard, the training's script if there is one, pictures, judging,
-    and flow/ without tests and costs; comments, docstrings and helps left out."""
-    flow = [file for file in Path("flow").rglob("*.py") if not (file.name.startswith("test_") or COSTS & {*file.parts})]
+def source_hash(*sources: str) -> str:
+    """A hash of Python code without its comments, docstrings and help texts."""
     digest = hashlib.sha256()
-    for file in ("normguard.py", *scripts, "sample.py", "eval_judge.py", *sorted(flow)):
-        tree = ast.parse(Path(file).read_text())
+    for source in sources:
+        tree = ast.parse(source)
         for node in ast.walk(tree):
-            if isinstance(body := getattr(node, "body", None), list):
-                node.body = [line for line in body if not isinstance(getattr(line, "value", None), ast.Constant)
+            if isinstance(getattr(node, "body", None), list):
+                node.body = [line for line in node.body if not isinstance(getattr(line, "value", None), ast.Constant)
                              or not isinstance(line, ast.Expr)]
-        digest.update(written(tree).encode())
+        text = re.sub(r", \w+=\[\]|\w+=\[\](, )?", "", ast.dump(tree))  # Python's versions differ in empty fields
+        digest.update(text.encode())
     return digest.hexdigest()[:8]
 
 
 @functools.cache
+def code(*scripts: str) -> str:
+    """A hash of the code that numbers come from: the given scripts, the guard, sampling, judging, the renderer, and
+    flow/ without its tests and cost estimates."""
+    flow = [file for file in Path("flow").rglob("*.py") if not file.name.startswith("test_")]
+    flow = [file for file in flow if Path("flow/cost") not in file.parents]
+    files = ("normguard.py", *scripts, "sample.py", "eval_judge.py", "tiny/world.py", *sorted(flow))
+    return source_hash(*[Path(file).read_text() for file in files])
+
+
+def rival_code(variant: Variant) -> str:
+    """A hash of the code of a variant's rival; "" with NormGuard's own hinge."""
+    if not variant.rival:
+        return ""
+    functions = variant.rival, of_rows, squared_error, velocity_with
+    return source_hash(*map(inspect.getsource, functions))
+
+
+@functools.cache
 def commit() -> str | None:
-    """The commit that lies here, None outside git."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    """The commit that is checked out; None outside git."""
     try:
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
+        text = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return text.strip()
 
 
-def guard_code(other: Other) -> str:
-    """A hash of another guard's code, "" of NormGuard's own."""
-    if not other.guard:
-        return ""
-    helpers = (instead_of_hinge, squared_error) if other.made else ()
-    return f"{zlib.crc32(''.join(map(inspect.getsource, (other.guard, *helpers))).encode()):08x}"
-
-
-def made_with(base: str, method: str | None = None) -> dict[str, str]:
-    """The weights and the code of a base's runs of a method; or of what all of its runs share."""
-    return {"weights": weights(base), "code": code(*[f"train_{method}.py"] if method else ())}
+def made_with(base: str, *scripts: str) -> dict[str, str]:
+    """Hashes of a base's weights, and of the code with these training scripts."""
+    return {"weights": weights(base), "code": code(*scripts)}
 
 
 def depends(run: Run, size: Size, part: str) -> dict[str, str]:
-    """What a part's numbers depend on: another of these is another number."""
-    other = TRAININGS.get(part, Other(""))
-    flags = zlib.crc32(f"{part} {LAM} {size._replace(only=None)} {other.flags} {guard_code(other)}".encode())
-    return {**made_with(run.base, run.method), "flags": f"{flags:08x}"}
+    """Hashes of what a part's numbers depend on."""
+    variant = PARTS[part].variant
+    flags = zlib.crc32(f"{part} {LAM} {size._replace(only=None)} {variant.flags} {rival_code(variant)}".encode())
+    return {**made_with(run.base, f"train_{run.method}.py"), "flags": f"{flags:08x}"}
 
 
-def fresh_folder(home: Path, of: dict[str, str]) -> Path:
-    """A folder for what is made with these weights and this code; what was made with others is deleted."""
+def fresh_folder(home: Path, hashes: dict[str, str]) -> Path:
+    """A folder for what is made with these weights and code. What other weights or code made there is deleted."""
     file, old = home / "of.json", home.with_name(f"{home.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # a killed deletion's
-    if home.exists() and read_json(file) != of:
+    shutil.rmtree(old, ignore_errors=True)  # from a deletion that was killed
+    if home.exists() and read_json(file) != hashes:
         if not file.exists() and not (home / "commands.txt").exists() and any(home.iterdir()):
-            raise InputError(f"--runs {home.parent}: {home} is not of reproduce.py; give another folder")
+            raise InputError(f"--runs {home.parent}: {home} was not made by reproduce.py; give another folder")
         home.rename(old)
         shutil.rmtree(old)
     if not file.exists():
-        write_text(file, json.dumps(of))
+        write_text(file, json.dumps(hashes))
     return home
 
 
-# ---------------------------------------------------------------- what is done to a run
+# ---------------------------------------------------------------- commands
 
-def command(log: Path, line: str, out: Path | None = None, note: str = ""):
-    """Carry out `python <line>` in this process and note it in commands.txt, unless out/command.txt says that this has
-    been done. A folder of another command, or of one with a note that was not done to its end, is begun anew."""
+def command(log: Path, line: str, out: Path | None = None, note: str = "", **more):
+    """Run `python <line>` in this process, as main(args, **more) of its script, and add it to log/commands.txt.
+
+    With `out`, the folder that it writes: skipped if out/command.txt says that the same command, with the same note,
+    has ended. What another command left there is deleted. So is what an interrupted command with a note left, because
+    that cannot resume."""
     noted = " ".join(f"python {line} {note}".split()) + "\n"
-    done = out and (out / "command.txt").exists() and (out / "command.txt").read_text()
+    done = (out / "command.txt").read_text() if out and (out / "command.txt").exists() else None
     if done == noted:
         return
     if out and (done or note):
@@ -221,7 +219,7 @@ def command(log: Path, line: str, out: Path | None = None, note: str = ""):
         f.write(noted)
     with open(log / "output.txt", "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         try:
-            module.main(tyro.cli(module.Args, args=flags))
+            module.main(tyro.cli(module.Args, args=flags), **more)
         except SystemExit as end:
             if end.code:
                 raise RuntimeError(f"python {line}: exit code {end.code}; its output is in {log}/output.txt") from end
@@ -229,44 +227,88 @@ def command(log: Path, line: str, out: Path | None = None, note: str = ""):
         write_text(out / "command.txt", noted)
 
 
-def train(home: Path, run: Run, size: Size, name: str, other: Other, strength: float = 1.0) -> Path:
-    """The folder home/name of a finished training, in which lora-EPOCH holds each checkpoint's LoRA."""
-    module, out = importlib.import_module(f"train_{run.method}"), home / name
-    save_checkpoint = flow_run.save_checkpoint
+def training_line(run: Run, size: Size, out: Path, flags: str) -> str:
+    """The command of a training."""
+    return (f"train_{run.method}.py --model tiny/{run.base} --reward tiny/{run.reward} --seed {run.seed} --out {out} "
+            f"{flags} {size.train}")
 
-    def keep(training, epoch, **state):
-        """Save as ever, and keep a copy."""
-        save_lora(training.pipe, training.out / f"lora-{epoch:05d}")
-        save_checkpoint(training, epoch, **state)
 
-    flags = other.flags.format(s=strength, lr=module.Args.lr * strength)
-    line = f"train_{run.method}.py --model tiny/{run.base} --reward tiny/{run.reward} --seed {run.seed} --out {out}"
-    # a checkpoint holds neither another guard's state nor its code
-    note = f"# with norm_hinge = guards.{other.guard.__qualname__}, {guard_code(other)}" if other.guard else ""
-    flow_run.save_checkpoint = keep
-    try:
-        with instead_of_hinge(module, other):
-            command(home, f"{line} {flags} {size.train}", out, note)
-    finally:
-        flow_run.save_checkpoint = save_checkpoint
+def train_unguarded(home: Path, run: Run, size: Size) -> Path:
+    """The folder of the unguarded training. It is trained from checkpoint to checkpoint, with --epochs growing, and
+    lora-EPOCH keeps the LoRA of each."""
+    out = home / "lam0"
+    script, *flags = training_line(run, size, out, "--lam 0").split()
+    args = tyro.cli(importlib.import_module(f"train_{run.method}").Args, args=flags)
+    for epoch in range(args.save_every, args.epochs + 1, args.save_every):
+        kept, copy = out / f"lora-{epoch:05d}", out / "lora.tmp"
+        if not kept.exists():
+            command(home, f"{script} {' '.join(flags)} --epochs {epoch}")
+            shutil.rmtree(copy, ignore_errors=True)  # from a copy that was killed
+            shutil.copytree(out / "lora", copy)
+            copy.rename(kept)
     return out
 
 
+def train_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
+    """The folders of the unguarded and of the guarded training."""
+    guarded = home / f"lam{LAM}"
+    command(home, training_line(run, size, guarded, f"--lam {LAM}"), guarded)
+    return train_unguarded(home, run, size), guarded
+
+
+def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant, strength: float = 1.0) -> Path:
+    """The folder home/name of another training, without evaluations."""
+    out, script = home / name, importlib.import_module(f"train_{run.method}")
+    other = next(reward for reward in Args.rewards if reward != run.reward)
+    flags = variant.flags.format(s=strength, lr=script.Args.lr * strength, reward=run.reward, other=other)
+    line = training_line(run, size, out, f"{flags} --eval-every 0")
+    if variant.rival:
+        note = f"# rival: guards.{variant.rival.__name__}, {rival_code(variant)}"  # a checkpoint has not its state
+        command(home, line, out, note, rival=partial(variant.rival, state={}))
+    else:
+        command(home, line, out)
+    return out
+
+
+def train_with_guard(home: Path, run: Run, size: Size, name: str) -> Path:
+    """The folder of the training with another guard."""
+    return train_variant(home, run, size, f"guards/{slug(name)}", GUARDS[name])
+
+
+def slug(name: str) -> str:
+    """A name without spaces, for a folder."""
+    return name.replace(", ", "-").replace(" ", "-")
+
+
 def sample(home: Path, base: str, out: Path, flags: str) -> Path:
-    """Pictures in `out`."""
+    """Draw pictures into the folder `out`, with these flags of sample.py."""
     command(home, f"sample.py --model tiny/{base} --out {out} {flags}", out)
     return out
 
 
-def held_out(home: Path, run: Run, size: Size, name: str, lora: Path, steps: int | None = None,
-             flags: str = "--norms") -> Path:
-    """Pictures home/name of held-out prompts, their noise the same for every run."""
-    steps = steps or size.steps
-    return sample(home, run.base, home / name, f"--lora {lora} {size.shown} --steps {steps} --seed 1000 {flags}")
+def held_out_flags(size: Size, steps: int) -> str:
+    """Flags of sample.py for held-out prompts, with the same noise for every model."""
+    prompts = f" --prompts {size.prompts}" if size.only else ""  # the smoke test has one list of prompts
+    return f"--n {size.n}{prompts} --steps {steps} --seed 1000"
 
 
-def rewards_in_training(home: Path, run: Run, size: Size, name: str, flags: str) -> tuple[Path, np.ndarray]:
-    """Pictures of training prompts at the rollouts' 8 steps, for what is chosen, and each prompt's mean reward."""
+def sample_held_out(home: Path, run: Run, size: Size, name: str, lora: Path, steps: int | None = None,
+                    flags: str = "--norms") -> Path:
+    """Draw a LoRA's pictures of held-out prompts into home/name."""
+    flags = f"--lora {lora} {held_out_flags(size, steps or size.steps)} {flags}"
+    return sample(home, run.base, home / name, flags)
+
+
+def sample_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
+    """The unguarded and the guarded model's pictures of held-out prompts."""
+    unguarded, guarded = train_both(home, run, size)
+    pictures = sample_held_out(home, run, size, run.method, unguarded / "lora")
+    return pictures, sample_held_out(home, run, size, f"{run.method}+normguard", guarded / "lora")
+
+
+def training_rewards(home: Path, run: Run, size: Size, name: str, flags: str) -> tuple[Path, np.ndarray]:
+    """Draw pictures of training prompts in 8 steps, as rollouts are. Returns their folder and each prompt's mean
+    reward."""
     flags = f"--prompts {size.prompts} --n {size.n_choose} --steps 8 --seed 5000 --reward tiny/{run.reward} {flags}"
     folder = sample(home, run.base, home / "choose" / name, flags)
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -274,22 +316,23 @@ def rewards_in_training(home: Path, run: Run, size: Size, name: str, flags: str)
 
 
 def colours(folder: Path) -> dict[str, float]:
-    """Means over a folder's pictures of the HSV saturation, and of the luma's absolute Laplacian: sharpness."""
-    x = load_pictures([row["file"] for row in read_folder(str(folder), plain=True)])
+    """Means over a folder's pictures: HSV saturation, and sharpness, the absolute Laplacian of the luma."""
+    x = load_pictures([row["file"] for row in read_folder(str(folder), plain=True)])  # (n, 3, h, w)
     luma = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    return {"saturation": ((x.amax(1) - x.amin(1)) / x.amax(1).clamp_min(1e-3)).mean().item(),
-            "sharpness": torch.nn.functional.conv2d(luma, kernel).abs().mean().item()}
+    saturation = (x.amax(1) - x.amin(1)) / x.amax(1).clamp_min(1e-3)
+    sharpness = torch.nn.functional.conv2d(luma, kernel).abs()
+    return {"saturation": saturation.mean().item(), "sharpness": sharpness.mean().item()}
 
 
-def judge(home: Path, run: Run, folders: dict[str, Path], renders: Path) -> dict:
-    """eval_judge.py's report on folders of pictures by their names here: {name: {metric: mean}}, and the verdicts on
-    each two."""
-    home_eval, names = home / "eval", {str(path): name for name, path in folders.items()}
+def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "renders") -> dict:
+    """eval_judge.py's numbers of named folders: "means", {name: {metric: mean}}, and "verdicts", {"A vs B": [win, tie,
+    loss, nan]}."""
+    out, names = home / "eval", {str(path): name for name, path in folders.items()}
     rewards = "--reward tiny/pickscore tiny/hps"
-    command(home, f"eval_judge.py {' '.join(names)} {rewards} --real {renders} --out {home_eval}")
-    report = json.loads((home_eval / "report.json").read_text())
-    label = {
+    command(home, f"eval_judge.py {' '.join(names)} {rewards} --real {home.parent / renders} --out {out}")
+    report = json.loads((out / "report.json").read_text())
+    labels = {
         "reward/pickscore": "other reward",
         "reward/hps": "other reward",
         f"reward/{run.reward}": "reward",
@@ -299,7 +342,7 @@ def judge(home: Path, run: Run, folders: dict[str, Path], renders: Path) -> dict
     means = {name: colours(path) for name, path in folders.items()}
     for metric, by_folder in report["metrics"].items():
         for path, numbers in by_folder.items():
-            means[names[path]][label.get(metric, metric)] = numbers["mean"]
+            means[names[path]][labels.get(metric, metric)] = numbers["mean"]
     verdicts = {}
     for pair, counts in report["pairs"]["judge/quality"].items():
         first, second = pair.split(" vs ")
@@ -308,111 +351,91 @@ def judge(home: Path, run: Run, folders: dict[str, Path], renders: Path) -> dict
 
 
 def ratio_of(folder: Path) -> dict:
-    """Norm ratio along the trajectory."""
+    """The norm ratio along the sampling trajectory."""
     norms = json.loads((folder / "norms.json").read_text())
     return {"overall": norms["overall"], "t": norms["t"], "mean": norms["mean"]}
 
 
-def both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
-    """The unguarded and the guarded training."""
-    return (train(home, run, size, "lam0", Other("--lam 0")),
-            train(home, run, size, f"lam{LAM}", Other(f"--lam {LAM}")))
+# ---------------------------------------------------------------- the parts of a run
 
-
-def shown(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
-    """Their pictures at full steps."""
-    unguarded, guarded = both(home, run, size)
-    pictures = held_out(home, run, size, run.method, unguarded / "lora")
-    return pictures, held_out(home, run, size, f"{run.method}+normguard", guarded / "lora")
-
-
-def with_guard(home: Path, run: Run, size: Size, name: str) -> Path:
-    """The training with another guard."""
-    other = GUARDS[name]
-    return train(home, run, size, f"guards/{slug(name)}", other._replace(flags=f"{other.flags} --eval-every 0"))
-
-
-def main_part(root: Path, run: Run, size: Size) -> dict:
-    """Claims 1, 4, 5, 6: the norm over training and over t, and what reward, judge and detector say of the pictures."""
-    home = root / run.name
-    unguarded, guarded = shown(home, run, size)
+def main_part(home: Path, run: Run, size: Size) -> dict:
+    """Claims 1, 4, 5 and 6: norm ratios over training and over t; reward, judge and detector on the pictures."""
     keys = ("eval_reward", "eval_reward_se", "eval_norm_ratio", "eval_norm_ratio_steps", "eval_saturation")
-    _, rewards = rewards_in_training(home, run, size, "base", "")
+    _, rewards = training_rewards(home, run, size, "base", "")
     curves, training = {}, {"base": rewards.mean()}
-    for name, out in zip(("unguarded", "guarded"), both(home, run, size)):
+    for name, out in zip(("unguarded", "guarded"), train_both(home, run, size)):
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         evals = [line for line in lines if "eval_reward" in line]
         curves[name] = [{k.removeprefix("eval_"): line[k] for k in ("epoch", *keys)} for line in evals]
-        _, rewards = rewards_in_training(home, run, size, name, f"--lora {out}/lora")
+        _, rewards = training_rewards(home, run, size, name, f"--lora {out}/lora")
         training[name] = rewards.mean()
+    unguarded, guarded = sample_both(home, run, size)
     ratios = {"unguarded": ratio_of(unguarded), "guarded": ratio_of(guarded)}
-    folders = {"base": root / run.base / "base", "unguarded": unguarded, "guarded": guarded}
-    judged = judge(home, run, folders, root / "renders")
+    folders = {"base": home.parent / run.base / "base", "unguarded": unguarded, "guarded": guarded}
+    judged = judge(home, run, folders)
     return {"curves": curves, "ratio": ratios, "training reward": training, **judged}
 
 
-def renorm_part(root: Path, run: Run, size: Size) -> dict:
-    """Claim 2: the unguarded model's velocity rescaled to the reference's norm while sampling."""
-    home = root / run.name
-    unguarded, guarded = shown(home, run, size)
-    lora = both(home, run, size)[0] / "lora"
+def auto_part(home: Path, run: Run, size: Size) -> dict:
+    """Claims 4, 5 and 6 for --lam auto."""
+    unguarded, guarded = sample_both(home, run, size)
+    auto = sample_held_out(home, run, size, f"{run.method}+auto", train_with_guard(home, run, size, "auto") / "lora")
+    judged = judge(home, run, {"unguarded": unguarded, "guarded": guarded, "auto": auto})
+    return {"ratio": {"auto": ratio_of(auto)}, **judged}
+
+
+def renorm_part(home: Path, run: Run, size: Size) -> dict:
+    """Claim 2: while sampling, the unguarded model's velocity is rescaled to the reference's norm."""
+    unguarded, guarded = sample_both(home, run, size)
+    lora = train_unguarded(home, run, size) / "lora"
     rescaled = {}
     for how in ("match", "cap"):
-        rescaled[how] = held_out(home, run, size, f"renorm-{how}", lora, flags=f"--renorm {how}")
-    return judge(home, run, {"unguarded": unguarded, **rescaled, "guarded": guarded}, root / "renders")
-
-
-def adjoint_part(root: Path, run: Run, size: Size) -> dict:
-    """Claim 3, on the unguarded model."""
-    home = root / run.name
-    return adjoint(home, run.base, run.reward, size, home / "adjoint", f"--lora {both(home, run, size)[0] / 'lora'}")
+        rescaled[how] = sample_held_out(home, run, size, f"renorm-{how}", lora, flags=f"--renorm {how}")
+    return judge(home, run, {"unguarded": unguarded, **rescaled, "guarded": guarded})
 
 
 def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: str = "") -> dict:
-    """sample.py --adjoint on held-out prompts at the rollouts' 8 steps."""
+    """Claim 3: sample.py --adjoint on held-out prompts, in 8 steps as in rollouts."""
     sample(home, base, out, f"--adjoint --reward tiny/{reward} --n {size.n_adjoint} --steps 8 --seed 3000 {flags}")
     rows = json.loads((out / "adjoint.json").read_text())
     sensitivities = {"reward": rows[f"tiny/{reward}"], "energy": rows["energy (control)"]}
     return {"t": rows["t"], "units": rows["units"], **sensitivities}
 
 
-def few_part(root: Path, run: Run, size: Size) -> dict:
-    """Claim 7: the same models at few steps."""
-    home, out = root / run.name, {}
-    unguarded, guarded = both(home, run, size)
-    auto = with_guard(home, run, size, "auto")
+def adjoint_part(home: Path, run: Run, size: Size) -> dict:
+    """Claim 3 on the unguarded model."""
+    lora = train_unguarded(home, run, size) / "lora"
+    return adjoint(home, run.base, run.reward, size, home / "adjoint", f"--lora {lora}")
+
+
+def few_part(home: Path, run: Run, size: Size) -> dict:
+    """Claim 7: the same models, sampled in few steps."""
+    numbers = {}
+    unguarded, guarded = train_both(home, run, size)
+    trained = {"unguarded": unguarded, "guarded": guarded, "auto": train_with_guard(home, run, size, "auto")}
     for steps in size.few:
-        folders = {"base": root / run.base / f"base-{steps}"}
-        for name, folder in (("unguarded", unguarded), ("guarded", guarded), ("auto", auto)):
-            folders[name] = held_out(home, run, size, f"{name}-{steps}", folder / "lora", steps, flags="")
-        out[str(steps)] = judge(home, run, folders, root / "renders")
-    return out
+        folders = {"base": home.parent / run.base / f"base-{steps}"}
+        for name, out in trained.items():
+            folders[name] = sample_held_out(home, run, size, f"{name}-{steps}", out / "lora", steps, flags="")
+        numbers[str(steps)] = judge(home, run, folders)
+    return numbers
 
 
-def slug(name: str) -> str:
-    """A folder's name."""
-    return name.replace(", ", "-").replace(" ", "-")
-
-
-def early_part(root: Path, run: Run, size: Size) -> dict:
-    """Claim 8: the guarded model against the unguarded run's first checkpoint of equal reward, and against the one
-    that the judge likes best. Equal: not below the guarded one's by more than a standard error (paired, over prompts);
-    if none is, the best."""
-    home, found, rewards = root / run.name, {}, {}
-    unguarded, guarded = both(home, run, size)
+def early_part(home: Path, run: Run, size: Size) -> dict:
+    """Claim 8: the guarded model against two checkpoints of the unguarded one: the first of equal reward, and the one
+    that the judge likes best. Equal: not lower than the guarded model's by more than a standard error, paired over
+    prompts. If there is none, the checkpoint of the highest reward is taken."""
+    unguarded, guarded = train_both(home, run, size)
+    loras = {"guarded": guarded / "lora"}
+    loras |= {path.name.removeprefix("lora-"): path for path in sorted(unguarded.glob("lora-*"))}
     ask = local_judge("tiny/judge", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for lora in (guarded / "lora", *sorted(unguarded.glob("lora-*"))):
-        name = "guarded" if lora.parent == guarded else lora.name.removeprefix("lora-")
-        folder, rewards[name] = rewards_in_training(home, run, size, name, f"--lora {lora}")
-        files, margins = [row["file"] for row in read_folder(str(folder), plain=True)], []
-        for i in range(0, len(files), 32):
-            pictures = [[file] for file in files[i:i + 32]]
-            margins += [read_answer(top, "yes", "no") for top in ask(SINGLE["overall"], pictures)]
-        good = 1 / (1 + np.exp(-np.array(margins)))
-        less = rewards["guarded"] - rewards[name]
+    found, rewards = {}, {}
+    for name, lora in loras.items():
+        folder, rewards[name] = training_rewards(home, run, size, name, f"--lora {lora}")
+        less = rewards["guarded"] - rewards[name]  # (prompts,)
         found[name] = {
             "reward": float(rewards[name].mean()),
-            "overall": float(np.nanmean(good)),
+            "overall": judged_good(ask, folder),
             "less": float(less.mean()),
             "se": float(less.std(ddof=1) / len(less) ** 0.5),
         }
@@ -421,263 +444,213 @@ def early_part(root: Path, run: Run, size: Size) -> dict:
     highest = max(checkpoints, key=lambda name: found[name]["reward"])
     best_judged = max(checkpoints, key=lambda name: found[name]["overall"])
     chosen = {"early, equal reward": equal[0] if equal else highest, "early, best judged": best_judged}
-    folders = {}
+    folders = {"guarded": sample_both(home, run, size)[1]}
     for how, name in chosen.items():
-        folders[how] = held_out(home, run, size, slug(how), unguarded / f"lora-{name}", flags="")
-    folders = {"guarded": shown(home, run, size)[1], **folders}
-    judged = judge(home, run, folders, root / "renders")
+        folders[how] = sample_held_out(home, run, size, slug(how), loras[name], flags="")
+    judged = judge(home, run, folders)
     return {"found": found, "chosen": chosen, "reached": bool(equal), **judged}
 
 
-def auto_part(root: Path, run: Run, size: Size) -> dict:
-    """Claims 4, 5 and 6 for --lam auto."""
-    home = root / run.name
-    pictures = held_out(home, run, size, f"{run.method}+auto", with_guard(home, run, size, "auto") / "lora")
-    folders = dict(zip(("unguarded", "guarded", "auto"), (*shown(home, run, size), pictures)))
-    return {"ratio": {"auto": ratio_of(pictures)}, **judge(home, run, folders, root / "renders")}
+def judged_good(ask: Callable, folder: Path) -> float:
+    """The judge's mean P(good) of a folder's pictures."""
+    files, margins = [row["file"] for row in read_folder(str(folder), plain=True)], []
+    for i in range(0, len(files), 32):
+        answers = ask(SINGLE["overall"], [[file] for file in files[i:i + 32]])
+        margins += [read_answer(top, "yes", "no") for top in answers]
+    return float(np.nanmean(1 / (1 + np.exp(-np.array(margins)))))
 
 
-def guard_part(root: Path, run: Run, size: Size, name: str) -> dict:
-    """Claim 9: another guard, on training prompts: it is a matter of choice."""
-    home = root / run.name
-    trained = dict(zip(("unguarded", "guarded"), both(home, run, size)))
-    trained["variant"] = with_guard(home, run, size, name)
+def guard_part(home: Path, run: Run, size: Size, name: str) -> dict:
+    """Claim 9: another guard. On training prompts, because a guard is a matter of choice."""
+    trained = dict(zip(("unguarded", "guarded"), train_both(home, run, size)))
+    trained["variant"] = train_with_guard(home, run, size, name)
     flags = f"--prompts {size.prompts} --n {size.n_guard} --steps {size.steps} --seed 5000 --norms"
     pictures = {}
     for who, out in trained.items():
         pictures[who] = sample(home, run.base, home / "chosen" / out.name, f"--lora {out / 'lora'} {flags}")
     ratios = {who: ratio_of(path) for who, path in pictures.items()}
-    return {"ratio": ratios, **judge(home, run, pictures, root / "renders-training")}
+    return {"ratio": ratios, **judge(home, run, pictures, "renders-training")}
 
 
-def rival_part(root: Path, run: Run, size: Size, name: str, strength: float) -> dict:
-    """Claim 10: a rival of the guard, at a strength."""
-    home, rival, label = root / run.name, RIVALS[name], slug(f"{name} {strength:g}")
-    unguarded, _ = both(home, run, size)
-    trained = unguarded
+def rival_part(home: Path, run: Run, size: Size, name: str, strength: float) -> dict:
+    """Claim 10: a rival of the guard at one strength."""
+    rival, label = RIVALS[name], slug(f"{name} {strength:g}")
     if rival.training:
-        training = rival.training._replace(flags=f"{rival.training.flags} --eval-every 0")
-        trained = train(home, run, size, f"rivals/{label}", training, strength)
+        trained = train_variant(home, run, size, f"rivals/{label}", rival.training, strength)
+    else:
+        trained = train_unguarded(home, run, size)
     flags = rival.sampling.format(s=strength)
-    pictures = held_out(home, run, size, f"{run.method}+{label}", trained / "lora", flags=f"--norms {flags}")
-    _, rewards = rewards_in_training(home, run, size, label, f"--lora {trained}/lora {flags}")
-    judged = judge(home, run, {"guarded": shown(home, run, size)[1], "rival": pictures}, root / "renders")
+    pictures = sample_held_out(home, run, size, f"{run.method}+{label}", trained / "lora", flags=f"--norms {flags}")
+    _, rewards = training_rewards(home, run, size, label, f"--lora {trained}/lora {flags}")
+    judged = judge(home, run, {"guarded": sample_both(home, run, size)[1], "rival": pictures})
     return {"ratio": {"rival": ratio_of(pictures)}, "training reward": {"rival": rewards.mean()}, **judged}
 
 
-GRID = {  # of every run: a part's name, what measures it, the claims that it serves
-    "main": (main_part, (1, 2, 3, 4, 5, 6, 7, 8, 10)),
-    "auto": (auto_part, (4, 7, 10)),  # 7 compares with it
-    "renorm": (renorm_part, (2,)),
-    "adjoint": (adjoint_part, (3,)),
-    "few": (few_part, (7,)),
-    "early": (early_part, (8,)),
+class Part(NamedTuple):
+    """What is measured on a run."""
+    measure: Callable[[Path, Run, Size], dict]
+    claims: tuple[int, ...]  # that use its numbers
+    variant: Variant = Variant("")  # how it trains or samples
+    methods: tuple[str, ...] = Args.methods
+    corner: bool = False  # is it measured only with the first base and reward and with the last ones?
+
+
+PARTS = {
+    "main": Part(main_part, (1, 2, 3, 4, 5, 6, 7, 8, 10)),
+    "auto": Part(auto_part, (4, 7, 10)),
+    "renorm": Part(renorm_part, (2,)),
+    "adjoint": Part(adjoint_part, (3,)),
+    "few": Part(few_part, (7,)),
+    "early": Part(early_part, (8,)),
 }
-CORNERS, TRAININGS = {}, {}  # of a base and a reward to look at, and others to confirm it; and how they train
-METHODS = {}  # those that have a part, where not all do
-for _name, _other in GUARDS.items():
-    TRAININGS[f"guard: {_name}"] = _other
-    CORNERS[f"guard: {_name}"] = (partial(guard_part, name=_name), (9,))
+for _name, _variant in GUARDS.items():
+    PARTS[f"guard: {_name}"] = Part(partial(guard_part, name=_name), (9,), _variant, corner=True)
 for _name, _rival in RIVALS.items():
     for _strength in dict.fromkeys(_rival.strengths + _rival.dpo):
-        _part = f"rival: {_name} {_strength:g}"
-        TRAININGS[_part] = _rival.training or Other(_rival.sampling)
-        CORNERS[_part] = (partial(rival_part, name=_name, strength=_strength), (10,))
-        METHODS[_part] = [method for method in Args.methods if _strength in _rival.of(method)]
-PARTS = {**GRID, **CORNERS}
+        _methods = tuple(method for method in Args.methods if _strength in _rival.strengths_of(method))
+        PARTS[f"rival: {_name} {_strength:g}"] = Part(
+            partial(rival_part, name=_name, strength=_strength), (10,), _rival.training or Variant(_rival.sampling),
+            _methods, corner=True)
 
 
-# ---------------------------------------------------------------- the work, spread over processes
-
-def add(file: Path, part: str, of: dict[str, str], numbers: Callable[[], dict]):
-    """A part's numbers, and what they depend on, to a file, unless they are there."""
-    known = read_json(file)
-    if part not in known:
-        start = time.time()
-        known[part] = rounded({**numbers(), "of": {**of, "commit": commit()}, "seconds": time.time() - start})
-        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()]  # a part a line
-        write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
+def is_asked(name: str, args: Args, size: Size) -> bool:
+    """Do the flags ask for this part?"""
+    of_claim = args.only is None or args.only in PARTS[name].claims
+    return of_claim and (size.only is None or name in size.only)
 
 
-def asked(args: Args, size: Size, parts: dict) -> list[str]:
-    """Those of the parts that are asked for."""
-    return [part for part, (_, claims) in parts.items()
-            if (args.only is None or args.only in claims) and (size.only is None or part in size.only)]
+def missing_parts(args: Args, size: Size) -> list[tuple[Run, str]]:
+    """The parts that are asked for and not measured yet."""
+    missing = []
+    for seed, base, method, reward in product(args.seeds, args.bases, args.methods, args.rewards):
+        run = Run(base, method, reward, seed)
+        known = read_json(Path(args.results) / f"{run.name}.json")
+        at_corner = (base, reward) in ((args.bases[0], args.rewards[0]), (args.bases[-1], args.rewards[-1]))
+        for name, part in PARTS.items():
+            fits = method in part.methods and (at_corner or not part.corner)
+            if fits and is_asked(name, args, size) and name not in known:
+                missing.append((run, name))
+    return sorted(missing, key=lambda item: PARTS[item[1]].corner)  # the grid first
 
 
-def work_on_base(base: str, args: Args, size: Size):
-    """What the runs of a base share: its pictures, and its sensitivities."""
-    root, file, of = Path(args.runs), Path(args.results) / f"{base}.json", made_with(base)
-    home, wanted = fresh_folder(root / base, of), asked(args, size, GRID)
-    few = size.few if "few" in wanted else ()
-    for name, steps in (("base", size.steps), *((f"base-{steps}", steps) for steps in few)):
-        sample(home, base, home / name, f"{size.shown} --steps {steps} --seed 1000")
-    add(file, "colours", of, lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
-    for reward in args.rewards if "adjoint" in wanted else ():
-        add(file, f"adjoint {reward}", of, partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}"))
+# ---------------------------------------------------------------- the work
+
+def add_part(file: Path, name: str, hashes: dict[str, str], measure: Callable[[], dict]):
+    """Measure a part and add its numbers to a file, unless they are there."""
+    if name in read_json(file):
+        return
+    start = time.time()
+    numbers = measure()
+    numbers = {**numbers, "of": {**hashes, "commit": commit()}, "seconds": time.time() - start}
+    known = {**read_json(file), name: rounded(numbers)}
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()]  # one line a part
+    write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def work_on_run(run: Run, parts: list[str], args: Args, size: Size):
-    """A run's parts, one after the other."""
-    root, file = Path(args.runs), Path(args.results) / f"{run.name}.json"
-    fresh_folder(root / run.name, made_with(run.base, run.method))
-    for part in parts:
-        measure, _ = PARTS[part]
-        add(file, part, depends(run, size, part), partial(measure, root, run, size))
-
-
-def start_worker(threads: int):
-    """Each process its share of the cores. It does not outlive the one that started it, whose successor may be at work
-    already."""
-    def follow():
-        """End when the parent does."""
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    torch.set_num_threads(threads)
-
-
-def todo(args: Args, size: Size, runs: list[Run], parts: dict) -> dict[Run, list[str]]:
-    """Those of the parts that are asked for and not there, of each run."""
-    left = {run: read_json(Path(args.results) / f"{run.name}.json") for run in runs}
-    left = {run: [part for part in asked(args, size, parts)
-                  if part not in known and run.method in METHODS.get(part, args.methods)]
-            for run, known in left.items()}
-    return {run: parts for run, parts in left.items() if parts}
+def measure_base(base: str, args: Args, size: Size):
+    """Draw the base's pictures, which all its runs use, and measure them and its sensitivities."""
+    root, file, hashes = Path(args.runs), Path(args.results) / f"{base}.json", made_with(base)
+    home = fresh_folder(root / base, hashes)
+    sample(home, base, home / "base", held_out_flags(size, size.steps))
+    if is_asked("few", args, size):
+        for steps in size.few:
+            sample(home, base, home / f"base-{steps}", held_out_flags(size, steps))
+    add_part(file, "colours", hashes, lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
+    if is_asked("adjoint", args, size):
+        for reward in args.rewards:
+            measure = partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}")
+            add_part(file, f"adjoint {reward}", hashes, measure)
 
 
 def gathered(results: Path) -> tuple[dict[Run, dict], dict[str, dict]]:
-    """The numbers of all runs that a folder has, and of the bases."""
-    found = {}
-    for cell in product(Args.bases, Args.methods, Args.rewards):
-        for file in sorted(results.glob(f"{'-'.join(cell)}-s*.json")):
-            found[Run(*cell, int(file.stem.rpartition("-s")[2]))] = read_json(file)
-    return found, {base: numbers for base in Args.bases if (numbers := read_json(results / f"{base}.json"))}
+    """Read the numbers of all runs and of the bases from a folder."""
+    runs = {}
+    for base, method, reward in product(Args.bases, Args.methods, Args.rewards):
+        for file in sorted(results.glob(f"{base}-{method}-{reward}-s*.json")):
+            runs[Run(base, method, reward, int(file.stem.rpartition("-s")[2]))] = read_json(file)
+    bases = {base: read_json(results / f"{base}.json") for base in Args.bases}
+    return runs, {base: numbers for base, numbers in bases.items() if numbers}
 
 
-def stale_parts(found: dict[Run, dict], bases: dict[str, dict], size: Size) -> dict[str, list[str]]:
-    """The measured parts that depend on something that is not as it was: {what: [run: part, ...]}."""
-    parts = [(run.name, part, numbers[part], depends(run, size, part))
-             for run, numbers in found.items() for part in PARTS if part in numbers]
-    parts += [(base, part, numbers, made_with(base)) for base, of_base in bases.items()
-              for part, numbers in of_base.items()]
+def stale_parts(runs: dict[Run, dict], bases: dict[str, dict], size: Size) -> dict[str, list[str]]:
+    """Measured parts whose recorded hashes differ from today's: {"weights", "code" or "flags": ["run: part", ...]}."""
+    measured = []
+    for run, numbers in runs.items():
+        measured += [(run.name, part, numbers[part], depends(run, size, part)) for part in PARTS if part in numbers]
+    for base, numbers in bases.items():
+        measured += [(base, part, numbers[part], made_with(base)) for part in numbers]
     stale = {}
-    for name, part, numbers, now in parts:
-        for what in (what for what in now if numbers.get("of", {}).get(what) != now[what]):
-            stale.setdefault(what, []).append(f"{name}: {part}")
+    for name, part, numbers, today in measured:
+        recorded = numbers.get("of", {})
+        for what in today:
+            if recorded.get(what) != today[what]:
+                stale.setdefault(what, []).append(f"{name}: {part}")
     return stale
 
 
 @one_line_errors()
 def main(args: Args):
-    """Do what is missing, then write the report."""
-    check_flags(args, {"jobs": 1})
-    for flag, known in (("bases", Args.bases), ("methods", Args.methods), ("rewards", Args.rewards)):
-        if unknown := set(getattr(args, flag)) - set(known):
-            raise InputError(f"--{flag} {unknown.pop()}: {', '.join(known)}")
+    """Measure what is missing, then write the report."""
+    check_flags(args, {})
     if args.only is not None and not 1 <= args.only <= 10:
         raise InputError(f"--only {args.only}: a claim is a number from 1 to 10")
-    if args.seeds and not 0 <= min(args.seeds) <= max(args.seeds) < 2**63:
-        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: from 0 to below 2^63")
-    if len(args.runs.split()) != 1:  # commands are split at spaces
-        raise InputError(f"--runs '{args.runs}': a path without spaces")
     if not all((args.bases, args.methods, args.rewards, args.seeds)):
         raise InputError("--bases, --methods, --rewards and --seeds each take at least one")
+    if not 0 <= min(args.seeds) <= max(args.seeds) < 2**63:
+        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: from 0 to below 2^63")
+    if len(args.runs.split()) != 1:  # commands are split at spaces
+        raise InputError(f"--runs '{args.runs}': give a path without spaces")
     os.chdir(ROOT)
-    size = SMOKE if args.smoke else Size()
+    size = Size()
     if args.smoke:
-        root = "runs/smoke" if args.runs == Args.runs else args.runs
-        args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, args.jobs, True, root, f"{root}/results")
-    check_place(args.runs, "--runs")
-    check_place(args.results, "--results")
+        size, root = SMOKE, "runs/smoke" if args.runs == Args.runs else args.runs
+        args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, True, root, f"{root}/results")
     check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
-    root, results = make_dir(args.runs, "--runs"), make_dir(args.results, "--results")
-    folders = {folder.resolve(): (flag, folder) for flag, folder in (("--results", results), ("--runs", root))}
-    with contextlib.ExitStack() as locks:
-        for flag, folder in folders.values():  # one, if it is both
-            locks.enter_context(locked(flag, folder))
-        work_and_report(args, size, root, results)
+    root = make_dir(args.runs, "--runs")
+    make_dir(args.results, "--results")
+    with open(root / "lock", "a") as lock:  # closing the file frees it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--runs {root}: another reproduce.py works there; wait for it, or give another folder")
+        measure_all(args, size)
+        report_all(args, size)
 
 
-@contextlib.contextmanager
-def locked(flag: str, folder: Path):
-    """While this lasts, no other reproduce.py works in a folder."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{flag} {folder}: another reproduce.py is at work there")
-    try:
-        yield
-    finally:
-        os.close(lock)  # which frees it
-
-
-def work_through(tasks: list[Callable], jobs: int, threads: int, progress: Callable):
-    """All tasks: in this process if there is one job, else spread over several."""
-    if jobs == 1:
-        for task in tasks:
-            task()
-            progress()
+def measure_all(args: Args, size: Size):
+    """Measure all missing parts: first of the bases, whose pictures the runs need, then of the runs."""
+    root, missing = Path(args.runs), missing_parts(args, size)
+    if not missing:
         return
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before a worker imports torch
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
-    try:
-        pending = {pool.submit(task) for task in tasks}
-        while pending:
-            done, pending = wait(pending, timeout=5, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()  # raises what it raised
-            progress()
-    except BaseException:
-        for process in multiprocessing.active_children():  # they have more tasks in their queue
-            process.terminate()
-        raise
-    pool.shutdown()
+    renderer = source_hash(Path("tiny/world.py").read_text())
+    for name, prompts in (("renders", "eval_prompts"), ("renders-training", "prompts")):
+        flags = f"--n {size.renders} --seed 1 --prompts tiny/{prompts}.txt --out {root / name}"
+        command(root, f"tiny/world.py {flags}", root / name, f"# {renderer}")
+    for base in dict.fromkeys(args.bases):
+        measure_base(base, args, size)
+    for run, name in tqdm(missing, desc="reproduce", unit="part"):
+        hashes = depends(run, size, name)
+        home = fresh_folder(root / run.name, made_with(run.base, f"train_{run.method}.py"))
+        add_part(Path(args.results) / f"{run.name}.json", name, hashes, partial(PARTS[name].measure, home, run, size))
 
 
-def work_and_report(args: Args, size: Size, root: Path, results: Path):
-    """What is missing, spread over processes; then the report of all that there is."""
+def report_all(args: Args, size: Size):
+    """Write the report and the figures of all numbers in RESULTS, and say which ones are stale."""
+    root, results = Path(args.runs), Path(args.results)
+    runs, bases = gathered(results)
     assets = Path("assets") if args.results == Args.results else results.parent
-    jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
-    threads = max(1, os.cpu_count() // jobs)
-    combinations = dict.fromkeys(product(args.seeds, args.bases, args.methods, args.rewards))
-    runs = [Run(*which, seed) for seed, *which in combinations]
-    corners = {(args.bases[i], args.rewards[i]) for i in (0, -1)}
-    of_corners = [run for run in runs if (run.base, run.reward) in corners]
-    work = todo(args, size, runs, GRID), todo(args, size, of_corners, CORNERS)
-    wanted = [(run, part) for phase in work for run, parts in phase.items() for part in parts]
-    total = len(wanted)
-
-    def left() -> int:
-        """Parts to do."""
-        return sum(part not in read_json(results / f"{run.name}.json") for run, part in wanted)
-
-    if total:
-        for out, prompts in (("renders", "eval_prompts"), ("renders-training", "prompts")):
-            flags = f"--n {size.renders} --seed 1 --prompts tiny/{prompts}.txt --out {root / out}"
-            command(root, f"tiny/world.py {flags}", root / out, f"# {fingerprint('tiny/world.py')}")
-    # each phase needs the one before
-    phases = [[partial(work_on_base, base, args, size) for base in dict.fromkeys(args.bases) if total]]
-    for phase in work:
-        phases.append([partial(work_on_run, run, parts, args, size) for run, parts in phase.items()])
-    with tqdm(total=total, desc="reproduce", unit="part") as bar:
-        for tasks in phases:
-            work_through(tasks, jobs, threads, lambda: bar.update(total - left() - bar.n))
-
-    found, bases = gathered(results)
-    write_report(found, bases, size, results.parent, assets)
-    draw_all(found, bases, assets)
-    front = next((run for run in found if run.method == "awm"), None)
-    folders = front and {"base": root / front.base / "base", "unguarded": root / front.name / front.method,
-                         "guarded": root / front.name / f"{front.method}+normguard"}
-    if folders and all(map(Path.exists, folders.values())):
-        draw_front(found[front], folders, assets / "front.png")
-    for what, parts in stale_parts(found, bases, size).items():
+    write_report(runs, bases, size, results.parent, assets)
+    draw_all(runs, bases, assets)
+    front = next((run for run in runs if run.method == "awm"), None)
+    if front:
+        home = root / front.name
+        folders = {"base": root / front.base / "base", "unguarded": home / "awm", "guarded": home / "awm+normguard"}
+        if all(folder.exists() for folder in folders.values()):
+            draw_front(runs[front], folders, assets / "front.png")
+    for what, parts in stale_parts(runs, bases, size).items():
         print(f"note: {len(parts)} parts were measured with other {what} than today's ({parts[0]}, ...); to measure "
               f"them anew, delete them in {results}")
-    print(f"{len(found)} runs: {results.parent}/RESULTS.md, {results.parent}/results.json and figures in {assets}/")
+    print(f"{len(runs)} runs: {results.parent}/RESULTS.md, {results.parent}/results.json and figures in {assets}/")
 
 
 if __name__ == "__main__":
