@@ -21,52 +21,26 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: its idle threads soon free their core
 
-import functools
 import hashlib
 import json
 import math
-import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import chain, combinations, permutations
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
-from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flow.cli import (
-    InputError,
-    append,
-    check_flags,
-    check_model,
-    check_place,
-    json_text,
-    make_dir,
-    one_line_errors,
-    parse,
-    progress,
-    quiet_libraries,
-    reason,
-    write_files,
-)
+from flow import cli, judge
 from flow.distributed import base_dtype
-from flow.judge import (
-    embed_images,
-    frechet_distance,
-    http_judge,
-    load_embed,
-    load_forensic,
-    local_judge,
-    read_answer,
-)
-from flow.pictures import load_pictures, png, read_folder
+from flow.pictures import grid, load_pictures, png, read_folder
 from flow.rewards import VLM_QUESTION, load_reward, reward_model, short_reward, split_reward
 
 # The judge's questions. Only the probability of the answer's first word is used.
@@ -82,55 +56,42 @@ SINGLE = {
 }
 
 SERVERS = ("http://", "https://")
+OTHERS = "; move it, or give another --out"  # what to do with a file that is not this script's
 Folders = dict[str, list[dict]]  # folder: its rows, as read_folder gives them
 
 
 @dataclass
 class Args:
-    dirs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """folders that sample.py wrote; the others are compared with the first"""
+    dirs: Annotated[tuple[str, ...], tyro.conf.Positional]  # folders of sample.py; the others are compared to the first
+    # rewards: pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, vlm:MODEL, or a sum
     reward: tuple[str, ...] = ("tiny/pickscore",)
-    """rewards: pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, vlm:MODEL, or a sum"""
-    vlm_question: str | None = None
-    """question that a vlm:MODEL reward asks; {prompt} in it is the picture's prompt (None: does it show the prompt?)"""
+    vlm_question: str | None = None  # what vlm:MODEL asks; {prompt} is the picture's (None: does it show the prompt?)
+    # vision-language model: a folder, a hub id or a server http://HOST:PORT/v1 (OpenAI's API); none for no judge
     judge: str | None = "tiny/judge"
-    """vision-language model: a folder, a hub id or a server http://HOST:PORT/v1 (OpenAI's API); none for no judge"""
-    judge_model: str | None = None
-    """name of the model on that server"""
-    judge_timeout: float = 60.0
-    """seconds after which a request to the server has failed"""
-    judge_retries: int = 3
-    """how often a failed request is sent again"""
-    judge_concurrency: int = 8
-    """requests sent at once"""
-    forensic: tuple[str, ...] = ("tiny/forensic",)
-    """detectors of generated pictures: image classifiers, folders or hub ids"""
-    real_label: str | None = None
-    """the detectors' label for a real picture (None: told by the labels' words)"""
-    real: str | None = None
-    """folder of real pictures; adds the Frechet distance to them"""
-    embed: str = "tiny/embed"
-    """network whose features the Frechet distance compares: a folder or hub id"""
-    batch: int = 16
-    """pictures scored at once"""
-    bootstrap: int = 2000
-    """resamples for the 95 % intervals"""
-    out: str = "runs/eval"
-    """folder for report.json, report.png and scores.jsonl"""
+    judge_model: str | None = None  # name of the model on that server
+    judge_timeout: float = 60.0  # seconds after which a request to the server has failed
+    judge_retries: int = 3  # how often a failed request is sent again
+    judge_concurrency: int = 8  # requests sent at once
+    forensic: tuple[str, ...] = ("tiny/forensic",)  # detectors of generated pictures: classifiers, folders or hub ids
+    real_label: str | None = None  # the detectors' label for a real picture (None: told by the labels' words)
+    real: str | None = None  # folder of real pictures; adds the Frechet distance to them
+    embed: str = "tiny/embed"  # network whose features the Frechet distance compares: a folder or hub id
+    batch: int = 16  # pictures scored at once
+    bootstrap: int = 2000  # resamples for the 95 % intervals
+    out: str = "runs/eval"  # folder for report.json, report.png and scores.jsonl
 
 
 def pair_folders(dirs: tuple[str, ...]) -> Folders:
     """Each folder's rows for the prompts and seeds that all folders have, in the first folder's order."""
     if not dirs:
-        raise InputError("give the folders to compare, as sample.py writes them, before the flags")
+        raise cli.InputError("give the folders to compare, as sample.py writes them, before the flags")
     for a, b in combinations(dirs, 2):
         if Path(a).resolve() == Path(b).resolve():
-            raise InputError(f"{a} and {b}: are one folder, given twice")
+            raise cli.InputError(f"{a} and {b}: are one folder, given twice")
     by_key = {d: {row["key"]: row for row in read_folder(d)} for d in dirs}
     common = [key for key in by_key[dirs[0]] if all(key in rows for rows in by_key.values())]
     if not common:
-        raise InputError(f"{dirs[0]}: no prompt and seed is in all folders; sample them with the same --prompts, --n "
-                         "and --seed")
+        raise cli.InputError(f"{dirs[0]}: no prompt and seed is in all folders; sample with the same --n and --seed")
     for d, rows in by_key.items():
         if len(common) < len(rows):
             print(f"note: {len(common)} of the {len(rows)} pictures in {d} are in all folders; the others are left out")
@@ -138,39 +99,29 @@ def pair_folders(dirs: tuple[str, ...]) -> Folders:
     size = folders[dirs[0]][0]["size"]
     for row in chain(*folders.values()):
         if row["size"] != size:
-            raise InputError(f"{row['file']}: has the size {row['size']}, others {size}; compare pictures of one size")
+            raise cli.InputError(f"{row['file']}: has the size {row['size']}, others {size}; compare one size")
     return folders
 
 
 def check_out(out: Path):
     """Raise InputError if a file that this script would overwrite was written by another."""
     read_scores(out / "scores.jsonl")
-    report = out / "report.json"
-    try:
-        is_report = {"dirs", "metrics", "pairs"} <= json.loads(report.read_text()).keys()
-    except (OSError, ValueError, AttributeError):
-        is_report = False
-    for file in (report, out / "report.png"):
-        if file.exists() and not is_report:
-            raise InputError(f"{file}: was not written by eval_judge.py; move it, or give another --out")
+    for file in (out / "report.json", out / "report.png"):
+        if file.exists():
+            with cli.on_error(f"{file}: was not written by eval_judge.py", OTHERS):
+                report = json.loads((out / "report.json").read_text())
+                report["dirs"], report["metrics"], report["pairs"]
 
 
-def read_scores(file: Path) -> tuple[str, dict[str, float]]:
-    """The text of scores.jsonl and the scores in it, by key."""
-    try:
-        text = file.read_text() if file.exists() else ""
-    except (OSError, ValueError) as e:
-        raise InputError(f"{file}: cannot be read ({reason(e)}); move it, or give another --out")
+def read_scores(file: Path) -> dict[str, float]:
+    """The scores in scores.jsonl, by key: a hexadecimal number of 32 digits."""
     known = {}
-    for line in filter(None, text.splitlines()):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = {} if line.startswith("{") else None  # {}: a killed run left half a line
-        if not isinstance(row, dict) or not all(len(k) == 32 and isinstance(row[k], (int, float)) for k in row):
-            raise InputError(f"{file}: was not written by eval_judge.py; move it, or give another --out")
-        known |= row
-    return text, known
+    with cli.on_error(f"{file}: was not written by eval_judge.py", OTHERS):
+        for line in filter(None, file.read_text().splitlines() if file.exists() else []):
+            is_cut = line[0] == "{" and line[-1] != "}"  # a killed run left half a line
+            row = {} if is_cut else json.loads(line)
+            known |= {f"{int(key, 16):032x}": float(score) for key, score in row.items()}
+    return known
 
 
 def identity(name: str, device: torch.device) -> str:
@@ -195,19 +146,17 @@ def cached(out: Path, who: str, jobs: list[list[dict]], load: Callable, batch: i
         depends_on = json.dumps([who, [[row["prompt"], row["hash"]] for row in job]])
         return hashlib.sha256(depends_on.encode()).hexdigest()[:32]
 
-    text, known = read_scores(out / "scores.jsonl")
+    known = read_scores(out / "scores.jsonl")
     by_key = {key(job): job for job in jobs}
     missing = sorted(by_key.keys() - known.keys())
     score = load() if missing else None
-    end = "" if text.endswith("\n") or not text else "\n"  # a killed run left half a line
-    for i in progress(range(0, len(missing), batch), desc=name, leave=False):
+    for i in cli.progress(range(0, len(missing), batch), desc=name, leave=False):
         keys = missing[i:i + batch]
         scores = dict(zip(keys, score([by_key[k] for k in keys])))
         known |= scores
         lines = [json.dumps({k: value}) + "\n" for k, value in scores.items() if math.isfinite(value)]
-        make_dir(out, "--out")  # only now: a model that fails at once leaves no folder behind
-        append(out / "scores.jsonl", end + "".join(lines))
-        end = ""
+        cli.make_dir(out, "--out")  # only now: a model that fails at once leaves no folder behind
+        cli.append(out / "scores.jsonl", "\n" + "".join(lines))  # "\n": a killed run may have left half a line
     return torch.tensor([known[key(job)] for job in jobs], dtype=torch.float64)
 
 
@@ -217,9 +166,8 @@ def summary(values: Tensor, prompts: list[str], draws: int) -> dict:
     units = prompts if len(set(prompts)) > 1 else list(range(len(prompts)))
     known = (~values.isnan()).nonzero().flatten().tolist()
     units, values = [units[i] for i in known], values[known].double()
-    result = {"mean": None, "lo": None, "hi": None, "n": len(known), "nan": len(prompts) - len(known)}
-    if known:
-        result["mean"] = values.mean().item()
+    mean = values.mean().item() if known else None
+    result = {"mean": mean, "lo": None, "hi": None, "n": len(known), "nan": len(prompts) - len(known)}
     index = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
     if len(index) > 1:
         where = torch.tensor([index[unit] for unit in units])
@@ -248,41 +196,39 @@ def compare_pairs(folders: Folders, margins: dict[tuple[str, str], Tensor], draw
     return verdicts
 
 
-# Each scorer returns a function that scores a list of jobs, as `cached` takes it.
+# Each scorer loads a model and returns a function that scores a list of jobs, as `cached` takes it.
 
 def reward_scorer(spec: str, device: torch.device, question: str | None) -> Callable:
     reward = load_reward(spec, device, question=question)
-
-    def score(jobs: list[list[dict]]) -> list[float]:
-        pictures = load_pictures([row["file"] for [row] in jobs])
-        return reward(pictures, [row["prompt"] for [row] in jobs]).tolist()
-    return score
+    return lambda jobs: reward(load_pictures([row["file"] for [row] in jobs]),
+                               [row["prompt"] for [row] in jobs]).tolist()
 
 
 def detector_scorer(name: str, real_label: str | None, device: torch.device) -> Callable:
-    detector = load_forensic(name, real_label, device)
+    detector = judge.load_forensic(name, real_label, device)
     return lambda jobs: detector([row["file"] for [row] in jobs]).tolist()
 
 
-def judge_scorer(ask: Callable, question: str, first: str, second: str) -> Callable:
+def judge_scorer(load_judge: Callable, question: str, first: str, second: str) -> Callable:
+    ask = load_judge()
+
     def score(jobs: list[list[dict]]) -> list[float]:
         answers = ask(question, [[row["file"] for row in job] for job in jobs])
-        return [read_answer(answer, first, second) for answer in answers]  # log P(first) - log P(second)
+        return [judge.read_answer(answer, first, second) for answer in answers]  # log P(first) - log P(second)
     return score
 
 
 def distance_scorer(name: str, real_rows: list[dict], device: torch.device, batch: int) -> Callable:
-    embed = load_embed(name, device)
+    embed = judge.load_embed(name, device)
 
     def features(rows: list[dict]) -> Tensor:
         parts = []
-        for i in progress(range(0, len(rows), batch), desc="features", leave=False):
-            pictures = [load_pictures([row["file"]])[0] for row in rows[i:i + batch]]  # they may differ in size
-            parts.append(embed_images(embed, pictures))
+        for i in cli.progress(range(0, len(rows), batch), desc="features", leave=False):
+            parts.append(judge.embed_images(embed, [load_pictures([row["file"]])[0] for row in rows[i:i + batch]]))
         return torch.cat(parts)
 
     real = features(real_rows)
-    return lambda jobs: [frechet_distance(features(job), real) for job in jobs]
+    return lambda jobs: [judge.frechet_distance(features(job), real) for job in jobs]
 
 
 def arrow(name: str) -> str:
@@ -319,94 +265,76 @@ def table(dirs: tuple[str, ...], metrics: dict, verdicts: dict) -> str:
 
 def draw_report(folders: Folders, metrics: dict, verdicts: dict) -> bytes:
     """A PNG: each folder's pictures, a bar chart per metric, the judge's verdicts."""
-    names = dict(zip(folders, short_names(folders)))
-    colours = {d: matplotlib.colormaps["tab10"](i % 10) for i, d in enumerate(folders)}
+    names, colours = short_names(tuple(folders)), [f"C{i}" for i in range(len(folders))]
     columns = min(5, len(metrics))
     rows = -(-len(metrics) // columns)
-    heights = [1.02 * len(names), rows * (0.22 * len(names) + 0.6)]
-    if verdicts:
-        heights.append(0.3 * len(verdicts) + 0.4)
-    prompts = dict.fromkeys(row["prompt"] for row in next(iter(folders.values())))
-    figure = Figure(figsize=(min(max(len(prompts), 8), 12) + 1.2, sum(heights) + 0.3), layout="constrained")
+    heights = [1.2 * len(names), rows * (0.22 * len(names) + 0.6), 0.3 * len(verdicts) + 0.4][:3 if verdicts else 2]
+    figure = Figure(figsize=(13, sum(heights) + 0.3), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights)
     draw_pictures(parts[0].subplots(), folders, names)
     charts = parts[1].subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for axis, (name, scores) in zip(charts, metrics.items()):
-        mean, lo, hi = np.array([[scores[d][k] for k in ("mean", "lo", "hi")] for d in names], dtype=float).T
-        axis.barh(list(names.values()), mean, xerr=np.nan_to_num([mean - lo, hi - mean]).clip(0), height=0.75,
-                  color=colours.values(), error_kw={"linewidth": 1})
+        mean, lo, hi = np.array([[scores[d][k] for k in ("mean", "lo", "hi")] for d in folders], dtype=float).T
+        axis.barh(names, mean, xerr=np.nan_to_num([mean - lo, hi - mean]).clip(0), height=0.75, color=colours)
         unread = sum(score["nan"] for score in scores.values())
         axis.set_title(f"{name} {arrow(name)}" + (f" ({unread} not read)" if unread else ""), fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.locator_params("x", nbins=5)
     charts[0].invert_yaxis()
     for axis in charts[len(metrics):]:
         axis.set_visible(False)
     if verdicts:
-        draw_verdicts(parts[2].subplots(), verdicts, names, colours)
+        draw_verdicts(parts[2].subplots(), verdicts, [f"{a} vs {b}" for a, b in combinations(names, 2)])
     return png(figure, 130)
 
 
-def draw_pictures(axis, folders: Folders, names: dict[str, str], columns: int = 12):
+def draw_pictures(axis, folders: Folders, names: list[str], columns: int = 12):
     """A row per folder, a column per prompt: the prompt's first picture."""
     prompts = [row["prompt"] for row in next(iter(folders.values()))]
     first = [prompts.index(prompt) for prompt in list(dict.fromkeys(prompts))[:columns]]
-    tiles = torch.stack([load_pictures([rows[i]["file"] for i in first]) for rows in folders.values()])
-    h, w = tiles.shape[-2:]
-    gap = -(-w // 16)
-    tiles = torch.nn.functional.pad(tiles, (0, gap, 0, gap), value=1)
-    sheet = rearrange(tiles, "d k c h w -> (d h) (k w) c")[:-gap, :-gap]  # one image: many axes are slow to draw
-    axis.imshow(sheet.numpy())
-    axis.set_yticks([i * (h + gap) + h / 2 for i in range(len(names))], list(names.values()), fontsize=9)
-    titles = ["\n".join(textwrap.wrap(prompts[i], 16)[:2]).replace("$", r"\$") for i in first]
-    axis.set_xticks([i * (w + gap) + w / 2 for i in range(len(first))], titles, fontsize=7)
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-    axis.spines[:].set_visible(False)
+    pictures = load_pictures([rows[i]["file"] for rows in folders.values() for i in first])
+    sheet = grid(pictures, len(first), [prompts[i] for i in first] * len(names))  # one image: axes are slow to draw
+    axis.imshow(sheet)
+    axis.set_yticks([(i + 0.5) * sheet.height / len(names) for i in range(len(names))], names, fontsize=9)
+    axis.set_xticks([])
 
 
-def draw_verdicts(axis, verdicts: dict, names: dict[str, str], colours: dict):
-    """A bar per two folders: how many pictures of each the judge prefers."""
-    pairs = list(combinations(names, 2))
-    labels = [f"{names[a]} vs {names[b]}" for a, b in pairs]
-    parts = {"win": [(names[a], colours[a]) for a, _ in pairs], "tie": [("tie", "lightgray")] * len(pairs),
-             "loss": [(names[b], colours[b]) for _, b in pairs], "nan": [("not read", "white")] * len(pairs)}
-    n = sum(next(iter(verdicts.values()))[count] for count in parts)
-    left = np.zeros(len(pairs))
-    for count, said in parts.items():
-        counts = [verdict[count] for verdict in verdicts.values()]
-        bars = axis.barh(labels, counts, left=left, color=[colour for _, colour in said], height=0.75)
-        texts = [f"{name} {k}" if k > 0.06 * n else k or "" for (name, _), k in zip(said, counts)]
+def draw_verdicts(axis, verdicts: dict, labels: list[str]):
+    """A bar per two folders: how many pictures of the first the judge prefers, and how many of the second."""
+    left = np.zeros(len(labels))
+    for kind, colour in {"win": "C2", "tie": "lightgray", "loss": "C3", "nan": "white"}.items():
+        counts = [verdict[kind] for verdict in verdicts.values()]
+        bars = axis.barh(labels, counts, left=left, color=colour, height=0.75)
+        texts = [f"{kind.replace('nan', 'not read')} {count}" if count else "" for count in counts]
         axis.bar_label(bars, texts, label_type="center", fontsize=8)
         left += counts
-    axis.set(xticks=[], xlim=(0, n))
-    axis.set_title("judge/quality: pictures preferred, whichever is shown first", fontsize=9)
+    axis.set_title("judge/quality: how often the first is preferred, whichever is shown first", fontsize=9)
+    axis.set(xticks=[], xlim=(0, left[0]))
     axis.tick_params(labelsize=8)
     axis.invert_yaxis()
-    axis.spines[:].set_visible(False)
 
 
-@one_line_errors()
+@cli.one_line_errors()
 def main(args: Args):
     """Check the flags, score the folders by each metric, write the report."""
-    quiet_libraries()
-    check_flags(args, {"bootstrap": 1, "batch": 1, "judge_concurrency": 1, "judge_retries": 0, "judge_timeout": 1e-3})
-    check_place(args.out, "--out", ("scores.jsonl", "report.json", "report.png"))
+    cli.quiet_libraries()
+    cli.check_flags(args, dict(bootstrap=1, batch=1, judge_concurrency=1, judge_retries=0, judge_timeout=1e-3))
+    cli.check_place(args.out, "--out", ("scores.jsonl", "report.json", "report.png"))
     args.judge = None if args.judge in (None, "none", "None") else args.judge
     if not (args.reward or args.forensic or args.judge or args.real):
-        raise InputError("nothing to compare by: give --reward, --judge, --forensic or --real")
+        raise cli.InputError("nothing to compare by: give --reward, --judge, --forensic or --real")
     folders = pair_folders(args.dirs)
     first = args.dirs[0]
     prompts = [row["prompt"] for row in folders[first]]
     real_rows = read_folder(args.real, plain=True) if args.real else []
     n, n_real = len(prompts), len(real_rows)
     if args.real and min(n, n_real) < 2:
-        raise InputError(f"--real {args.real}: a Frechet distance takes at least two pictures, here {n} against "
-                         f"{n_real}")
+        raise cli.InputError(f"--real {args.real}: a Frechet distance takes at least two pictures, not {n} to {n_real}")
     is_server = bool(args.judge) and args.judge.startswith(SERVERS)
     if args.judge and not is_server:
-        check_model("--judge", args.judge, "http://HOST:PORT/v1, ")
+        cli.check_model("--judge", args.judge, "http://HOST:PORT/v1, ")
     if is_server and not args.judge_model:
-        raise InputError(f"--judge {args.judge}: give the model's name on that server as --judge-model")
+        raise cli.InputError(f"--judge {args.judge}: give the model's name on that server as --judge-model")
     tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
     if tiny and folders[first][0]["size"] != (64, 64):
         print(f"note: {', '.join(tiny)} were trained on 64x64 pictures of one kind; their scores of others mean little")
@@ -414,62 +342,58 @@ def main(args: Args):
     check_out(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def scores(metric: str, who: str, load: Callable, batch: int = args.batch) -> dict[str, Tensor]:
-        """Each folder's scores (n,) of single pictures."""
-        jobs = [[row] for rows in folders.values() for row in rows]
-        return dict(zip(folders, cached(out, who, jobs, load, batch, metric).view(-1, n)))
-
-    values, verdicts = {}, {}  # values: metric: folder: scores (n,)
+    load_judge = cache(partial(judge.local_judge, args.judge, device))
+    if is_server:
+        load_judge = cache(partial(judge.http_judge, args.judge, args.judge_model, args.judge_timeout,
+                                   args.judge_retries, args.judge_concurrency))
+    scorers = []  # (metric, what its scores depend on, a function that loads its scorer)
     for spec, short in zip(args.reward, short_names(args.reward, short_reward)):
         question = args.vlm_question or VLM_QUESTION if "vlm:" in spec else ""
-        values[f"reward/{short}"] = scores(f"reward/{short}", f"{identity(spec, device)} {question}",
-                                           lambda: reward_scorer(spec, device, question))
+        load = partial(reward_scorer, spec, device, question)
+        scorers.append((f"reward/{short}", f"{identity(spec, device)} {question}", load))
     for name, short in zip(args.forensic, short_names(args.forensic)):
-        values[f"forensic/{short}"] = scores(f"forensic/{short}", f"{identity(name, device)} {args.real_label}",
-                                             lambda: detector_scorer(name, args.real_label, device))
-    if args.judge:
-        @functools.cache
-        def load_judge() -> Callable:
-            if is_server:
-                return http_judge(args.judge, args.judge_model, args.judge_timeout, args.judge_retries,
-                                  args.judge_concurrency)
-            return local_judge(args.judge, device)
+        load = partial(detector_scorer, name, args.real_label, device)
+        scorers.append((f"forensic/{short}", f"{identity(name, device)} {args.real_label}", load))
+    asked = f"{identity(args.judge, device)} {args.judge_model}" if args.judge else ""
+    for short, question in SINGLE.items() if args.judge else ():
+        load = partial(judge_scorer, load_judge, question, "yes", "no")
+        scorers.append((f"judge/{short}", f"{asked} {question}", load))
 
-        who = f"{identity(args.judge, device)} {args.judge_model}"
-        batch = args.batch * (args.judge_concurrency if is_server else 1)
-        for short, question in SINGLE.items():
-            margins = scores(f"judge/{short}", f"{who} {question}",
-                             lambda: judge_scorer(load_judge(), question, "yes", "no"), batch)
-            values[f"judge/{short}"] = {d: margin.sigmoid() for d, margin in margins.items()}
-        orders = list(permutations(folders, 2))
-        jobs = [[x, y] for a, b in orders for x, y in zip(folders[a], folders[b])]
-        margins = cached(out, f"{who} {PAIR}", jobs, lambda: judge_scorer(load_judge(), PAIR, "A", "B"), batch,
-                         "judge/quality")
-        verdicts = compare_pairs(folders, dict(zip(orders, margins.view(-1, n))), args.bootstrap)
-
-    metrics = {}
-    for name, by_folder in values.items():
-        metrics[name] = {d: summary(by_folder[d], prompts, args.bootstrap) for d in folders}
+    metrics, verdicts = {}, {}
+    judge_batch = args.batch * (args.judge_concurrency if is_server else 1)
+    jobs = [[row] for rows in folders.values() for row in rows]
+    for metric, who, load in scorers:
+        is_judge = metric.startswith("judge/")
+        scores = cached(out, who, jobs, load, judge_batch if is_judge else args.batch, metric)
+        by_folder = dict(zip(folders, (scores.sigmoid() if is_judge else scores).view(-1, n)))
+        metrics[metric] = {d: summary(by_folder[d], prompts, args.bootstrap) for d in folders}
         for d in args.dirs[1:]:  # the pictures are paired, so their differences have an interval of their own
             diff = summary(by_folder[d] - by_folder[first], prompts, args.bootstrap)
-            metrics[name][d]["diff"] = {k: diff[k] for k in ("mean", "lo", "hi")}
+            metrics[metric][d]["diff"] = {k: diff[k] for k in ("mean", "lo", "hi")}
+    if args.judge:
+        orders = list(permutations(folders, 2))
+        jobs = [[x, y] for a, b in orders for x, y in zip(folders[a], folders[b])]
+        load = partial(judge_scorer, load_judge, PAIR, "A", "B")
+        margins = cached(out, f"{asked} {PAIR}", jobs, load, judge_batch, "judge/quality")
+        verdicts = compare_pairs(folders, dict(zip(orders, margins.view(-1, n))), args.bootstrap)
+
     if args.real:
         name = f"fd/{short_names((args.embed,))[0]}"
         who = f"{identity(args.embed, device)} {sorted(row['hash'] for row in real_rows)}"
-        distances = cached(out, who, list(folders.values()),
-                           lambda: distance_scorer(args.embed, real_rows, device, args.batch), len(folders), name)
+        load = partial(distance_scorer, args.embed, real_rows, device, args.batch)
+        distances = cached(out, who, list(folders.values()), load, len(folders), name)
         metrics[name] = {d: {"mean": distance, "lo": None, "hi": None, "n": n, "nan": 0}
                          for d, distance in zip(folders, distances.tolist())}
         if min(n, n_real) < 128:
             print(f"note: {name} of {n} pictures to {n_real}: so few make it larger than it is, and noisy")
 
-    metrics, verdicts = json.loads(json_text([metrics, verdicts]))  # with None for NaN, as in the file
+    metrics, verdicts = json.loads(cli.json_text([metrics, verdicts]))  # with None for NaN, as in the file
     report = {"dirs": list(args.dirs), "n": n, "args": asdict(args), "metrics": metrics,
               "pairs": {"judge/quality": verdicts} if verdicts else {}}
-    write_files({out / "report.json": json_text(report, indent=2) + "\n",
-                 out / "report.png": draw_report(folders, metrics, verdicts)})
+    cli.write_files({out / "report.json": cli.json_text(report, indent=2) + "\n",
+                     out / "report.png": draw_report(folders, metrics, verdicts)})
     print(table(args.dirs, metrics, verdicts))
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    main(cli.parse(Args, __doc__))

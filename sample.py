@@ -31,31 +31,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flow.cli import (
-    MOST,
-    InputError,
-    check_flags,
-    check_place,
-    json_text,
-    one_line_errors,
-    parse,
-    progress,
-    write_files,
-)
+from flow import cli, pipeline
 from flow.intercept import guided
 from flow.lora import check_lora, load_lora
 from flow.pictures import earlier_samples, png, save_samples
-from flow.pipeline import (
-    REPAIRS,
-    decode,
-    decode_batch,
-    draw_noise,
-    encode_prompts,
-    integrate,
-    load_pipeline,
-    schedule,
-    velocity,
-)
 from flow.prompts import read_prompts, warn_unsuitable
 from flow.rewards import load_reward
 
@@ -64,44 +43,29 @@ FILES = "samples.jsonl", "grid.png", "norms.json", "norms.png", "adjoint.json", 
 
 @dataclass
 class Args:
-    model: str = "tiny/sd3"
-    """any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id"""
-    lora: str | None = None
-    """folder with pytorch_lora_weights.safetensors; a training run writes OUT/lora"""
-    lora_scale: float = 1.0
-    """strength of the LoRA; 0 gives the base's pictures"""
-    prompts: str = "tiny/eval_prompts.txt"
-    """text file with one prompt per line"""
-    prompt: str | None = None
-    """one prompt, instead of --prompts"""
-    n: int = 1
-    """pictures per prompt"""
-    steps: int = 28
-    """Euler steps"""
+    model: str = "tiny/sd3"  # any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id
+    lora: str | None = None  # folder with pytorch_lora_weights.safetensors; a training run writes OUT/lora
+    lora_scale: float = 1.0  # strength of the LoRA; 0 gives the base's pictures
+    prompts: str = "tiny/eval_prompts.txt"  # text file with one prompt per line
+    prompt: str | None = None  # one prompt, instead of --prompts
+    n: int = 1  # pictures per prompt
+    steps: int = 28  # Euler steps
+    # guidance scale (None: no guidance; a model with a guidance embedding gets its default)
     guidance: float | None = None
-    """guidance scale (None: no guidance; a model with a guidance embedding gets its default)"""
-    size: int | None = None
-    """pixels per side (None: the model's default)"""
-    frames: int | None = None
-    """frames per video, for a model that makes videos (None: the model's default)"""
-    seed: int = 0
-    """picture i starts from the noise of seed + i"""
-    batch: int = 64
-    """pictures sampled at once"""
+    size: int | None = None  # pixels per side (None: the model's default)
+    frames: int | None = None  # frames per video, for a model that makes videos (None: the model's default)
+    seed: int = 0  # picture i starts from the noise of seed + i
+    batch: int = 64  # pictures sampled at once
+    # change each velocity v by the base's v_ref: match its norm, cap the norm at its norm, project (remove the part of
+    # v - v_ref along v_ref), none
     renorm: str = "none"
-    """change each velocity v by the base's v_ref: match its norm, cap the norm at its norm, project (remove the part of
-    v - v_ref along v_ref), none"""
-    norms: bool = False
-    """measure norm(v) / norm(v_ref) at each step, before any --renorm: norms.json, norms.png"""
+    norms: bool = False  # measure norm(v) / norm(v_ref) at each step, before any --renorm: norms.json, norms.png
+    # measure how --reward, and as a control the picture's energy, would change if a step's velocity were scaled:
+    # adjoint.json, adjoint.png
     adjoint: bool = False
-    """measure how --reward, and as a control the picture's energy, would change if a step's velocity were scaled:
-    adjoint.json, adjoint.png"""
-    reward: str | None = None
-    """score the pictures with a reward, as training does"""
-    vlm_question: str | None = None
-    """question that a vlm:MODEL reward asks; {prompt} in it is the picture's prompt (None: does it show the prompt?)"""
-    out: str = "runs/samples"
-    """folder for the results"""
+    reward: str | None = None  # score the pictures with a reward, as training does
+    vlm_question: str | None = None  # what vlm:MODEL asks; {prompt} is the picture's (None: does it show the prompt?)
+    out: str = "runs/samples"  # folder for the results
 
 
 def adjoint(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, rewards: list, *, guidance: float | None = None,
@@ -113,20 +77,20 @@ def adjoint(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, rewards: li
     Only one step's graph is held at a time, so it needs as much memory as one training step."""
     out, dts = [[] for _ in rewards], sigmas.diff().tolist()
     last = len(rewards) - 1
-    for i in progress(range(0, len(noise), batch), desc="adjoint", leave=False):
+    for i in cli.progress(range(0, len(noise), batch), desc="adjoint", leave=False):
         chunk, path = prompts[i:i + batch], [noise[i:i + batch].to(pipe.device)]
         t = sigmas[:-1, None].expand(-1, len(chunk))  # (steps, b)
         for k, dt in enumerate(dts):
             with torch.no_grad():
-                path.append(path[-1] + dt * velocity(pipe, path[-1], t[k], chunk, guidance))
+                path.append(path[-1] + dt * pipeline.velocity(pipe, path[-1], t[k], chunk, guidance))
         end = path[-1].requires_grad_()
-        pictures = decode_batch(pipe, end)
+        pictures = pipeline.decode_batch(pipe, end)
         a = [torch.autograd.grad(reward(pictures, chunk).sum(), end, retain_graph=r < last)[0]
              for r, reward in enumerate(rewards)]
         s = [[] for _ in rewards]
         for k, dt in reversed(list(enumerate(dts))):
             x = path[k].detach().requires_grad_()
-            v = velocity(pipe, x, t[k], chunk, guidance)
+            v = pipeline.velocity(pipe, x, t[k], chunk, guidance)
             for r in range(len(rewards)):
                 s[r].append((a[r] * dt * v.detach()).flatten(1).sum(1).cpu())
                 a[r] = a[r] + torch.autograd.grad(v, x, dt * a[r], retain_graph=r < last)[0]
@@ -150,7 +114,7 @@ def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
     axis.set(xlabel="t (1 is noise)", ylabel="norm ratio to the reference", xlim=(1.02, -0.02))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    write_files({out / "norms.json": json_text(rows, indent=2) + "\n", out / "norms.png": png(figure, 130)})
+    cli.write_files({out / "norms.json": cli.json_text(rows, indent=2) + "\n", out / "norms.png": png(figure, 130)})
     when = ", before --renorm" if renormed else ""
     print(f"norm ratio to the reference{when}: mean {rows['overall']:.4f}, worst step {max(rows['mean']):.4f}")
 
@@ -187,7 +151,7 @@ def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor], pro
     axes[1].axhspan(-1.96, 1.96, color="gray", alpha=0.15, linewidth=0)
     axes[2].set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
-    write_files({out / "adjoint.json": json_text(rows, indent=2) + "\n", out / "adjoint.png": png(figure, 130)})
+    cli.write_files({out / "adjoint.json": cli.json_text(rows, indent=2) + "\n", out / "adjoint.png": png(figure, 130)})
 
 
 def energy(images: Tensor, prompts: list[str]) -> Tensor:
@@ -195,26 +159,26 @@ def energy(images: Tensor, prompts: list[str]) -> Tensor:
     return (2 * images - 1).square().flatten(1).mean(1)
 
 
-@one_line_errors()
+@cli.one_line_errors()
 def main(args: Args):
     """Check the flags, sample, write the pictures, measure."""
-    if args.renorm not in ("none", *REPAIRS):
-        raise InputError(f"--renorm {args.renorm}: give one of none, {', '.join(REPAIRS)}")
-    check_flags(args, {"n": 1, "steps": 1, "batch": 1, "size": 1, "frames": 1, "seed": 0, "guidance": 0})
+    if args.renorm not in ("none", *pipeline.REPAIRS):
+        raise cli.InputError(f"--renorm {args.renorm}: give one of none, {', '.join(pipeline.REPAIRS)}")
+    cli.check_flags(args, {"n": 1, "steps": 1, "batch": 1, "size": 1, "frames": 1, "seed": 0, "guidance": 0})
     if (args.norms or args.renorm != "none") and not args.lora:
-        raise InputError("--norms and --renorm compare a LoRA with its base: give --lora")
+        raise cli.InputError("--norms and --renorm compare a LoRA with its base: give --lora")
     if args.adjoint and not args.reward:
-        raise InputError("--adjoint measures how a reward would change: give --reward")
+        raise cli.InputError("--adjoint measures how a reward would change: give --reward")
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts, "--prompts")
     prompts = [prompt for prompt in prompts for _ in range(args.n)]
-    if len(prompts) > MOST["n"]:
-        raise InputError(f"--n {args.n}: makes {len(prompts)} pictures; at most {MOST['n']}")
+    if len(prompts) > cli.MOST["n"]:
+        raise cli.InputError(f"--n {args.n}: makes {len(prompts)} pictures; at most {cli.MOST['n']}")
     if args.seed >= 2**63 - len(prompts):
-        raise InputError(f"--seed {args.seed}: must be below 2^63")
+        raise cli.InputError(f"--seed {args.seed}: must be below 2^63")
     seeds = list(range(args.seed, args.seed + len(prompts)))
     if args.lora:
         check_lora(args.lora)
-    check_place(args.out, "--out", FILES)
+    cli.check_place(args.out, "--out", FILES)
     earlier_samples(args.out)  # refuses a folder with pictures from elsewhere
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -222,19 +186,19 @@ def main(args: Args):
     rewards = {"energy (control)": energy}
     if args.adjoint:
         rewards = {args.reward: load_reward(args.reward, device, differentiable=True), **rewards}
-    pipe = load_pipeline(args.model, device, args.size, args.frames)
+    pipe = pipeline.load_pipeline(args.model, device, args.size, args.frames)
     if args.adjoint and device.type == "cuda":
         pipe.transformer.enable_gradient_checkpointing()
     if args.lora:
         load_lora(pipe, args.lora, args.model, args.lora_scale)
     warn_unsuitable(pipe, prompts, args.size)
-    encode_prompts(pipe, prompts, args.guidance)
+    pipeline.encode_prompts(pipe, prompts, args.guidance)
 
-    sigmas = schedule(pipe, args.steps)
-    noise = draw_noise(pipe, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])
-    x0, ratios = integrate(pipe, noise, prompts, sigmas, guidance=args.guidance, renorm=args.renorm, compare=args.norms,
-                           batch=args.batch)
-    pictures = decode(pipe, x0)
+    sigmas = pipeline.schedule(pipe, args.steps)
+    noise = pipeline.draw_noise(pipe, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])
+    x0, ratios = pipeline.integrate(pipe, noise, prompts, sigmas, guidance=args.guidance, renorm=args.renorm,
+                                    compare=args.norms, batch=args.batch)
+    pictures = pipeline.decode(pipe, x0)
 
     settings = None  # plain diffusers cannot do --renorm
     if args.renorm == "none":
@@ -259,4 +223,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__))
+    main(cli.parse(Args, __doc__))
