@@ -57,7 +57,7 @@ def on_error(problem: str, advice: str = ""):
     except InputError:
         raise
     except (Exception, SystemExit) as e:  # each library raises its own; the user's code may even exit
-        raise InputError(f"{problem} ({type(e).__name__}: {reason(e)}){advice}")
+        raise InputError(f"{problem} ({type(e).__name__}: {reason(e.__cause__ or e)[:90]}){advice}")
 
 
 def reading(file: Path, advice: str = "restore it, or give another --out"):
@@ -65,28 +65,18 @@ def reading(file: Path, advice: str = "restore it, or give another --out"):
     return on_error(f"{file}: cannot be read", f"; {advice}")
 
 
-@contextlib.contextmanager
 def loading(flag: str, name: str, or_else: str = "", needs: tuple[str, ...] = ()):
-    """Inside, any error becomes an InputError: the model `name` cannot be loaded, and what to do. The name is checked
-    first (check_model), but not that of a short name, which needs the hub ids `needs`."""
+    """Inside, any error becomes an InputError: the model `name` cannot be loaded, and what to do. Checks the name first
+    (check_model), unless it is short for the hub ids `needs`."""
+    offline = "copy $HF_HOME from a machine that has them"
     if not needs:
         check_model(flag, name, or_else)
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as e:  # no network, a gated repository, another model class, a broken file
         offline = f"`hf download {name} --local-dir DIR` elsewhere and give {flag} DIR"
-        if needs:
-            offline = "copy $HF_HOME from a machine that has them"
-        advice = (f"it needs {' and '.join(dict.fromkeys(needs or (name,)))} from huggingface.co: if gated, accept the "
-                  f"licence there and `hf auth login`; if offline, {offline}")
-        if isinstance(e, ImportError):  # Qwen-VL's processor needs torchvision, because it also reads videos
-            advice = "install the package that it names (for torch 2.13: pip install torchvision==0.28.0)"
-        elif Path(name).is_dir():
-            advice = "the folder is broken, or holds another kind of model"
-        why = f"{type(e).__name__}: {reason(e.__cause__ or e)[:90]}"
-        raise InputError(f"{flag} {name}: cannot be loaded ({why}); {advice}")
+    advice = (f"it needs {' and '.join(dict.fromkeys(needs or (name,)))} from huggingface.co: if gated, accept the "
+              f"licence there and `hf auth login`; if offline, {offline}")
+    if Path(name).is_dir():
+        advice = "the folder is broken, holds another kind of model, or needs the package that the error names"
+    return on_error(f"{flag} {name}: cannot be loaded", f"; {advice}")
 
 
 def cannot_load(flag: str, name: str, error: Exception):
@@ -94,8 +84,6 @@ def cannot_load(flag: str, name: str, error: Exception):
     with loading(flag, name):
         raise error
 
-
-# ---------------------------------------------------------------- flags
 
 def parse(args_class, doc: str):
     """Read a script's Args from the command line with tyro. Also installs `excepthook` in this process."""
@@ -150,21 +138,18 @@ def check_model(flag: str, name: str, or_else: str = ""):
         raise InputError(f"{flag} {name or repr('')}: there is no such folder; give {or_else}a folder or a hub id")
 
 
-# ---------------------------------------------------------------- folders and files
-
 def check_place(path: str | Path, flag: str, files: tuple = (), folders: tuple = ()):
     """Raise InputError if the folder `path` cannot be made or written to, or if one of `files` in it is no file, or one
     of `folders` no folder. Makes nothing: it is for a script's start, before hours of work."""
     place = Path(path)
     with on_error(f"{flag} {path}: cannot be written to"):  # for example a name that is too long
         nearest = next(part for part in (place, *place.absolute().parents) if part.exists() or part.is_symlink())
-    parts = {nearest: "folder", **{place / name: "folder" for name in folders}}
-    parts |= {place / name: "file" for name in files}
-    for part, kind in parts.items():
-        if os.path.lexists(part) and not (part.is_dir() if kind == "folder" else part.is_file()):
-            raise InputError(f"{flag} {path}: {part} is no {kind}; move it, or give another {flag}")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {path}: {nearest} cannot be written to; give another {flag}")
+        parts = {nearest: "folder", **{place / name: "folder" for name in folders}}
+        for part, kind in (parts | {place / name: "file" for name in files}).items():
+            if os.path.lexists(part) and not (part.is_dir() if kind == "folder" else part.is_file()):
+                raise InputError(f"{flag} {path}: {part} is no {kind}; move it, or give another {flag}")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(f"{flag} {path}: {nearest} cannot be written to; give another {flag}")
 
 
 def make_dir(path: str | Path, flag: str) -> Path:

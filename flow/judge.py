@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.cli import InputError, loading, on_error, reason
+from flow.cli import InputError, loading, on_error
 from flow.distributed import base_dtype
 from flow.pictures import to_image
 
@@ -77,10 +77,8 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
 
     The answer to a failed request is empty; each different error is printed once. Raises InputError, naming `flag`, if
     the server cannot be reached, refuses the key or the model, or answers nothing in the first batch."""
-    try:
+    with on_error(f"{flag} {url}: needs a package", "; pip install openai"):
         import openai  # half a second that only this needs
-    except ImportError as e:
-        raise InputError(f"{flag} {url}: {reason(e)}; pip install openai")
     key = os.environ.get("OPENAI_API_KEY") or "none"  # a local server needs none
     with on_error(f"{flag} {url}: is no URL"):
         client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
@@ -96,12 +94,10 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
                 return [(choice.message.content.split()[0], 0.0)]
             return [(t.token, float(t.logprob)) for t in choice.logprobs.content[0].top_logprobs]
         except Exception as e:  # no reply, half a reply, or not a reply of this kind
-            if getattr(e, "status_code", 0) in (401, 403, 404):
-                raise InputError(f"{flag} {url}: {e.status_code} {str(e)[:200]}; is its model {model}, and the key in "
-                                 "OPENAI_API_KEY?")
-            if type(e.__cause__).__name__ == "ConnectError":
-                raise InputError(f"{flag} {url}: cannot be reached ({reason(e.__cause__)})")
             error = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+            if getattr(e, "status_code", 0) in (401, 403, 404) or type(e.__cause__).__name__ == "ConnectError":
+                raise InputError(f"{flag} {url}: its model {model} cannot be reached with the key in OPENAI_API_KEY "
+                                 f"({error})")
         if error not in errors:
             tqdm.write(f"warning: {flag} {url}: {error}", file=sys.stderr)
             errors.append(error)
@@ -118,8 +114,6 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
         return answers
     return ask
 
-
-# ---------------------------------------------------------------- detectors and the Frechet distance
 
 REAL = {"real", "human", "natural", "authentic"}  # words in the labels of detectors
 FAKE = {"fake", "artificial", "ai", "generated", "synthetic"}
@@ -147,13 +141,12 @@ def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> li
     words = {i: set(re.findall("[a-z]+", label.lower())) for i, label in labels.items()}
     real = [i for i in labels if words[i] & REAL and not words[i] & FAKE]
     fake = [i for i in labels if words[i] & FAKE and not words[i] & REAL]
-    problem = f"--forensic {name}: which of its labels means a real picture? Give it as --real-label"
     if real_label is not None:
         real = [i for i, label in labels.items() if label == real_label]
         fake = [i for i in labels if i not in real]
-        problem = f"--real-label {real_label}: {name} has no such label"
     if not real or not fake or len(real) + len(fake) < len(labels):
-        raise InputError(f"{problem}; its labels are {', '.join([*labels.values()][:8])}")
+        raise InputError(f"--forensic {name} --real-label {real_label}: which of its labels means a real picture? Give "
+                         f"one of {', '.join([*labels.values()][:8])} as --real-label")
     return real
 
 

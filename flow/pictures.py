@@ -39,16 +39,15 @@ def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> I
     tiles = [to_image(picture) for picture in pictures]
     wide, high = tiles[0].size
     size = max(9, wide // 20)
-    strip = 0 if captions is None else 2 * size + 6
+    strip = 2 * size + 6 if captions else 0
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * wide, rows * (high + strip)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
-    for i, tile in enumerate(tiles):
+    for i, (tile, caption) in enumerate(zip(tiles, captions or [""] * len(tiles))):
         x, y = i % columns * wide, i // columns * (high + strip)
         sheet.paste(tile, (x, y))
-        if captions is not None:
-            lines = textwrap.wrap(captions[i], max(4, int(wide / (0.52 * size))))
-            draw.multiline_text((x + 2, y + high), "\n".join(lines[:2]), "black", font, spacing=1)
+        lines = textwrap.wrap(caption, max(4, int(wide / (0.52 * size))))
+        draw.multiline_text((x + 2, y + high), "\n".join(lines[:2]), "black", font, spacing=1)
     return sheet
 
 

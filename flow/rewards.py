@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -38,8 +38,6 @@ VLM_QUESTION = 'Does this picture show "{prompt}", without defects? Answer yes o
 
 def split_reward(spec: str) -> list[tuple[str, float]]:
     """The parts of a reward and their weights: "A:0.5,B" -> [("A", 0.5), ("B", 1.0)]."""
-    if "[" in spec.partition("vlm:")[2]:
-        raise InputError(f"--reward {spec}: give a vlm's question as --vlm-question 'QUESTION', not in brackets")
     parts = []
     for part in spec.split(","):
         name, _, weight = part.rpartition(":")
@@ -127,9 +125,8 @@ def call_part(name: str, score: Callable, images: Tensor, prompts: list[str]) ->
     except InputError:  # a vlm's
         raise
     except (Exception, SystemExit) as e:  # a function is the user's code: name its file and line
-        frames = traceback.extract_tb(e.__traceback__)
-        at = [frame for frame in frames if frame.filename == reward_model(name)] or frames
-        why = f"{type(e).__name__}: {reason(e)}; {at[-1].filename}:{at[-1].lineno}"
+        at = traceback.extract_tb(e.__traceback__)[:2][-1]
+        why = f"{type(e).__name__}: {reason(e)}; {at.filename}:{at.lineno}"
         raise InputError(f"--reward {name}: failed on {tuple(images.shape)} pictures ({why})")
     n = len(images)
     if values.shape != (n,):
@@ -143,8 +140,6 @@ def call_part(name: str, score: Callable, images: Tensor, prompts: list[str]) ->
 def load_part(name: str, device: torch.device, differentiable: bool, question: str | None) -> Callable:
     """One part of a reward, without its weight."""
     if name.startswith("vlm:"):
-        if differentiable:
-            raise InputError(f"--adjoint: --reward {name} has no gradient")
         return load_vlm(name, device, question or VLM_QUESTION)
     if name.endswith(".py"):
         raise InputError(f"--reward {name}: which function of it? Give {name}:FUNCTION")
@@ -163,9 +158,10 @@ def load_vlm(name: str, device: torch.device, question: str) -> Callable:
     """P(yes) of a vision-language model's answer to `question`, in which {prompt} is the picture's prompt."""
     from flow.judge import http_judge, local_judge, read_answer  # here, so that other rewards run without that file
 
-    match = re.fullmatch(r"vlm:(?!https?://)([^@]+)(?:@(https?://[^/]+/.*))?", name)
+    match = re.fullmatch(r"vlm:(?!https?://)([^@[]+)(?:@(https?://[^/]+/[^[]*))?", name)
     if not match:
-        raise InputError(f"--reward {name}: give vlm:MODEL, or vlm:MODEL@http://HOST:PORT/v1 for a server")
+        raise InputError(f"--reward {name}: give vlm:MODEL, or for a server vlm:MODEL@http://HOST:PORT/v1; give its "
+                         "question as --vlm-question")
     model, url = match.groups()
     ask = http_judge(url, model, flag="--reward vlm:") if url else local_judge(model, device, "--reward vlm:")
 
@@ -225,8 +221,6 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
     return score
 
 
-# ---------------------------------------------------------------- HPSv2.1
-
 # HPSv2.1 is an open_clip ViT-H-14, which has gelu (transformers' default for CLIP is quick_gelu).
 VIT_H_CONFIG = dict(
     text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
@@ -265,9 +259,7 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def hps_pixels(picture: Tensor, side: int = 224) -> Tensor:
     """HPSv2's input: the longest side resized to `side`, padded with black. (3, h, w) in [0, 1] -> (3, side, side)."""
-    image = to_image(picture)
-    scale = side / max(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    image = ImageOps.contain(to_image(picture), (side, side), Image.Resampling.BICUBIC)
     square = Image.new("RGB", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
