@@ -251,9 +251,9 @@ def train_unguarded(home: Path, run: Run, size: Size) -> Path:
 
 def train_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
     """The folders of the unguarded and of the guarded training."""
-    guarded = home / f"lam{LAM}"
+    unguarded, guarded = train_unguarded(home, run, size), home / f"lam{LAM}"
     command(home, training_line(run, size, guarded, f"--lam {LAM}"), guarded)
-    return train_unguarded(home, run, size), guarded
+    return unguarded, guarded
 
 
 def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant, strength: float = 1.0) -> Path:
@@ -263,8 +263,9 @@ def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant,
     flags = variant.flags.format(s=strength, lr=script.Args.lr * strength, reward=run.reward, other=other)
     line = training_line(run, size, out, f"{flags} --eval-every 0")
     if variant.rival:
-        note = f"# rival: guards.{variant.rival.__name__}, {rival_code(variant)}"  # a checkpoint has not its state
-        command(home, line, out, note, rival=partial(variant.rival, state={}))
+        state = {}  # it is not in checkpoints, so that an interrupted training begins anew: it has a note
+        note = f"# rival: guards.{variant.rival.__name__}, {rival_code(variant)}"
+        command(home, line, out, note, rival=lambda *given: variant.rival(*given, state))
     else:
         command(home, line, out)
     return out
