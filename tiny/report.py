@@ -42,9 +42,14 @@ def plus_minus(d: dict, digits: int = 3) -> str:
     return f"{mean:+.{digits}f}" + ("" if math.isnan(d["half"]) else f" ± {d['half']:.{digits}f}")
 
 
+def lines(rows: list[list[str]]) -> str:
+    """Lines of a Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    return "\n".join(["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)])
+    return lines([header, ["---"] * len(header), *rows])
 
 
 def checks(numbers: dict, claims: list[tuple]) -> str:
@@ -92,33 +97,30 @@ def arrows(runs: dict[tuple, dict], a: str, b: str, digits: dict[str, int]) -> l
 
 def claim_1(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
     """Inflation of the norm, and damage to pictures."""
-    metrics = {
-        "colours oversaturate: judged so": ("judge/oversaturation", 1),
-        "saturation": ("saturation", 1),
-        "pictures over-sharpen: judged so": ("judge/over-sharpening", 1),
-        "sharpness": ("sharpness", 1),
-        "light is unnatural: judged so": ("judge/unnatural lighting", 1),
-        "judged good": ("judge/overall", -1),
-        "Fréchet distance": ("FD", 1),
-    }
-    claims = [("the norm exceeds the reference's", paired(results, ratio("unguarded", "overall")), 1)]
-    for text, (metric, sign) in metrics.items():
+    whole, highest = ratio("unguarded", "overall"), ratio("unguarded", "highest")
+    claims = [("the norm exceeds the reference's", paired(results, whole), 1)]
+    for text, metric, sign in (
+        ("colours oversaturate: judged so", "judge/oversaturation", 1),
+        ("saturation", "saturation", 1),
+        ("pictures over-sharpen: judged so", "judge/over-sharpening", 1),
+        ("sharpness", "sharpness", 1),
+        ("light is unnatural: judged so", "judge/unnatural lighting", 1),
+        ("judged good", "judge/overall", -1),
+        ("Fréchet distance", "FD", 1),
+    ):
         claims.append((text, change(results, ("main", "unguarded"), ("main", "base"), metric, mean_of), sign))
     table = checks(numbers, claims)
-    whole, highest = ratio("unguarded", "overall"), ratio("unguarded", "highest")
     numbers["cells"], rows = {}, []
     digits = {"reward": 2, "saturation": 2, "sharpness": 4, "FD": 1, "judge/overall": 2}
     for cell, runs in grouped(results, "cell").items():
         numbers["cells"][cell] = {"ratio": [1 + whole(r) for r in runs.values()],
                                   "highest step": [1 + highest(r) for r in runs.values()]}
         rows.append([cell, each(runs, whole, 1), each(runs, highest, 1), *arrows(runs, "base", "unguarded", digits)])
-    header = ["cell", "norm ratio, each seed", "its highest step", "reward", "saturation", "sharpness",
-              "Fréchet distance", "judged good"]
     excesses = [whole(r) for r in results.values()]
     within, above = sum(0.05 <= x <= 0.15 for x in excesses), sum(x > 0.15 for x in excesses)
     renders = next(iter(bases.values()))["colours"]["renders"]
     return {"within": within, "runs": len(excesses), "beyond": above, "checks": table, **renders,
-            "table": markdown(header, rows)}
+            "rows": lines(rows)}
 
 
 def claim_2(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
@@ -172,9 +174,7 @@ def claim_3(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
                 conclusion = "a signal, as it must" if beyond > t.size / 2 else "**the control fails**"
             rows.append([f"{models} models ({len(found)})", label, f"{beyond} of {t.size}", f"{medians[0]:.1f}",
                          f"{medians[1]:.2f}", f"{medians[2]:.2f}", conclusion])
-    header = ["models", "dR/ds of", "steps beyond", "largest \\|t\\|", "same sign", "cosine of half batches",
-              "no coherent signal?"]
-    return {"limit": limit, "table": markdown(header, rows)}
+    return {"limit": limit, "rows": lines(rows)}
 
 
 def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
@@ -202,7 +202,6 @@ def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         autos = having(runs, "auto")
         rows.append([cell, each(runs, whole, 1), each(runs, highest, 1), each(runs, ratio("guarded", "lowest"), 1),
                      each(autos, auto_whole, 1), each(autos, auto_highest, 1)])
-    header = ["cell", "norm ratio, each seed", "highest step", "lowest step", "with auto", "highest step"]
 
     def above(runs: dict[tuple, dict], read: Callable[[dict], float], limit: float) -> str:
         return f"{sum(read(r) > limit for r in runs.values())} of {len(runs)}"
@@ -212,7 +211,7 @@ def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         said = (f" With `--lam auto` by more than 1 % in {above(with_auto, auto_highest, 0.01)}, by more than 1.5 % in "
                 f"{above(with_auto, auto_highest, 0.015)}.")
     return {"checks": table, "above_2": above(results, highest, 0.02), "above_5": above(results, highest, 0.05),
-            "auto": said, "table": markdown(header, rows)}
+            "auto": said, "rows": lines(rows)}
 
 
 def claim_5_and_6(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
@@ -246,10 +245,8 @@ def claim_5_and_6(results: dict[tuple, dict], bases: dict[str, dict], numbers: d
         loss, tie, win, _ = np.sum(counts, axis=0).tolist()
         numbers[cell]["guarded preferred, tie, unguarded preferred"] = [win, tie, loss]
         rows.append([cell, *arrows(runs, "unguarded", "guarded", digits), f"{win} / {tie} / {loss}"])
-    header = ["cell", "reward", "judged good", "judged oversaturated", "P(real)", "Fréchet distance",
-              "judge prefers: guarded / tie / unguarded"]
     return {"checks": table, "levels": levels(results, columns, "guarded", "unguarded", numbers),
-            "table": markdown(header, rows)}
+            "rows": lines(rows)}
 
 
 def claim_7(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
@@ -400,19 +397,18 @@ def rivals_of(runs: dict[tuple, dict], keep: float | None) -> dict[str, dict]:
 
 def against_guard(compared: dict[tuple, dict]) -> dict:
     """A rival's numbers beside the guard's, from {run: metrics of "rival", "guarded", "unguarded" and "base"}."""
+    def reward_change(m: dict) -> float:
+        """As a fraction of the gain."""
+        return (m["rival"]["reward"] - m["guarded"]["reward"]) / (m["unguarded"]["reward"] - m["base"]["reward"])
+
     numbers = {
         "preferred": paired(compared, lambda m: m["rival"]["preferred"]),
-        "reward": paired(compared, reward_lost),
+        "reward": paired(compared, reward_change),
         "highest step": paired(compared, lambda m: m["rival"]["highest"])["a"],
     }
     for metric in BESIDE:
         numbers[metric] = paired(compared, lambda m, k=metric: m["rival"][k], lambda m, k=metric: m["guarded"][k])
     return {**numbers, "verdict": preferred_side(numbers["preferred"])}
-
-
-def reward_lost(m: dict) -> float:
-    """The rival's reward minus the guarded model's, as a fraction of the unguarded model's gain."""
-    return (m["rival"]["reward"] - m["guarded"]["reward"]) / (m["unguarded"]["reward"] - m["base"]["reward"])
 
 
 def preferred_side(preferred: dict) -> str:

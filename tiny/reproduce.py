@@ -7,7 +7,7 @@
 
 A run is a base, a method, a reward and a seed. Each run is trained with --lam 0 ("unguarded") and with --lam 0.05
 ("guarded"), and with the scripts' defaults otherwise. The project's own scripts train, sample and judge. They are
-called in this process; RUNS/<run>/commands.txt lists the commands.
+called in this process; RUNS/<run>-<hashes>/commands.txt lists the commands.
 
 What is measured on a run comes in parts (`PARTS`). Each part is saved in RESULTS/<run>.json as soon as it is measured,
 with its commit and with hashes of the weights, code and flags that it depends on, and is not measured again. The last
@@ -165,11 +165,10 @@ def rival_code(variant: Variant) -> str:
 @functools.cache
 def commit() -> str | None:
     """The commit that is checked out; None outside git."""
-    try:
-        text = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, stderr=subprocess.DEVNULL)
-    except (OSError, subprocess.CalledProcessError):
+    if not shutil.which("git"):
         return None
-    return text.strip()
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def made_with(base: str, *scripts: str) -> dict[str, str]:
@@ -184,18 +183,10 @@ def depends(run: Run, size: Size, part: str) -> dict[str, str]:
     return {**made_with(run.base, f"train_{run.method}.py"), "flags": f"{flags:08x}"}
 
 
-def fresh_folder(home: Path, hashes: dict[str, str]) -> Path:
-    """A folder for what is made with these weights and code. What other weights or code made there is deleted."""
-    file, old = home / "of.json", home.with_name(f"{home.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # from a deletion that was killed
-    if home.exists() and read_json(file) != hashes:
-        if not file.exists() and not (home / "commands.txt").exists() and any(home.iterdir()):
-            raise InputError(f"--runs {home.parent}: {home} was not made by reproduce.py; give another folder")
-        home.rename(old)
-        shutil.rmtree(old)
-    if not file.exists():
-        write_text(file, json.dumps(hashes))
-    return home
+def home_of(root: Path, base: str, run: Run | None = None) -> Path:
+    """The folder of a base or of one of its runs. What other weights or code made is in other folders."""
+    hashes = made_with(base, f"train_{run.method}.py") if run else made_with(base)
+    return root / f"{run.name if run else base}-{hashes['weights']}-{hashes['code']}"
 
 
 # ---------------------------------------------------------------- commands
@@ -251,9 +242,9 @@ def train_unguarded(home: Path, run: Run, size: Size) -> Path:
 
 def train_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
     """The folders of the unguarded and of the guarded training."""
-    guarded = home / f"lam{LAM}"
+    unguarded, guarded = train_unguarded(home, run, size), home / f"lam{LAM}"
     command(home, training_line(run, size, guarded, f"--lam {LAM}"), guarded)
-    return train_unguarded(home, run, size), guarded
+    return unguarded, guarded
 
 
 def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant, strength: float = 1.0) -> Path:
@@ -263,8 +254,9 @@ def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant,
     flags = variant.flags.format(s=strength, lr=script.Args.lr * strength, reward=run.reward, other=other)
     line = training_line(run, size, out, f"{flags} --eval-every 0")
     if variant.rival:
-        note = f"# rival: guards.{variant.rival.__name__}, {rival_code(variant)}"  # a checkpoint has not its state
-        command(home, line, out, note, rival=partial(variant.rival, state={}))
+        state = {}  # it is not in checkpoints, so that an interrupted training begins anew: it has a note
+        note = f"# rival: guards.{variant.rival.__name__}, {rival_code(variant)}"
+        command(home, line, out, note, rival=lambda *given: variant.rival(*given, state))
     else:
         command(home, line, out)
     return out
@@ -371,7 +363,7 @@ def main_part(home: Path, run: Run, size: Size) -> dict:
         training[name] = rewards.mean()
     unguarded, guarded = sample_both(home, run, size)
     ratios = {"unguarded": ratio_of(unguarded), "guarded": ratio_of(guarded)}
-    folders = {"base": home.parent / run.base / "base", "unguarded": unguarded, "guarded": guarded}
+    folders = {"base": home_of(home.parent, run.base) / "base", "unguarded": unguarded, "guarded": guarded}
     judged = judge(home, run, folders)
     return {"curves": curves, "ratio": ratios, "training reward": training, **judged}
 
@@ -414,7 +406,7 @@ def few_part(home: Path, run: Run, size: Size) -> dict:
     unguarded, guarded = train_both(home, run, size)
     trained = {"unguarded": unguarded, "guarded": guarded, "auto": train_with_guard(home, run, size, "auto")}
     for steps in size.few:
-        folders = {"base": home.parent / run.base / f"base-{steps}"}
+        folders = {"base": home_of(home.parent, run.base) / f"base-{steps}"}
         for name, out in trained.items():
             folders[name] = sample_held_out(home, run, size, f"{name}-{steps}", out / "lora", steps, flags="")
         numbers[str(steps)] = judge(home, run, folders)
@@ -550,7 +542,7 @@ def add_part(file: Path, name: str, hashes: dict[str, str], measure: Callable[[]
 def measure_base(base: str, args: Args, size: Size):
     """Draw the base's pictures, which all its runs use, and measure them and its sensitivities."""
     root, file, hashes = Path(args.runs), Path(args.results) / f"{base}.json", made_with(base)
-    home = fresh_folder(root / base, hashes)
+    home = home_of(root, base)
     sample(home, base, home / "base", held_out_flags(size, size.steps))
     if is_asked("few", args, size):
         for steps in size.few:
@@ -629,9 +621,8 @@ def measure_all(args: Args, size: Size):
     for base in dict.fromkeys(args.bases):
         measure_base(base, args, size)
     for run, name in tqdm(missing, desc="reproduce", unit="part"):
-        hashes = depends(run, size, name)
-        home = fresh_folder(root / run.name, made_with(run.base, f"train_{run.method}.py"))
-        add_part(Path(args.results) / f"{run.name}.json", name, hashes, partial(PARTS[name].measure, home, run, size))
+        measure = partial(PARTS[name].measure, home_of(root, run.base, run), run, size)
+        add_part(Path(args.results) / f"{run.name}.json", name, depends(run, size, name), measure)
 
 
 def report_all(args: Args, size: Size):
@@ -643,9 +634,10 @@ def report_all(args: Args, size: Size):
     draw_all(runs, bases, assets)
     front = next((run for run in runs if run.method == "awm"), None)
     if front:
-        home = root / front.name
-        folders = {"base": root / front.base / "base", "unguarded": home / "awm", "guarded": home / "awm+normguard"}
-        if all(folder.exists() for folder in folders.values()):
+        home = home_of(root, front.base, front)
+        folders = {"base": home_of(root, front.base) / "base"}
+        folders |= {"unguarded": home / "awm", "guarded": home / "awm+normguard"}
+        if all(map(Path.exists, folders.values())):
             draw_front(runs[front], folders, assets / "front.png")
     for what, parts in stale_parts(runs, bases, size).items():
         print(f"note: {len(parts)} parts were measured with other {what} than today's ({parts[0]}, ...); to measure "
