@@ -84,7 +84,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/draws.py", "rng(seed, purpose,", "rng(seed, TRAINING,", "awm training"),
     ("flow/draws.py", "rng(args.seed, PROMPTS, i)", "rng(args.seed, PROMPTS, 0)", "method awm"),
     ("flow/draws.py", "linspace(0, usable, strata", "linspace(0, usable - 1, strata", "method"),
-    ("train_nft.py", "torch.rand(n, args.steps, generator=g).argsort(1)", "torch.rand(n, args.steps).argsort(1)", "nft"),
+    ("train_nft.py", "args.steps, generator=g).argsort(1)", "args.steps).argsort(1)", "nft"),
     ("flow/draws.py", "<= rounding(reward)).float()", "<= 0).float()", "method awm"),
     # several processes
     ("flow/distributed.py", "slice(n * RANK // PROCESSES,", "slice(n * RANK // PROCESSES + (RANK > 0),",
