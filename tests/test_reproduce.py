@@ -291,7 +291,7 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         pictures = torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
         score = hps(pictures, [row["prompt"] for row in rows])
         assert done["main"]["means"][name]["reward"] == pytest.approx(score.mean().item(), rel=1e-4)
-    guarded = reproduce.train_with_guard(home, run, reproduce.SMOKE, "per token")
+    guarded = reproduce.train_variant(home, run, reproduce.SMOKE, "guards/per-token", guards.GUARDS["per token"])
     assert lora_bytes(guarded) != lora_bytes(home / "lam0.05")  # the other hinge was in place
     assert lora_bytes(home / "rivals" / "EMA-KL-0.3") != lora_bytes(home / "lam0")
     text = (tmp_path / "RESULTS.md").read_text()

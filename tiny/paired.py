@@ -210,7 +210,9 @@ def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) 
     if keep is None:
         strength, chosen = strengths[1], {metric: curve[:, 1] for metric, curve in curves.items()}
     else:
-        targets = target_rewards([runs[run]["main"]["training reward"] for run in points], keep)
+        measured = [runs[run]["main"]["training reward"] for run in points]
+        base, unguarded, guarded = (np.array([r[who] for r in measured]) for who in ("base", "unguarded", "guarded"))
+        targets = base + keep * (min(unguarded, guarded, key=np.mean) - base)  # (runs,)
         rewards = curves["training reward"]
         found = crossing(rewards.mean(0), targets.mean())
         if found is None:
@@ -229,12 +231,6 @@ def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) 
         compared[run] = {who: means[who] for who in ("base", "unguarded", "guarded")}
         compared[run]["rival"] = {metric: float(values[k]) for metric, values in chosen.items()}
     return compared, strength
-
-
-def target_rewards(rewards: list[dict], keep: float) -> np.ndarray:
-    """The reward that each run of a cell must keep, from its rewards on training prompts."""
-    base, unguarded, guarded = (np.array([r[who] for r in rewards]) for who in ("base", "unguarded", "guarded"))
-    return base + keep * (min(unguarded, guarded, key=np.mean) - base)
 
 
 def mean_points(runs: dict[tuple, dict], rival: str, metric: str) -> tuple[np.ndarray, np.ndarray]:

@@ -312,32 +312,28 @@ def claim_8(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
 
 # ---------------------------------------------------------------- claim 9: other guards
 
-def guards(results: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
-    """{guard: {run: its metrics, norm ratio, and how often it is preferred to the default}}; the values of lam first.
-    {} if no other guard was measured."""
-    found = {"lam 0": {}, f"lam {LAM}": {}}
-    for run, r in results.items():
-        for name in (name for name in r if name.startswith("guard: ")):
-            part = r[name]
-            shown = {"lam 0": "unguarded", f"lam {LAM}": "guarded", name.removeprefix("guard: "): "variant"}
-            for guard, who in shown.items():
-                found.setdefault(guard, {})[run] = {
-                    **part["means"][who],
-                    "ratio": part["ratio"][who]["overall"],
-                    "highest": NORMS["highest"](part["ratio"][who]),
-                    "default": {**part["means"]["guarded"], "highest": NORMS["highest"](part["ratio"]["guarded"])},
-                    "preferred": 0.0 if who == "guarded" else preference(name, f"{who} vs guarded")(r),
-                }
-    if not all(found.values()):
-        return {}
-    lams = sorted((name for name in found if name.startswith("lam")), key=lambda name: float(name.split()[1]))
-    return {name: found[name] for name in dict.fromkeys((*lams, *GUARDS)) if name in found}
-
-
 def guards_by_corner(results: dict[tuple, dict]) -> dict[str, dict[str, dict[tuple, dict]]]:
-    """`guards` of each corner that has any."""
-    found = {corner: guards(runs) for corner, runs in grouped(results, "corner").items()}
-    return {corner: by_guard for corner, by_guard in found.items() if by_guard}
+    """{corner: {guard: {run: metrics, norm ratio, and how often it is preferred to the default}}}; lam's values first.
+    """
+    corners = {}
+    for corner, runs in grouped(having(results, "guard: "), "corner").items():
+        found = {}
+        for run, r in runs.items():
+            for name in (name for name in r if name.startswith("guard: ")):
+                part = r[name]
+                default = {**part["means"]["guarded"], "highest": NORMS["highest"](part["ratio"]["guarded"])}
+                shown = {"lam 0": "unguarded", f"lam {LAM}": "guarded", name.removeprefix("guard: "): "variant"}
+                for guard, who in shown.items():
+                    found.setdefault(guard, {})[run] = {
+                        **part["means"][who],
+                        "ratio": part["ratio"][who]["overall"],
+                        "highest": NORMS["highest"](part["ratio"][who]),
+                        "default": default,
+                        "preferred": 0.0 if who == "guarded" else preference(name, f"{who} vs guarded")(r),
+                    }
+        lams = sorted((name for name in found if name.startswith("lam")), key=lambda name: float(name.split()[1]))
+        corners[corner] = {name: found[name] for name in dict.fromkeys((*lams, *GUARDS)) if name in found}
+    return corners
 
 
 def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:

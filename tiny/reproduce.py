@@ -262,11 +262,6 @@ def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant,
     return out
 
 
-def train_with_guard(home: Path, run: Run, size: Size, name: str) -> Path:
-    """The folder of the training with another guard."""
-    return train_variant(home, run, size, f"guards/{slug(name)}", GUARDS[name])
-
-
 def slug(name: str) -> str:
     """A name without spaces, for a folder."""
     return name.replace(", ", "-").replace(" ", "-")
@@ -371,7 +366,8 @@ def main_part(home: Path, run: Run, size: Size) -> dict:
 def auto_part(home: Path, run: Run, size: Size) -> dict:
     """Claims 4, 5 and 6 for --lam auto."""
     unguarded, guarded = sample_both(home, run, size)
-    auto = sample_held_out(home, run, size, f"{run.method}+auto", train_with_guard(home, run, size, "auto") / "lora")
+    trained = train_variant(home, run, size, "guards/auto", GUARDS["auto"])
+    auto = sample_held_out(home, run, size, f"{run.method}+auto", trained / "lora")
     judged = judge(home, run, {"unguarded": unguarded, "guarded": guarded, "auto": auto})
     return {"ratio": {"auto": ratio_of(auto)}, **judged}
 
@@ -404,7 +400,8 @@ def few_part(home: Path, run: Run, size: Size) -> dict:
     """Claim 7: the same models, sampled in few steps."""
     numbers = {}
     unguarded, guarded = train_both(home, run, size)
-    trained = {"unguarded": unguarded, "guarded": guarded, "auto": train_with_guard(home, run, size, "auto")}
+    auto = train_variant(home, run, size, "guards/auto", GUARDS["auto"])
+    trained = {"unguarded": unguarded, "guarded": guarded, "auto": auto}
     for steps in size.few:
         folders = {"base": home_of(home.parent, run.base) / f"base-{steps}"}
         for name, out in trained.items():
@@ -455,7 +452,7 @@ def judged_good(ask: Callable, folder: Path) -> float:
 def guard_part(home: Path, run: Run, size: Size, name: str) -> dict:
     """Claim 9: another guard. On training prompts, because a guard is a matter of choice."""
     trained = dict(zip(("unguarded", "guarded"), train_both(home, run, size)))
-    trained["variant"] = train_with_guard(home, run, size, name)
+    trained["variant"] = train_variant(home, run, size, f"guards/{slug(name)}", GUARDS[name])
     flags = f"--prompts {size.prompts} --n {size.n_guard} --steps {size.steps} --seed 5000 --norms"
     pictures = {}
     for who, out in trained.items():
