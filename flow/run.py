@@ -109,8 +109,8 @@ def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None
     """The run's folder, and the checkpoint to resume from (None: a new run). A finished run exits with code 0. Raises
     InputError if the folder holds anything but an unfinished run of this command. Writes nothing but the lock."""
     out = Path(args.out or default_folder(method, args))
-    samples = tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*"))
-    check_place(out, "--out", FILES + samples, FOLDERS)
+    check_place(out, "--out", FILES, FOLDERS)
+    check_place(out, "--out", tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*")))
     files = [path for part in (*FILES, *FOLDERS, "samples.jsonl") for path in (out / part, *(out / part).rglob("*"))]
     files = {path.relative_to(out).parts[0] for path in files if path.is_file() and path.name != "lock"}
     if not files:
