@@ -60,7 +60,8 @@ def reading(file: Path, advice: str = "restore it, or give another --out"):
     except InputError:
         raise
     except Exception as e:  # each library's reader raises its own
-        raise InputError(f"{file}: cannot be read ({type(e).__name__}: {reason(e)[:100]}); {advice}")
+        why = reason(e) if isinstance(e, (OSError, ValueError)) else type(e).__name__  # torch's has many lines
+        raise InputError(f"{file}: cannot be read ({why}); {advice}")
 
 
 # ---------------------------------------------------------------- flags

@@ -146,9 +146,13 @@ def read_log(log: Path, size: int | None = None) -> list[dict]:
     """The lines in the first `size` bytes of metrics.jsonl. Raises InputError if they are not there or no JSON."""
     with reading(log):
         content = log.read_bytes()
-        lines = [json.loads(line) for line in content[:size].splitlines()]
-        if len(content) < (size or 0) or not all(isinstance(line, dict) for line in lines):
-            raise ValueError("it is shorter than the checkpoint says, or a line is no JSON object")
+        lines = []
+        for line in content[:size].splitlines():
+            lines.append(json.loads(line))
+            if not isinstance(lines[-1], dict):
+                raise ValueError("a line is no JSON object")
+        if len(content) < (size or 0):
+            raise ValueError("it is shorter than the checkpoint says")
     return lines
 
 
