@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from flow.cli import (
     InputError,
@@ -108,7 +108,9 @@ def encode_local_prompts(out: Path, args, pipe, prompts: list[str], eval_prompts
 def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None]:
     """The run's folder, and the checkpoint to resume from (None: a new run). A finished run exits with code 0. Raises
     InputError if the folder holds anything but an unfinished run of this command. Writes nothing but the lock."""
-    out = Path(args.out or default_folder(method, args))
+    reward = short_reward(args.reward).replace(".py:", "-").replace(":", "").replace(",", "+")
+    lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
+    out = Path(args.out or f"runs/{method}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}")
     check_place(out, "--out", FILES, FOLDERS)
     check_place(out, "--out", tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*")))
     files = [path for part in (*FILES, *FOLDERS, "samples.jsonl") for path in (out / part, *(out / part).rglob("*"))]
@@ -154,13 +156,6 @@ def differences(before: dict, now: dict, names) -> list[str]:
     """The names whose values differ, as "--lr (0.1 there, 0.2 here)", in the order of `now`."""
     return [f"{name} ({before[name]} there, {value} here)" for name, value in now.items()
             if name in names and before[name] != value]
-
-
-def default_folder(method: str, args) -> str:
-    """runs/METHOD-MODEL-REWARD-lamLAM-sSEED."""
-    reward = short_reward(args.reward).replace(".py:", "-").replace(":", "").replace(",", "+")
-    lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
-    return f"runs/{method}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}"
 
 
 def read_args(out: Path, method: str, files: set[str]) -> dict:
@@ -352,13 +347,6 @@ def read_state(file: Path, more: dict[str, type]) -> dict:
         state = torch.load(file, weights_only=True, map_location="cpu")
         if lacks := sorted(name for name, kind in kinds.items() if not isinstance(state.get(name), kind)):
             raise ValueError(f"it lacks {', '.join(lacks)}")
-        if not all(x.isfinite().all() for x in float_tensors(state)):
+        if not all(x.isfinite().all() for x in tree_leaves(state) if torch.is_tensor(x)):
             raise ValueError("it holds numbers that are not finite")
     return state
-
-
-def float_tensors(value) -> list[Tensor]:
-    """All floating-point tensors in nested dicts and lists."""
-    if isinstance(value, (dict, list)):
-        return [x for part in (value.values() if isinstance(value, dict) else value) for x in float_tensors(part)]
-    return [value] if torch.is_tensor(value) and value.is_floating_point() else []
