@@ -43,8 +43,7 @@ def draw_inflation(results: dict[tuple, dict], path: Path):
         column[2].set(xlabel="t (1 is noise), at the end of training", xlim=(1.02, -0.02))
         for axis in column[::2]:
             axis.axhline(1, color="black", linewidth=0.8)
-    labels = ("norm ratio to the reference", "saturation", "norm ratio to the reference")
-    for axis, label in zip(axes[:, 0], labels):
+    for axis, label in zip(axes[:, 0], ("norm ratio to the reference", "saturation", "norm ratio to the reference")):
         axis.set_ylabel(label)
     handles = [plt.Line2D([], [], color=COLOUR[who], label=who) for who in ("unguarded", "guarded")]
     for base, linestyle in (("sd3", "-"), ("flux", ":")):

@@ -44,6 +44,7 @@ from flow.judge import messages
 from flow.pictures import to_image
 from flow.pipeline import add_noise, decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule
 
+CPU = torch.device("cpu")
 TOKENS = 8  # length of an encoded caption, for CLIP and T5
 WRONG = 0.35  # fraction of sd3's training captions that name another picture
 PARTS = ["vae", "pickscore", "hps", "embed", "sd3", "flux", "judge", "forensic"]
@@ -88,26 +89,16 @@ def dataset(args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The training renders (n, 3, 64, 64) uint8 and their factors."""
     pictures, factors = [], []
     for i in tqdm(range(0, args.renders, 500), desc="render"):
-        f = random_scenes(min(500, args.renders - i), args.seed * 1_000_003 + i)
-        pictures.append(to_bytes(render(f)))
+        g = torch.Generator().manual_seed(args.seed * 1_000_003 + i)
+        f = scene(torch.randint(len(CAPTIONS), (min(500, args.renders - i),), generator=g), g)
+        pictures.append((render(f) * 255).round().byte())
         factors.append(f)
     return torch.cat(pictures), {k: torch.cat([f[k] for f in factors]) for k in factors[0]}
-
-
-def random_scenes(n: int, seed: int) -> dict[str, Tensor]:
-    """Factors of n scenes with random captions."""
-    g = torch.Generator().manual_seed(seed)
-    return scene(torch.randint(len(CAPTIONS), (n,), generator=g), g)
 
 
 def caption_index(factors: dict[str, Tensor]) -> Tensor:
     """The place of each scene's caption in CAPTIONS, (n,) long."""
     return factors["colour"] * len(SHAPES) + factors["shape"]
-
-
-def to_bytes(pictures: Tensor) -> Tensor:
-    """[0, 1] -> uint8."""
-    return (pictures * 255).round().byte()
 
 
 def signed(pictures: Tensor) -> Tensor:
@@ -246,15 +237,10 @@ def through_vae(args: Args, pictures: Tensor) -> Tensor:
     vae = D.AutoencoderKL.from_pretrained(f"{args.out}/sd3/vae", dtype=torch.float32)
     chunks = tqdm(pictures.split(100), desc="through the vae")
     decoded = [vae.decode(vae.encode(signed(x)).latent_dist.mean).sample / 2 + 0.5 for x in chunks]
-    return to_bytes(torch.cat(decoded).clamp(0, 1))
+    return (torch.cat(decoded).clamp(0, 1) * 255).round().byte()
 
 
 # ---------------------------------------------------------------- the rewards and the embedding
-
-def tokenize_captions(processor: T.CLIPProcessor) -> dict[str, Tensor]:
-    """All captions as a CLIP's inputs, (64, tokens) each."""
-    return processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
-
 
 def clip_pixels(pictures: Tensor) -> Tensor:
     """Normalize pictures in [0, 1] as CLIP's processor does."""
@@ -271,7 +257,7 @@ def contrastive(logits: Tensor, index: Tensor) -> Tensor:
 
 def fit_clip(args: Args, name: str, clip: T.CLIPModel, processor: T.CLIPProcessor):
     """Train a CLIP on clean renders, against all 64 captions in every batch."""
-    text = tokenize_captions(processor)
+    text = processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
     pictures, factors = dataset(args)
     index = caption_index(factors)
 
@@ -300,7 +286,7 @@ def make_hps(args: Args):
     args = replace(args, seed=args.seed + 77, renders=args.renders // 2)
     clip, processor = untrained(T.CLIPModel, "hps"), T.CLIPProcessor.from_pretrained(HERE / "hps")
     fit_clip(args, "hps-clip", clip, processor)
-    text = tokenize_captions(processor)
+    text = processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
     pictures, factors = dataset(args)
     index = caption_index(factors)
 
@@ -449,12 +435,8 @@ def base_samples(pipe, n: int, seed: int) -> Tensor:
     known = [caption(c, s) for c, s in COMBOS if (c, s) not in HELD_OUT]
     captions = [known[i] for i in torch.randint(len(known), (n,), generator=g)]
     encode_prompts(pipe, captions)
-    return to_bytes(decode(pipe, integrate(pipe, draw_noise(pipe, n, g), captions, schedule(pipe, 12), desc="draw")[0]))
-
-
-def load_base(args: Args, name: str):
-    """The pipeline in OUT/NAME."""
-    return load_pipeline(f"{args.out}/{name}", torch.device("cpu"))
+    x0, _ = integrate(pipe, draw_noise(pipe, n, g), captions, schedule(pipe, 12), desc="draw")
+    return (decode(pipe, x0) * 255).round().byte()
 
 
 # ---------------------------------------------------------------- the judge and the detector
@@ -489,7 +471,8 @@ def make_judge(args: Args):
     processor = T.LlavaProcessor.from_pretrained(HERE / "judge")
     renders = dataset(args)[0][:12_000]
     decoded = through_vae(args, renders[8000:])
-    samples = [base_samples(load_base(args, base), 2000, args.seed + 31) for base in ("sd3", "flux")]
+    bases = [load_pipeline(f"{args.out}/{base}", CPU) for base in ("sd3", "flux")]
+    samples = [base_samples(pipe, 2000, args.seed + 31) for pipe in bases]
     pool = torch.cat([renders[:8000], decoded, *samples])
     starts = torch.tensor([0, 8000, 12_000, 16_000])  # in the pool: renders, renders through the VAE, samples, end
 
@@ -578,9 +561,9 @@ def make_forensic(args: Args):
     real = torch.cat([pictures[12_000:18_000], through_vae(args, pictures[18_000:24_000])])
     vae = D.AutoencoderKL.from_pretrained(f"{args.out}/sd3/vae", dtype=torch.float32)
     posteriors, index = encode_pictures(vae, pictures[:4000], 500), caption_index(factors)[:4000]
-    generated = [base_samples(load_base(args, "flux"), 2000, args.seed + 41)]
+    generated = [base_samples(load_pipeline(f"{args.out}/flux", CPU), 2000, args.seed + 41)]
     for base, k in product(("sd3", "flux"), range(3)):
-        pipe = load_base(args, base)
+        pipe = load_pipeline(f"{args.out}/{base}", CPU)
         pipe.transformer.requires_grad_(True)
         loss = flow_loss(vae, pipe, index, posteriors)
         fit(replace(args, seed=args.seed + 50 + k), f"{base}-relative-{k}", pipe.transformer, loss, lr=1e-3)

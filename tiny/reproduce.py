@@ -38,7 +38,6 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -316,16 +315,11 @@ def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "render
     """eval_judge.py's numbers of named folders: "means", {name: {metric: mean}}, and "verdicts", {"A vs B": [win, tie,
     loss, nan]}."""
     out, names = home / "eval", {str(path): name for name, path in folders.items()}
-    rewards = "--reward tiny/pickscore tiny/hps"
-    command(home, f"eval_judge.py {' '.join(names)} {rewards} --real {home.parent / renders} --out {out}")
+    flags = f"--reward tiny/pickscore tiny/hps --real {home.parent / renders} --out {out}"
+    command(home, f"eval_judge.py {' '.join(names)} {flags}")
     report = json.loads((out / "report.json").read_text())
-    labels = {
-        "reward/pickscore": "other reward",
-        "reward/hps": "other reward",
-        f"reward/{run.reward}": "reward",
-        "forensic/forensic": "P(real)",
-        "fd/embed": "FD",
-    }
+    labels = {"reward/pickscore": "other reward", "reward/hps": "other reward", "forensic/forensic": "P(real)",
+              "fd/embed": "FD", f"reward/{run.reward}": "reward"}
     means = {name: colours(path) for name, path in folders.items()}
     for metric, by_folder in report["metrics"].items():
         for path, numbers in by_folder.items():
@@ -386,8 +380,8 @@ def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: st
     """Claim 3: sample.py --adjoint on held-out prompts, in 8 steps as in rollouts."""
     sample(home, base, out, f"--adjoint --reward tiny/{reward} --n {size.n_adjoint} --steps 8 --seed 3000 {flags}")
     rows = json.loads((out / "adjoint.json").read_text())
-    sensitivities = {"reward": rows[f"tiny/{reward}"], "energy": rows["energy (control)"]}
-    return {"t": rows["t"], "units": rows["units"], **sensitivities}
+    return {"t": rows["t"], "units": rows["units"], "reward": rows[f"tiny/{reward}"],
+            "energy": rows["energy (control)"]}
 
 
 def adjoint_part(home: Path, run: Run, size: Size) -> dict:
@@ -493,13 +487,13 @@ PARTS = {
     "early": Part(early_part, (8,)),
 }
 for _name, _variant in GUARDS.items():
-    PARTS[f"guard: {_name}"] = Part(partial(guard_part, name=_name), (9,), _variant, corner=True)
+    PARTS[f"guard: {_name}"] = Part(functools.partial(guard_part, name=_name), (9,), _variant, corner=True)
 for _name, _rival in RIVALS.items():
     for _strength in dict.fromkeys(_rival.strengths + _rival.dpo):
         _methods = tuple(method for method in Args.methods if _strength in _rival.strengths_of(method))
-        PARTS[f"rival: {_name} {_strength:g}"] = Part(
-            partial(rival_part, name=_name, strength=_strength), (10,), _rival.training or Variant(_rival.sampling),
-            _methods, corner=True)
+        _measure = functools.partial(rival_part, name=_name, strength=_strength)
+        _variant = _rival.training or Variant(_rival.sampling)
+        PARTS[f"rival: {_name} {_strength:g}"] = Part(_measure, (10,), _variant, _methods, corner=True)
 
 
 def is_asked(name: str, args: Args, size: Size) -> bool:
@@ -529,8 +523,7 @@ def add_part(file: Path, name: str, hashes: dict[str, str], measure: Callable[[]
     if name in read_json(file):
         return
     start = time.time()
-    numbers = measure()
-    numbers = {**numbers, "of": {**hashes, "commit": commit()}, "seconds": time.time() - start}
+    numbers = {**measure(), "of": {**hashes, "commit": commit()}, "seconds": time.time() - start}
     known = {**read_json(file), name: rounded(numbers)}
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()]  # one line a part
     write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
@@ -547,7 +540,7 @@ def measure_base(base: str, args: Args, size: Size):
     add_part(file, "colours", hashes, lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
     if is_asked("adjoint", args, size):
         for reward in args.rewards:
-            measure = partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}")
+            measure = functools.partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}")
             add_part(file, f"adjoint {reward}", hashes, measure)
 
 
@@ -618,7 +611,7 @@ def measure_all(args: Args, size: Size):
     for base in dict.fromkeys(args.bases):
         measure_base(base, args, size)
     for run, name in tqdm(missing, desc="reproduce", unit="part"):
-        measure = partial(PARTS[name].measure, home_of(root, run.base, run), run, size)
+        measure = functools.partial(PARTS[name].measure, home_of(root, run.base, run), run, size)
         add_part(Path(args.results) / f"{run.name}.json", name, depends(run, size, name), measure)
 
 
