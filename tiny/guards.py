@@ -51,9 +51,8 @@ def two_sided(v: Tensor, v_ref: Tensor, *_) -> Tensor:
 
 
 def ema_kl(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict, decay: float = 0.9) -> Tensor:
-    """Velocity KL to an exponential moving average of the policy. AWM's official script has this term beside its KL to
-    the base. There the decay is 0.001 times the step, so that the average is nearly the policy itself; here it is 0.9.
-    """
+    """Velocity KL to an exponential moving average of the policy, which AWM's official script has beside its KL to the
+    base. There the decay is 0.001 times the step, so that the average is nearly the policy itself; here it is 0.9."""
     params = trained_parameters(pipe)
     if "average" not in state:
         state["average"] = [p.detach().clone() for p in params]
@@ -71,8 +70,8 @@ def gardo(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict, fraction: fl
 
     The KL acts on the `fraction` of pictures whose rank by the first reward lies furthest above their rank by the
     second one. Its reference becomes the policy where the KL's mean exceeded `max_kl` in the last epoch, and after
-    `max_epochs`. Unlike the official code: that gates pictures which the reward ranks lower than the other rewards do,
-    and adapts fraction and threshold; no bonus for diversity; a batch without a gated row has no KL."""
+    `max_epochs`. The official code differs: it gates pictures that the reward ranks lower than the other rewards do,
+    adapts fraction and threshold, and has a bonus for diversity."""
     if batch["epoch"] > state.get("epoch", -1):  # choose the epoch's gated pictures, and perhaps a new reference
         kls = state.get("kls", [])
         too_far = sum(kls) > max_kl * len(kls)
@@ -86,6 +85,7 @@ def gardo(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict, fraction: fl
     gate = of_rows(state["gate"], batch, v).float()
     if not gate.any():
         return torch.zeros_like(gate)
+    # scaled, so that its mean over all rows is the KL's over the gated ones
     kl = gate / gate.mean() * squared_error(v, velocity_with(state["reference"], pipe, batch))
     state["kls"].append(kl.mean().item())
     return kl

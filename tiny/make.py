@@ -186,7 +186,7 @@ def make_vae(args: Args) -> tuple[D.AutoencoderKL, Tensor]:
         return e.square().mean() + edges + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
     fit(args, "vae", vae, loss, lr=2e-3)
-    with torch.no_grad():  # now the encoder takes RGB and the decoder gives RGB
+    with torch.no_grad():  # now encoder and decoder work in RGB
         first, last, inverse = vae.encoder.conv_in, vae.decoder.conv_out, opponent.inverse()
         first.weight.copy_(torch.einsum("oihw,ij->ojhw", first.weight, opponent))
         last.weight.copy_(torch.einsum("ij,jchw->ichw", inverse, last.weight))
@@ -416,8 +416,8 @@ def make_sd3(args: Args):
 
 
 def make_flux(args: Args):
-    """The FLUX base: CLIP, T5, 2 double and 3 single blocks of width 128, a guidance embedding, a shift that depends
-    on the size. It is trained on SD3's latents, and its VAE gives them FLUX's own scale and shift."""
+    """The FLUX base: CLIP, T5, 2 double and 3 single blocks of width 128, and a guidance embedding. It is trained on
+    SD3's latents, and its VAE gives them FLUX's own scale and shift."""
     vae, posteriors = make_vae(args)
     flux_vae = untrained(D.AutoencoderKL, "flux/vae")
     flux_vae.load_state_dict(vae.state_dict())
@@ -593,8 +593,7 @@ def main(args: Args):
             raise InputError(f"--parts {part}: choose from {', '.join(PARTS)}")
         for needed in NEEDS.get(part, ()):
             if needed not in args.parts and not (Path(args.out) / needed).is_dir():
-                raise InputError(f"--parts {part}: needs {needed}, which is not in {args.out}; give --parts {needed} "
-                                 f"{part}")
+                raise InputError(f"--parts {part}: needs {args.out}/{needed}; give --parts {needed} {part}")
     check_place(args.out, "--out", ("prompts.txt", "eval_prompts.txt"), tuple(PARTS))
     make_dir(args.out, "--out")
     make_dir(args.work, "--work")

@@ -389,8 +389,7 @@ def rivals_of(runs: dict[tuple, dict], keep: float | None) -> dict[str, dict]:
 
 def against_guard(compared: dict[tuple, dict]) -> dict:
     """A rival's numbers beside the guard's, from {run: metrics of "rival", "guarded", "unguarded" and "base"}."""
-    def reward_change(m: dict) -> float:
-        """As a fraction of the gain."""
+    def reward_change(m: dict) -> float:  # as a fraction of the gain
         return (m["rival"]["reward"] - m["guarded"]["reward"]) / (m["unguarded"]["reward"] - m["base"]["reward"])
 
     numbers = {

@@ -164,10 +164,9 @@ def rival_code(variant: Variant) -> str:
 @functools.cache
 def commit() -> str | None:
     """The commit that is checked out; None outside git."""
-    if not shutil.which("git"):
-        return None
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    git = shutil.which("git")
+    command = [git, "rev-parse", "--short", "HEAD"]
+    return git and subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def made_with(base: str, *scripts: str) -> dict[str, str]:
@@ -193,9 +192,8 @@ def home_of(root: Path, base: str, run: Run | None = None) -> Path:
 def command(log: Path, line: str, out: Path | None = None, note: str = "", **more):
     """Run `python <line>` in this process, as main(args, **more) of its script, and add it to log/commands.txt.
 
-    With `out`, the folder that it writes: skipped if out/command.txt says that the same command, with the same note,
-    has ended. What another command left there is deleted. So is what an interrupted command with a note left, because
-    that cannot resume."""
+    out: the folder that it writes. The command is skipped if out/command.txt has it, with the same note. What another
+    command left there is deleted, and what an interrupted command with a note left, because that cannot resume."""
     noted = " ".join(f"python {line} {note}".split()) + "\n"
     done = (out / "command.txt").read_text() if out and (out / "command.txt").exists() else None
     if done == noted:
@@ -293,8 +291,7 @@ def sample_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
 
 
 def training_rewards(home: Path, run: Run, size: Size, name: str, flags: str) -> tuple[Path, np.ndarray]:
-    """Draw pictures of training prompts in 8 steps, as rollouts are. Returns their folder and each prompt's mean
-    reward."""
+    """Draw pictures of training prompts in 8 steps, as in rollouts: their folder, and each prompt's mean reward."""
     flags = f"--prompts {size.prompts} --n {size.n_choose} --steps 8 --seed 5000 --reward tiny/{run.reward} {flags}"
     folder = sample(home, run.base, home / "choose" / name, flags)
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -312,8 +309,7 @@ def colours(folder: Path) -> dict[str, float]:
 
 
 def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "renders") -> dict:
-    """eval_judge.py's numbers of named folders: "means", {name: {metric: mean}}, and "verdicts", {"A vs B": [win, tie,
-    loss, nan]}."""
+    """eval_judge.py on named folders: "means" {name: {metric: mean}}, "verdicts" {"A vs B": [win, tie, loss, nan]}."""
     out, names = home / "eval", {str(path): name for name, path in folders.items()}
     flags = f"--reward tiny/pickscore tiny/hps --real {home.parent / renders} --out {out}"
     command(home, f"eval_judge.py {' '.join(names)} {flags}")
@@ -405,9 +401,9 @@ def few_part(home: Path, run: Run, size: Size) -> dict:
 
 
 def early_part(home: Path, run: Run, size: Size) -> dict:
-    """Claim 8: the guarded model against two checkpoints of the unguarded one: the first of equal reward, and the one
-    that the judge likes best. Equal: not lower than the guarded model's by more than a standard error, paired over
-    prompts. If there is none, the checkpoint of the highest reward is taken."""
+    """Claim 8: the guarded model against two checkpoints of the unguarded one. One is the first of equal reward (not
+    lower by more than a standard error, paired over prompts), or that of the highest reward where there is none. The
+    other is the one that the judge likes best."""
     unguarded, guarded = train_both(home, run, size)
     loras = {"guarded": guarded / "lora"}
     loras |= {path.name.removeprefix("lora-"): path for path in sorted(unguarded.glob("lora-*"))}
@@ -498,8 +494,7 @@ for _name, _rival in RIVALS.items():
 
 def is_asked(name: str, args: Args, size: Size) -> bool:
     """Do the flags ask for this part?"""
-    of_claim = args.only is None or args.only in PARTS[name].claims
-    return of_claim and (size.only is None or name in size.only)
+    return (args.only is None or args.only in PARTS[name].claims) and (size.only is None or name in size.only)
 
 
 def missing_parts(args: Args, size: Size) -> list[tuple[Run, str]]:
