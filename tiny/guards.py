@@ -21,7 +21,6 @@ from normguard import norm_ratio, velocity_norm
 
 LAM = 0.05  # the scripts' default, which is compared with the others
 
-
 # ---------------------------------------------------------------- claim 9: other forms of the hinge
 
 def squared(v: Tensor, v_ref: Tensor, *_) -> Tensor:

@@ -348,7 +348,9 @@ def build_base(kind: type, name: str, vae: D.AutoencoderKL, models: dict[str, ty
     for part in parts.values():
         if isinstance(part, (T.CLIPTextModel, T.CLIPTextModelWithProjection)):
             part.get_input_embeddings().weight.data.mul_(50)
-    return kind.from_pretrained(HERE / name, vae=vae, **parts)
+    pipe = kind.from_pretrained(HERE / name, vae=vae, **parts)
+    pipe.register_to_config(_name_or_path=f"tiny/{name}")  # not this machine's path
+    return pipe
 
 
 @torch.no_grad()

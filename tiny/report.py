@@ -33,7 +33,6 @@ from flow.cli import write_files
 
 TEMPLATE = Path(__file__).with_name("RESULTS.template.md")
 
-
 # ---------------------------------------------------------------- tables
 
 def plus_minus(d: dict, digits: int = 3) -> str:

@@ -578,9 +578,9 @@ def main(args: Args):
     if len(args.runs.split()) != 1:  # commands are split at spaces
         raise InputError(f"--runs '{args.runs}': give a path without spaces")
     os.chdir(ROOT)
-    size = Size()
+    size = SMOKE if args.smoke else Size()
     if args.smoke:
-        size, root = SMOKE, "runs/smoke" if args.runs == Args.runs else args.runs
+        root = "runs/smoke" if args.runs == Args.runs else args.runs
         args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, True, root, f"{root}/results")
     check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
     root = make_dir(args.runs, "--runs")
