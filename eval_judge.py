@@ -1,30 +1,34 @@
-"""Judge pictures: reward proxies, a vision-language model's verdict, forensic realism, the Frechet distance.
+"""Compare folders of pictures: rewards, a vision-language judge, detectors of generated pictures, the Frechet distance.
 
     python eval_judge.py runs/base runs/awm runs/awm+normguard --real runs/renders
     python eval_judge.py A B --reward pickscore hpsv2.1 --judge Qwen/Qwen2.5-VL-7B-Instruct --forensic DETECTOR
     python eval_judge.py A B --judge http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct   # vLLM, OpenAI
 
-A and B are folders that sample.py wrote with the same prompts and seeds: their pictures are paired. Prints a Markdown
-table and writes report.json and report.png. Means carry 95 % bootstrap intervals over prompts, the same draws for all.
+A and B are folders that sample.py wrote with the same prompts and seeds, so that their pictures form pairs. Prints a
+Markdown table and writes report.json and report.png. Means have 95 % bootstrap intervals over prompts.
 
-judge/quality compares each two folders picture by picture, asked in both orders: where the two answers disagree, it is
-a tie. judge/<dimension> is the mean P(yes) of a question about one picture, forensic/<name> the mean P(real) of a
-detector (Organika/sdxl-detector, ...). An answer that cannot be read is counted under nan, never scored. Scores are
-kept in OUT/scores.jsonl: run again, nothing is asked twice.
+    reward/NAME      mean score of a reward
+    judge/quality    how often the judge prefers a folder's picture to its pair in another folder, asked in both orders;
+                     if the two answers disagree, it is a tie
+    judge/QUESTION   mean P(yes) of the judge's answer to a question about one picture
+    forensic/NAME    mean P(real) of a detector, such as Organika/sdxl-detector
+    fd/NAME          Frechet distance to the pictures of --real
+
+An answer that cannot be read counts as "not read" and has no score. Scores are kept in OUT/scores.jsonl: a second run
+computes only those that are missing.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch: threads that wait soon leave a core to other processes
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: its idle threads soon free their core
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
-import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import chain, combinations, permutations
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +36,6 @@ from typing import Annotated
 import matplotlib
 import numpy as np
 import torch
-import transformers
 import tyro
 from einops import rearrange
 from matplotlib.figure import Figure
@@ -53,20 +56,20 @@ from flow.cli import (
     reason,
     write_files,
 )
+from flow.distributed import base_dtype
 from flow.judge import (
     embed_images,
     frechet_distance,
     http_judge,
-    judge_dtype,
     load_embed,
     load_forensic,
     local_judge,
     read_answer,
 )
 from flow.pictures import load_pictures, png, read_folder
-from flow.rewards import load_reward, without_questions
+from flow.rewards import VLM_QUESTION, load_reward, reward_model, short_reward, split_reward
 
-# What the judge is asked. One word answers; only its probability counts.
+# The judge's questions. Only the probability of the answer's first word is used.
 PAIR = ("Which of these two pictures, A or B, has the better quality? Look at sharpness, colours, light and artifacts, "
         "not at what is shown. Answer with one letter.")
 SINGLE = {
@@ -79,39 +82,37 @@ SINGLE = {
 }
 
 SERVERS = ("http://", "https://")
-Folders = dict[str, list[dict]]  # the rows of each
-Load = Callable[[], Callable]  # a model, when it is needed
-# a line of scores.jsonl, whole or cut short by a kill
-SCORE = re.compile(r'\{("[0-9a-f]{0,32}("(: ?([-+.e\d]*\}?)?)?)?)?')
+Folders = dict[str, list[dict]]  # folder: its rows, as read_folder gives them
 
 
 @dataclass
 class Args:
     dirs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """folders that sample.py wrote, the first one the baseline"""
+    """folders that sample.py wrote; the others are compared with the first"""
     reward: tuple[str, ...] = ("tiny/pickscore",)
-    """rewards to score with: pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, vlm:MODEL,
-    or a sum"""
+    """rewards: pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, vlm:MODEL, or a sum"""
+    vlm_question: str | None = None
+    """question that a vlm:MODEL reward asks; {prompt} in it is the picture's prompt (None: does it show the prompt?)"""
     judge: str | None = "tiny/judge"
-    """vision-language model: a folder, hub id, or OpenAI-compatible server http://HOST:PORT/v1; none for no judge"""
+    """vision-language model: a folder, a hub id or a server http://HOST:PORT/v1 (OpenAI's API); none for no judge"""
     judge_model: str | None = None
-    """the model's name on that server"""
+    """name of the model on that server"""
     judge_timeout: float = 60.0
-    """seconds until a request to the server has failed"""
+    """seconds after which a request to the server has failed"""
     judge_retries: int = 3
-    """further tries then, after 0.5, 1, 2, ... seconds or when the server says"""
+    """how often a failed request is sent again"""
     judge_concurrency: int = 8
-    """requests at a time"""
+    """requests sent at once"""
     forensic: tuple[str, ...] = ("tiny/forensic",)
     """detectors of generated pictures: image classifiers, folders or hub ids"""
     real_label: str | None = None
-    """their label for a real picture, where its name does not tell"""
+    """the detectors' label for a real picture (None: told by the labels' words)"""
     real: str | None = None
-    """folder of real pictures (renders): adds the Frechet distance to them"""
+    """folder of real pictures; adds the Frechet distance to them"""
     embed: str = "tiny/embed"
-    """network whose features the Frechet distance compares"""
+    """network whose features the Frechet distance compares: a folder or hub id"""
     batch: int = 16
-    """pictures or questions at once"""
+    """pictures scored at once"""
     bootstrap: int = 2000
     """resamples for the 95 % intervals"""
     out: str = "runs/eval"
@@ -119,341 +120,355 @@ class Args:
 
 
 def pair_folders(dirs: tuple[str, ...]) -> Folders:
-    """Each folder's rows, in one order: the prompts and seeds that all folders have."""
+    """Each folder's rows for the prompts and seeds that all folders have, in the first folder's order."""
     if not dirs:
         raise InputError("give the folders to compare, as sample.py writes them, before the flags")
-    seen = {}
-    for d in dirs:
-        if (real := Path(d).resolve()) in seen:
-            raise InputError(f"{seen[real]} and {d}: are one folder, given twice")
-        seen[real] = d
-    folders = {d: {row["key"]: row for row in read_folder(d)} for d in dirs}
-    common = [key for key in folders[dirs[0]] if all(key in rows for rows in folders.values())]
+    for a, b in combinations(dirs, 2):
+        if Path(a).resolve() == Path(b).resolve():
+            raise InputError(f"{a} and {b}: are one folder, given twice")
+    by_key = {d: {row["key"]: row for row in read_folder(d)} for d in dirs}
+    common = [key for key in by_key[dirs[0]] if all(key in rows for rows in by_key.values())]
     if not common:
         raise InputError(f"{dirs[0]}: no prompt and seed is in all folders; sample them with the same --prompts, --n "
                          "and --seed")
-    for d, rows in folders.items():
+    for d, rows in by_key.items():
         if len(common) < len(rows):
             print(f"note: {len(common)} of the {len(rows)} pictures in {d} are in all folders; the others are left out")
-    folders = {d: [rows[key] for key in common] for d, rows in folders.items()}
-    wide, high = folders[dirs[0]][0]["size"]
+    folders = {d: [rows[key] for key in common] for d, rows in by_key.items()}
+    size = folders[dirs[0]][0]["size"]
     for row in chain(*folders.values()):
-        w, h = row["size"]
-        if (w, h) != (wide, high):
-            raise InputError(f"{row['file']}: is {w}x{h}, others are {wide}x{high}; compare pictures of one size")
+        if row["size"] != size:
+            raise InputError(f"{row['file']}: has the size {row['size']}, others {size}; compare pictures of one size")
     return folders
 
 
-def identity(name: str, device: torch.device) -> str:
-    """What a score depends on besides the picture: a model's name; of a folder or file, its sizes and times; and of a
-    model that runs here, the device, its precision and the libraries."""
-    here = f"{device.type} {judge_dtype(device)} torch {torch.__version__} transformers {transformers.__version__}"
-    paths = [Path(part.split(":")[0]) for part in without_questions(name).split(",")]
-    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-    known = [name, *(f"{f.stat().st_size}-{f.stat().st_mtime_ns}" for f in files)]
-    return " ".join(known if name.startswith(SERVERS) else [*known, here])
-
-
 def check_out(out: Path):
-    """Refuse a folder that holds anything of our names that is not of this script: it would be overwritten."""
-    scores, report, picture = (out / name for name in ("scores.jsonl", "report.json", "report.png"))
-    read_scores(scores)
+    """Raise InputError if a file that this script would overwrite was written by another."""
+    read_scores(out / "scores.jsonl")
+    report = out / "report.json"
     try:
-        ours = not report.exists() or {"dirs", "metrics", "pairs"} <= json.loads(report.read_text()).keys()
+        is_report = {"dirs", "metrics", "pairs"} <= json.loads(report.read_text()).keys()
     except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise InputError(f"{report}: was not written by eval_judge.py; move it, or give another --out")
-    if picture.exists() and not (picture.is_file() and scores.exists()):
-        raise InputError(f"{picture}: was not written by eval_judge.py; move it, or give another --out")
+        is_report = False
+    for file in (report, out / "report.png"):
+        if file.exists() and not is_report:
+            raise InputError(f"{file}: was not written by eval_judge.py; move it, or give another --out")
 
 
 def read_scores(file: Path) -> tuple[str, dict[str, float]]:
-    """scores.jsonl as it is, and the scores in it by their keys."""
+    """The text of scores.jsonl and the scores in it, by key."""
     try:
         text = file.read_text() if file.exists() else ""
     except (OSError, ValueError) as e:
         raise InputError(f"{file}: cannot be read ({reason(e)}); move it, or give another --out")
     known = {}
     for line in filter(None, text.splitlines()):
-        if not SCORE.fullmatch(line):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = {} if line.startswith("{") else None  # {}: a killed run left half a line
+        if not isinstance(row, dict) or not all(len(k) == 32 and isinstance(row[k], (int, float)) for k in row):
             raise InputError(f"{file}: was not written by eval_judge.py; move it, or give another --out")
-        with contextlib.suppress(ValueError):  # a line that was cut short
-            known |= json.loads(line)
+        known |= row
     return text, known
 
 
-def cached(out: Path, jobs: dict[str, object], load: Load, batch: int, desc: str) -> dict[str, float]:
-    """Each job's score by its key, from OUT/scores.jsonl or else by load()(jobs) and added to it batch by batch. A NaN
-    is not kept: the next run tries again. Jobs go in the order of their keys: the order of folders changes nothing."""
+def identity(name: str, device: torch.device) -> str:
+    """What scores depend on besides the picture: the model's name, the size and time of its files, and, if it runs in
+    this process, the device, the precision and the versions of the libraries."""
+    if name.startswith(SERVERS):
+        return name
+    stamps = []
+    for path in (Path(reward_model(part)) for part, _ in split_reward(name)):
+        files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
+        stamps += [f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files]
+    libraries = [f"{library} {version(library)}" for library in ("torch", "transformers")]
+    return " ".join([name, *stamps, device.type, str(base_dtype(device)), *libraries])
+
+
+def cached(out: Path, who: str, jobs: list[list[dict]], load: Callable, batch: int, name: str) -> Tensor:
+    """The scores (jobs,) that a model with identity `who` gives to jobs: lists of rows that are scored together.
+
+    Scores that are not in scores.jsonl are computed by load()(jobs), `batch` jobs at once, and added to it. NaN is not
+    kept, so the next run tries again. Jobs are sorted, so that the order of folders does not change the batches."""
+    def key(job: list[dict]) -> str:
+        depends_on = json.dumps([who, [[row["prompt"], row["hash"]] for row in job]])
+        return hashlib.sha256(depends_on.encode()).hexdigest()[:32]
+
     text, known = read_scores(out / "scores.jsonl")
-    missing = sorted(key for key in jobs if key not in known)
-    score = load() if missing else None  # a model is loaded where a score is missing, and let go after
-    end = "" if text.endswith("\n") or not text else "\n"  # of a line that was cut short
-    for i in progress(range(0, len(missing), batch), desc=desc, leave=False) if missing else ():
+    by_key = {key(job): job for job in jobs}
+    missing = sorted(by_key.keys() - known.keys())
+    score = load() if missing else None
+    end = "" if text.endswith("\n") or not text else "\n"  # a killed run left half a line
+    for i in progress(range(0, len(missing), batch), desc=name, leave=False):
         keys = missing[i:i + batch]
-        scores = dict(zip(keys, score([jobs[k] for k in keys])))
+        scores = dict(zip(keys, score([by_key[k] for k in keys])))
         known |= scores
-        finite = {key: value for key, value in scores.items() if math.isfinite(value)}
-        make_dir(str(out), "--out")  # no sooner: nothing is made for a model that cannot be loaded
-        append(out / "scores.jsonl", end + "".join(json.dumps({key: value}) + "\n" for key, value in finite.items()))
+        lines = [json.dumps({k: value}) + "\n" for k, value in scores.items() if math.isfinite(value)]
+        make_dir(out, "--out")  # only now: a model that fails at once leaves no folder behind
+        append(out / "scores.jsonl", end + "".join(lines))
         end = ""
-    return {key: known[key] for key in jobs}
-
-
-def key(*what) -> str:
-    """A job's key: a hash of all that its score depends on."""
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    return torch.tensor([known[key(job)] for job in jobs], dtype=torch.float64)
 
 
 def summary(values: Tensor, prompts: list[str], draws: int) -> dict:
-    """Mean of (k,) values, how many are NaN and left out, and its 95 % interval by resampling prompts with all their
-    pictures (pictures, if there is but one prompt; none of a single one)."""
-    known = ~values.isnan()
-    units = prompts if len(set(prompts)) > 1 else range(len(prompts))
-    units = [unit for unit, k in zip(units, known) if k]
-    result = {"mean": None, "lo": None, "hi": None, "n": len(units), "nan": len(values) - len(units)}
-    if not units:
-        return result
-    values, place = values[known].double(), {unit: i for i, unit in enumerate(dict.fromkeys(units))}
-    result["mean"] = values.mean().item()
-    if len(place) > 1:
-        where, zeros = torch.tensor([place[unit] for unit in units]), torch.zeros(len(place), dtype=torch.float64)
-        sums, counts = zeros.index_add(0, where, values), zeros.index_add(0, where, torch.ones_like(values))
-        drawn = torch.randint(len(place), (draws, len(place)), generator=torch.Generator().manual_seed(0))
-        means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    """Mean of the values (n,) that are not NaN, the number of NaN, and a 95 % bootstrap interval of the mean. Prompts,
+    each with all its pictures, are resampled `draws` times (pictures, if all have one prompt), with a fixed seed."""
+    units = prompts if len(set(prompts)) > 1 else list(range(len(prompts)))
+    known = (~values.isnan()).nonzero().flatten().tolist()
+    units, values = [units[i] for i in known], values[known].double()
+    result = {"mean": None, "lo": None, "hi": None, "n": len(known), "nan": len(prompts) - len(known)}
+    if known:
+        result["mean"] = values.mean().item()
+    index = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+    if len(index) > 1:
+        where = torch.tensor([index[unit] for unit in units])
+        sums, counts = torch.bincount(where, weights=values), torch.bincount(where)  # (units,)
+        drawn = torch.randint(len(index), (draws, len(index)), generator=torch.Generator().manual_seed(0))
+        means = sums[drawn].sum(1) / counts[drawn].sum(1)  # (draws,)
         result["lo"], result["hi"] = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return result
 
 
-def score_rows(out: Path, folders: Folders, who: str, load: Load, batch: int, desc: str) -> dict[str, Tensor]:
-    """Each folder's scores, (n,) float64, of a model that `who` tells from all others; load() is its score(rows)."""
-    keys = {d: [key(who, row["prompt"], row["hash"]) for row in rows] for d, rows in folders.items()}
-    jobs = {k: row for d, rows in folders.items() for k, row in zip(keys[d], rows)}
-    known = cached(out, jobs, load, batch, desc)
-    return {d: torch.tensor([known[k] for k in ks], dtype=torch.float64) for d, ks in keys.items()}
-
-
-def compare_pairs(judge: Load, who: str, folders: Folders, draws: int, batch: int, out: Path) -> dict:
-    """Each two folders compared by PAIR in both orders; counts and the rate (a tie is half) are the first one's."""
-    def load() -> Callable:
-        """score([[file, file], ...]): the margin of the first over the second."""
-        ask = judge()
-        return lambda files: [read_answer(top, "A", "B") for top in ask(PAIR, files)]
-
-    def margins(first: str, second: str) -> Tensor:
-        """Of a folder, shown as A, over another, shown as B."""
-        keys = [key(who, x["hash"], y["hash"]) for x, y in zip(folders[first], folders[second])]
-        return torch.tensor([known[k] for k in keys], dtype=torch.float64)
-
-    both = chain(*(zip(folders[a], folders[b]) for a, b in permutations(folders, 2)))
-    jobs = {key(who, x["hash"], y["hash"]): [x["file"], y["file"]] for x, y in both}
-    known = cached(out, jobs, load, batch, "judge/quality")
-    pairs = {}
+def compare_pairs(folders: Folders, margins: dict[tuple[str, str], Tensor], draws: int) -> dict:
+    """The judge's verdicts on each two folders: how often the first one wins, ties or loses, its rate (a tie counts
+    half), and its mean margin. margins[a, b] (n,) is log P(A) - log P(B) where A is the picture of a, B that of b."""
+    verdicts = {}
     for a, b in combinations(folders, 2):
-        there, back = margins(a, b), margins(b, a)
-        nan, win, loss = (there + back).isnan(), (there > 0) & (back < 0), (there < 0) & (back > 0)
-        score = torch.where(nan, torch.nan, 0.5 + 0.5 * (win.double() - loss.double()))
-        counts = {name: int((score == s).sum()) for name, s in (("win", 1), ("tie", 0.5), ("loss", 0))}
+        margin = (margins[a, b] - margins[b, a]) / 2
+        unread = margin.isnan()
+        win = (margins[a, b] > 0) & (margins[b, a] < 0)
+        loss = (margins[a, b] < 0) & (margins[b, a] > 0)
+        score = (0.5 + 0.5 * win.double() - 0.5 * loss.double()).where(~unread, torch.nan)
         rate = summary(score, [row["prompt"] for row in folders[a]], draws)
-        margin = None if nan.all() else ((there - back) / 2)[~nan].mean().item()
-        pairs[f"{a} vs {b}"] = {**counts, "nan": rate["nan"], "rate": rate["mean"], "lo": rate["lo"], "hi": rate["hi"],
-                                "margin": margin}
-    return pairs
+        verdicts[f"{a} vs {b}"] = {
+            "win": int(win.sum()), "tie": int((score == 0.5).sum()), "loss": int(loss.sum()), "nan": rate["nan"],
+            "rate": rate["mean"], "lo": rate["lo"], "hi": rate["hi"],
+            "margin": None if unread.all() else margin[~unread].mean().item()}
+    return verdicts
+
+
+# Each scorer returns a function that scores a list of jobs, as `cached` takes it.
+
+def reward_scorer(spec: str, device: torch.device, question: str | None) -> Callable:
+    reward = load_reward(spec, device, question=question)
+
+    def score(jobs: list[list[dict]]) -> list[float]:
+        pictures = load_pictures([row["file"] for [row] in jobs])
+        return reward(pictures, [row["prompt"] for [row] in jobs]).tolist()
+    return score
+
+
+def detector_scorer(name: str, real_label: str | None, device: torch.device) -> Callable:
+    detector = load_forensic(name, real_label, device)
+    return lambda jobs: detector([row["file"] for [row] in jobs]).tolist()
+
+
+def judge_scorer(ask: Callable, question: str, first: str, second: str) -> Callable:
+    def score(jobs: list[list[dict]]) -> list[float]:
+        answers = ask(question, [[row["file"] for row in job] for job in jobs])
+        return [read_answer(answer, first, second) for answer in answers]  # log P(first) - log P(second)
+    return score
+
+
+def distance_scorer(name: str, real_rows: list[dict], device: torch.device, batch: int) -> Callable:
+    embed = load_embed(name, device)
+
+    def features(rows: list[dict]) -> Tensor:
+        parts = []
+        for i in progress(range(0, len(rows), batch), desc="features", leave=False):
+            pictures = [load_pictures([row["file"]])[0] for row in rows[i:i + batch]]  # they may differ in size
+            parts.append(embed_images(embed, pictures))
+        return torch.cat(parts)
+
+    real = features(real_rows)
+    return lambda jobs: [frechet_distance(features(job), real) for job in jobs]
 
 
 def arrow(name: str) -> str:
-    """Which way a metric is better."""
-    return "↓" if name.startswith("fd/") or name.startswith("judge/") and name != "judge/overall" else "↑"
+    """Whether a metric is better if higher or lower."""
+    is_flaw = name.startswith("judge/") and name != "judge/overall"
+    return "↓" if is_flaw or name.startswith("fd/") else "↑"
 
 
-def short_names(paths: tuple[str, ...]) -> list[str]:
-    """The last part of each path or model id, or all of it where two would be alike. A sum of rewards has parts."""
-    short = [",".join(part.rstrip("/").split("/")[-1] for part in without_questions(path).split(",")) for path in paths]
-    return short if len(set(short)) == len(short) else list(paths)
+def short_names(names: tuple[str, ...], shorten: Callable = os.path.basename) -> list[str]:
+    """Short names of paths, model ids or rewards; their full names if two would be equal."""
+    short = [shorten(name.rstrip("/")) for name in names]
+    return short if len(set(short)) == len(short) else list(names)
 
 
-def draw_report(folders: Folders, metrics: dict, pairs: dict, columns: int = 12) -> bytes:
-    """A PNG: a row of pictures per folder, a column per prompt (its first picture); bars per metric; the judge's
-    verdicts."""
-    dirs, prompts = list(folders), [row["prompt"] for row in next(iter(folders.values()))]
-    names = dict(zip(dirs, short_names(dirs)))
-    colour = {d: matplotlib.colormaps["tab10"](i % 10) for i, d in enumerate(dirs)}
-    first = [prompts.index(p) for p in list(dict.fromkeys(prompts))[:columns]]
-    wide = min(5, len(metrics))
-    rows = -(-len(metrics) // wide)
-    high = [1.02 * len(dirs), rows * (0.22 * len(dirs) + 0.6)] + ([0.3 * len(pairs) + 0.4] if pairs else [])
-    figure = Figure(figsize=(max(len(first), 8) + 1.2, sum(high) + 0.3), layout="constrained")
-    strip, bars, *verdicts = figure.subfigures(len(high), 1, height_ratios=high)
-    tiles = torch.stack([load_pictures([folders[d][i]["file"] for i in first]) for d in dirs])
-    h, w = tiles.shape[-2:]
-    gap = -(-w // 16)
-    tiles = torch.nn.functional.pad(tiles, (0, gap, 0, gap), value=1)
-    sheet = rearrange(tiles, "d k c h w -> (d h) (k w) c")[:-gap, :-gap]  # one picture: many axes are slow to draw
-    axis = strip.subplots()
-    axis.imshow(sheet.numpy())
-    axis.set_yticks([i * (h + gap) + h / 2 for i in range(len(dirs))], list(names.values()), fontsize=9)
-    titles = ["\n".join(textwrap.wrap(prompts[i], 16)[:2]).replace("$", r"\$") for i in first]
-    axis.set_xticks([i * (w + gap) + w / 2 for i in range(len(first))], titles, fontsize=7)
-    axis.tick_params(length=0, labeltop=True, labelbottom=False)
-
-    charts = bars.subplots(rows, wide, squeeze=False, sharey=True).flatten()
-    for axis, (name, scores) in zip(charts, metrics.items()):
-        mean, lo, hi = np.array([[scores[d][k] for k in ("mean", "lo", "hi")] for d in dirs], dtype=float).T
-        error = np.nan_to_num([mean - lo, hi - mean]).clip(0)
-        axis.barh(list(names.values()), mean, xerr=error, color=colour.values(), height=0.75, error_kw={"linewidth": 1})
-        lost = sum(m["nan"] for m in scores.values())
-        axis.set_title(f"{name} {arrow(name)}" + (f" ({lost} not read)" if lost else ""), fontsize=9)
-        axis.tick_params(labelsize=8)
-    charts[0].invert_yaxis()
-    if pairs:
-        draw_verdicts(verdicts[0].subplots(), pairs, names, colour)
-    for axis in figure.axes:
-        axis.spines[["top", "right"] if axis in charts[:len(metrics)] else list(axis.spines)].set_visible(False)
-        axis.set_visible(axis not in charts[len(metrics):])
-    return png(figure, 130)
-
-
-def draw_verdicts(axis, pairs: dict, names: dict[str, str], colour: dict):
-    """A bar per two folders: how many pictures of each the judge preferred."""
-    both = list(combinations(names, 2))
-    for i, ((a, b), said) in enumerate(zip(both, pairs.values())):
-        left, n = 0, sum(said[count] for count in ("win", "tie", "loss", "nan"))
-        what = {"win": (names[a], colour[a]), "tie": ("tie", "lightgray"), "loss": (names[b], colour[b]),
-                "nan": ("not read", "white")}
-        for count, (name, shade) in what.items():
-            label = f"{name} {said[count]}" if said[count] > 0.06 * n else said[count] or ""
-            axis.barh(i, said[count], left=left, color=shade, height=0.75)
-            axis.text(left + said[count] / 2, i, label, ha="center", va="center", fontsize=8, clip_on=True)
-            left += said[count]
-    labels = [f"{names[a]} vs {names[b]}" for a, b in both]
-    axis.set(yticks=range(len(both)), yticklabels=labels, xticks=[], xlim=(0, n))
-    axis.set_title("judge/quality: pictures preferred, whichever is shown first", fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.invert_yaxis()
-
-
-def table(dirs: tuple[str, ...], metrics: dict, pairs: dict) -> str:
+def table(dirs: tuple[str, ...], metrics: dict, verdicts: dict) -> str:
     """The report in Markdown."""
     lines = ["| metric | " + " | ".join(dirs) + " |", "|---|" + "---|" * len(dirs)]
     for name, scores in metrics.items():
         cells = []
         for m in (scores[d] for d in dirs):
             cell = "-" if m["mean"] is None else f"{m['mean']:.4f}"
-            cell += f" [{m['lo']:.4f}, {m['hi']:.4f}]" if m["lo"] is not None else ""
-            cells.append(cell + (f" ({m['nan']} of {m['n'] + m['nan']} not read)" if m["nan"] else ""))
+            cell += "" if m["lo"] is None else f" [{m['lo']:.4f}, {m['hi']:.4f}]"
+            cell += f" ({m['nan']} of {m['n'] + m['nan']} not read)" if m["nan"] else ""
+            cells.append(cell)
         lines.append(f"| {name} {arrow(name)} | " + " | ".join(cells) + " |")
-    if pairs:
+    if verdicts:
         lines += ["", "| judge/quality | win | tie | loss | not read | rate |", "|---|---|---|---|---|---|"]
-    for name, m in pairs.items():
-        rate = "-" if m["rate"] is None else f"{m['rate']:.3f}"
-        rate += f" [{m['lo']:.3f}, {m['hi']:.3f}]" if m["lo"] is not None else ""
-        lines.append(f"| {name} | {m['win']} | {m['tie']} | {m['loss']} | {m['nan']} | {rate} |")
+    for name, v in verdicts.items():
+        rate = "-" if v["rate"] is None else f"{v['rate']:.3f}"
+        rate += "" if v["lo"] is None else f" [{v['lo']:.3f}, {v['hi']:.3f}]"
+        lines.append(f"| {name} | {v['win']} | {v['tie']} | {v['loss']} | {v['nan']} | {rate} |")
     return "\n".join(lines)
 
 
-def reward_of(spec: str, device: torch.device) -> Callable:
-    """score(rows) of a reward."""
-    reward = load_reward(spec, device)
-    return lambda rows: reward(load_pictures([row["file"] for row in rows]), [row["prompt"] for row in rows]).tolist()
+def draw_report(folders: Folders, metrics: dict, verdicts: dict) -> bytes:
+    """A PNG: each folder's pictures, a bar chart per metric, the judge's verdicts."""
+    names = dict(zip(folders, short_names(folders)))
+    colours = {d: matplotlib.colormaps["tab10"](i % 10) for i, d in enumerate(folders)}
+    columns = min(5, len(metrics))
+    rows = -(-len(metrics) // columns)
+    heights = [1.02 * len(names), rows * (0.22 * len(names) + 0.6)]
+    if verdicts:
+        heights.append(0.3 * len(verdicts) + 0.4)
+    prompts = dict.fromkeys(row["prompt"] for row in next(iter(folders.values())))
+    figure = Figure(figsize=(min(max(len(prompts), 8), 12) + 1.2, sum(heights) + 0.3), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights)
+    draw_pictures(parts[0].subplots(), folders, names)
+    charts = parts[1].subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    for axis, (name, scores) in zip(charts, metrics.items()):
+        mean, lo, hi = np.array([[scores[d][k] for k in ("mean", "lo", "hi")] for d in names], dtype=float).T
+        axis.barh(list(names.values()), mean, xerr=np.nan_to_num([mean - lo, hi - mean]).clip(0), height=0.75,
+                  color=colours.values(), error_kw={"linewidth": 1})
+        unread = sum(score["nan"] for score in scores.values())
+        axis.set_title(f"{name} {arrow(name)}" + (f" ({unread} not read)" if unread else ""), fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    charts[0].invert_yaxis()
+    for axis in charts[len(metrics):]:
+        axis.set_visible(False)
+    if verdicts:
+        draw_verdicts(parts[2].subplots(), verdicts, names, colours)
+    return png(figure, 130)
 
 
-def realism_of(spec: str, real_label: str | None, device: torch.device) -> Callable:
-    """score(rows) of a detector."""
-    detector = load_forensic(spec, real_label, device)
-    return lambda rows: detector([row["file"] for row in rows]).tolist()
+def draw_pictures(axis, folders: Folders, names: dict[str, str], columns: int = 12):
+    """A row per folder, a column per prompt: the prompt's first picture."""
+    prompts = [row["prompt"] for row in next(iter(folders.values()))]
+    first = [prompts.index(prompt) for prompt in list(dict.fromkeys(prompts))[:columns]]
+    tiles = torch.stack([load_pictures([rows[i]["file"] for i in first]) for rows in folders.values()])
+    h, w = tiles.shape[-2:]
+    gap = -(-w // 16)
+    tiles = torch.nn.functional.pad(tiles, (0, gap, 0, gap), value=1)
+    sheet = rearrange(tiles, "d k c h w -> (d h) (k w) c")[:-gap, :-gap]  # one image: many axes are slow to draw
+    axis.imshow(sheet.numpy())
+    axis.set_yticks([i * (h + gap) + h / 2 for i in range(len(names))], list(names.values()), fontsize=9)
+    titles = ["\n".join(textwrap.wrap(prompts[i], 16)[:2]).replace("$", r"\$") for i in first]
+    axis.set_xticks([i * (w + gap) + w / 2 for i in range(len(first))], titles, fontsize=7)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
 
 
-def margin_of(judge: Load, question: str) -> Callable:
-    """score(rows) of a judge: log P(yes) - log P(no)."""
-    ask = judge()
-    return lambda rows: [read_answer(top, "yes", "no") for top in ask(question, [[row["file"]] for row in rows])]
-
-
-def distance_of(args: Args, folders: Folders, real_rows: list[dict], device: torch.device) -> Callable:
-    """score(dirs): the Frechet distances of folders to the real pictures."""
-    embed = load_embed(args.embed, device)
-
-    def features(rows: list[dict]) -> Tensor:
-        """Of pictures that may differ in size: (n, d)."""
-        parts = [rows[i:i + args.batch] for i in range(0, len(rows), args.batch)]
-        parts = progress(parts, desc="features", leave=False)
-        return torch.cat([embed_images(embed, [load_pictures([row["file"]])[0] for row in part]) for part in parts])
-
-    real = features(real_rows)
-    return lambda dirs: [frechet_distance(features(folders[d]), real) for d in dirs]
+def draw_verdicts(axis, verdicts: dict, names: dict[str, str], colours: dict):
+    """A bar per two folders: how many pictures of each the judge prefers."""
+    pairs = list(combinations(names, 2))
+    labels = [f"{names[a]} vs {names[b]}" for a, b in pairs]
+    parts = {"win": [(names[a], colours[a]) for a, _ in pairs], "tie": [("tie", "lightgray")] * len(pairs),
+             "loss": [(names[b], colours[b]) for _, b in pairs], "nan": [("not read", "white")] * len(pairs)}
+    n = sum(next(iter(verdicts.values()))[count] for count in parts)
+    left = np.zeros(len(pairs))
+    for count, said in parts.items():
+        counts = [verdict[count] for verdict in verdicts.values()]
+        bars = axis.barh(labels, counts, left=left, color=[colour for _, colour in said], height=0.75)
+        texts = [f"{name} {k}" if k > 0.06 * n else k or "" for (name, _), k in zip(said, counts)]
+        axis.bar_label(bars, texts, label_type="center", fontsize=8)
+        left += counts
+    axis.set(xticks=[], xlim=(0, n))
+    axis.set_title("judge/quality: pictures preferred, whichever is shown first", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.invert_yaxis()
+    axis.spines[:].set_visible(False)
 
 
 @one_line_errors()
 def main(args: Args):
-    """Compare folders."""
+    """Check the flags, score the folders by each metric, write the report."""
     quiet_libraries()
     check_flags(args, {"bootstrap": 1, "batch": 1, "judge_concurrency": 1, "judge_retries": 0, "judge_timeout": 1e-3})
     check_place(args.out, "--out", ("scores.jsonl", "report.json", "report.png"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.judge = None if args.judge in (None, "none", "None") else args.judge
+    if not (args.reward or args.forensic or args.judge or args.real):
+        raise InputError("nothing to compare by: give --reward, --judge, --forensic or --real")
     folders = pair_folders(args.dirs)
+    first = args.dirs[0]
+    prompts = [row["prompt"] for row in folders[first]]
     real_rows = read_folder(args.real, plain=True) if args.real else []
-    prompts = [row["prompt"] for row in folders[args.dirs[0]]]
     n, n_real = len(prompts), len(real_rows)
     if args.real and min(n, n_real) < 2:
         raise InputError(f"--real {args.real}: a Frechet distance takes at least two pictures, here {n} against "
                          f"{n_real}")
-    args.judge = None if args.judge in (None, "none", "None") else args.judge
-    if not (args.reward or args.forensic or args.judge or args.real):
-        raise InputError("nothing to compare by: give --reward, --judge, --forensic or --real")
-    server = bool(args.judge) and args.judge.startswith(SERVERS)
-    if args.judge and not server:
+    is_server = bool(args.judge) and args.judge.startswith(SERVERS)
+    if args.judge and not is_server:
         check_model("--judge", args.judge, "http://HOST:PORT/v1, ")
-    if server and not args.judge_model:
+    if is_server and not args.judge_model:
         raise InputError(f"--judge {args.judge}: give the model's name on that server as --judge-model")
     tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
-    if tiny and folders[args.dirs[0]][0]["size"] != (64, 64):
-        print(f"note: {', '.join(tiny)} know only the miniature's 64x64 pictures; what they say of these means little")
+    if tiny and folders[first][0]["size"] != (64, 64):
+        print(f"note: {', '.join(tiny)} were trained on 64x64 pictures of one kind; their scores of others mean little")
     out = Path(args.out)
     check_out(out)
-    values, metrics, pairs = {}, {}, {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    judge = functools.partial(local_judge, args.judge, device)
-    if server:
-        judge = functools.partial(http_judge, args.judge, args.judge_model, args.judge_timeout, args.judge_retries,
-                                  args.judge_concurrency)
-    judge = functools.cache(judge)  # ask(question, pictures), loaded once
-    for spec, short in zip(args.reward, short_names(args.reward)):
-        name, load = f"reward/{short}", functools.partial(reward_of, spec, device)
-        values[name] = score_rows(out, folders, identity(spec, device), load, args.batch, name)
-    for spec, short in zip(args.forensic, short_names(args.forensic)):
-        name, load = f"forensic/{short}", functools.partial(realism_of, spec, args.real_label, device)
-        values[name] = score_rows(out, folders, f"{identity(spec, device)} {args.real_label}", load, args.batch, name)
+    def scores(metric: str, who: str, load: Callable, batch: int = args.batch) -> dict[str, Tensor]:
+        """Each folder's scores (n,) of single pictures."""
+        jobs = [[row] for rows in folders.values() for row in rows]
+        return dict(zip(folders, cached(out, who, jobs, load, batch, metric).view(-1, n)))
+
+    values, verdicts = {}, {}  # values: metric: folder: scores (n,)
+    for spec, short in zip(args.reward, short_names(args.reward, short_reward)):
+        question = args.vlm_question or VLM_QUESTION if "vlm:" in spec else ""
+        values[f"reward/{short}"] = scores(f"reward/{short}", f"{identity(spec, device)} {question}",
+                                           lambda: reward_scorer(spec, device, question))
+    for name, short in zip(args.forensic, short_names(args.forensic)):
+        values[f"forensic/{short}"] = scores(f"forensic/{short}", f"{identity(name, device)} {args.real_label}",
+                                             lambda: detector_scorer(name, args.real_label, device))
     if args.judge:
-        who = f"{identity(args.judge, device)} {args.judge_model}"
-        batch = args.batch * (args.judge_concurrency if server else 1)
-        for short, question in SINGLE.items():
-            name, load = f"judge/{short}", functools.partial(margin_of, judge, question)
-            margin = score_rows(out, folders, f"{who} {question}", load, batch, name)
-            values[name] = {d: m.sigmoid() for d, m in margin.items()}
-        pairs = compare_pairs(judge, f"{who} {PAIR}", folders, args.bootstrap, batch, out)
+        @functools.cache
+        def load_judge() -> Callable:
+            if is_server:
+                return http_judge(args.judge, args.judge_model, args.judge_timeout, args.judge_retries,
+                                  args.judge_concurrency)
+            return local_judge(args.judge, device)
 
+        who = f"{identity(args.judge, device)} {args.judge_model}"
+        batch = args.batch * (args.judge_concurrency if is_server else 1)
+        for short, question in SINGLE.items():
+            margins = scores(f"judge/{short}", f"{who} {question}",
+                             lambda: judge_scorer(load_judge(), question, "yes", "no"), batch)
+            values[f"judge/{short}"] = {d: margin.sigmoid() for d, margin in margins.items()}
+        orders = list(permutations(folders, 2))
+        jobs = [[x, y] for a, b in orders for x, y in zip(folders[a], folders[b])]
+        margins = cached(out, f"{who} {PAIR}", jobs, lambda: judge_scorer(load_judge(), PAIR, "A", "B"), batch,
+                         "judge/quality")
+        verdicts = compare_pairs(folders, dict(zip(orders, margins.view(-1, n))), args.bootstrap)
+
+    metrics = {}
     for name, by_folder in values.items():
-        metrics[name] = {d: summary(v, prompts, args.bootstrap) for d, v in by_folder.items()}
-        for d in args.dirs[1:]:  # paired: the same prompts and noise
-            diff = summary(by_folder[d] - by_folder[args.dirs[0]], prompts, args.bootstrap)
+        metrics[name] = {d: summary(by_folder[d], prompts, args.bootstrap) for d in folders}
+        for d in args.dirs[1:]:  # the pictures are paired, so their differences have an interval of their own
+            diff = summary(by_folder[d] - by_folder[first], prompts, args.bootstrap)
             metrics[name][d]["diff"] = {k: diff[k] for k in ("mean", "lo", "hi")}
     if args.real:
-        name, real_hashes = f"fd/{short_names((args.embed,))[0]}", sorted(row["hash"] for row in real_rows)
-        who = identity(args.embed, device)
-        keys = {d: key(who, sorted(row["hash"] for row in rows), real_hashes) for d, rows in folders.items()}
-        load = functools.partial(distance_of, args, folders, real_rows, device)
-        fd = cached(out, {k: d for d, k in keys.items()}, load, len(keys), name)
-        metrics[name] = {d: {"mean": fd[k], "lo": None, "hi": None, "n": n, "nan": 0} for d, k in keys.items()}
-        if n < 128 or n_real < 128:
+        name = f"fd/{short_names((args.embed,))[0]}"
+        who = f"{identity(args.embed, device)} {sorted(row['hash'] for row in real_rows)}"
+        distances = cached(out, who, list(folders.values()),
+                           lambda: distance_scorer(args.embed, real_rows, device, args.batch), len(folders), name)
+        metrics[name] = {d: {"mean": distance, "lo": None, "hi": None, "n": n, "nan": 0}
+                         for d, distance in zip(folders, distances.tolist())}
+        if min(n, n_real) < 128:
             print(f"note: {name} of {n} pictures to {n_real}: so few make it larger than it is, and noisy")
 
-    metrics, pairs = (json.loads(json_text(numbers)) for numbers in (metrics, pairs))  # None for NaN, as in the file
+    metrics, verdicts = json.loads(json_text([metrics, verdicts]))  # with None for NaN, as in the file
     report = {"dirs": list(args.dirs), "n": n, "args": asdict(args), "metrics": metrics,
-              "pairs": {"judge/quality": pairs} if pairs else {}}
-    picture = draw_report(folders, metrics, pairs)
-    write_files({out / "report.json": json_text(report, indent=2) + "\n", out / "report.png": picture})
-    print(table(args.dirs, metrics, pairs))
+              "pairs": {"judge/quality": verdicts} if verdicts else {}}
+    write_files({out / "report.json": json_text(report, indent=2) + "\n",
+                 out / "report.png": draw_report(folders, metrics, verdicts)})
+    print(table(args.dirs, metrics, verdicts))
 
 
 if __name__ == "__main__":

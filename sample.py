@@ -2,11 +2,10 @@
 
     python sample.py --prompt "a red star" --n 16 --out runs/base
     python sample.py --lora runs/awm-sd3-pickscore-lam0.05-s0/lora --norms --out runs/guarded
-    python sample.py --lora DIR --renorm match --out runs/renorm          # inference-time repair, for comparison
+    python sample.py --lora DIR --renorm match --out runs/renorm          # the norm repaired at inference, to compare
 
-Writes PNGs (of videos the middle frame, and a GIF), grid.png and samples.jsonl to OUT. Each line of samples.jsonl makes
-the same picture in plain diffusers (within 2/255 in fp32, as on a CPU; on a GPU diffusers keeps its latents in bf16, we
-in fp32; with --renorm, which diffusers cannot do, row["pipe"] is null):
+Writes PNGs (of a video its middle frame, and a GIF), grid.png and samples.jsonl to OUT. Each row of samples.jsonl makes
+the same picture in plain diffusers (in fp32 within 2/255, as on a CPU; on a GPU our latents are fp32, diffusers' bf16):
 
     pipe = DiffusionPipeline.from_pretrained(row["model"], dtype=torch.float32)
     if row["scheduler"]:                                                   # the pipeline ships another than plain Euler
@@ -15,15 +14,19 @@ in fp32; with --renorm, which diffusers cannot do, row["pipe"] is null):
         pipe.load_lora_weights(row["lora"])
         pipe.set_adapters(pipe.get_active_adapters(), row["lora_scale"])
     pipe(prompt=row["prompt"], generator=torch.Generator("cpu").manual_seed(row["seed"]), **row["pipe"])
+
+With --renorm, which diffusers cannot do, row["pipe"] is null.
+
+--adjoint asks whether the reward gains from longer or shorter velocities: its signal is coherent if |t statistic| is
+well above 2 (outside the gray band), most pictures agree in sign, and two halves of the pictures agree (cosine near 1).
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch: threads that wait soon leave a core to other processes
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: its idle threads soon free their core
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -56,8 +59,7 @@ from flow.pipeline import (
 from flow.prompts import read_prompts, warn_unsuitable
 from flow.rewards import load_reward
 
-# what it writes besides the pictures
-FILES = "samples.jsonl", "grid.png", "norms.json", "norms.png", "adjoint.json", "adjoint.png"
+FILES = "samples.jsonl", "grid.png", "norms.json", "norms.png", "adjoint.json", "adjoint.png"  # besides the pictures
 
 
 @dataclass
@@ -65,50 +67,50 @@ class Args:
     model: str = "tiny/sd3"
     """any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id"""
     lora: str | None = None
-    """folder with pytorch_lora_weights.safetensors, as training writes it to OUT/lora"""
+    """folder with pytorch_lora_weights.safetensors; a training run writes OUT/lora"""
     lora_scale: float = 1.0
-    """how much of the LoRA: 0 is the base"""
+    """strength of the LoRA; 0 gives the base's pictures"""
     prompts: str = "tiny/eval_prompts.txt"
-    """text file, one prompt a line"""
+    """text file with one prompt per line"""
     prompt: str | None = None
     """one prompt, instead of --prompts"""
     n: int = 1
-    """pictures a prompt"""
+    """pictures per prompt"""
     steps: int = 28
     """Euler steps"""
     guidance: float | None = None
-    """guidance scale (None: none), or what a guidance embedding is told (its own default)"""
+    """guidance scale (None: no guidance; a model with a guidance embedding gets its default)"""
     size: int | None = None
-    """pixels a side (None: the model's own)"""
+    """pixels per side (None: the model's default)"""
     frames: int | None = None
-    """frames of a video, for a model that makes videos (None: the model's own)"""
+    """frames per video, for a model that makes videos (None: the model's default)"""
     seed: int = 0
     """picture i starts from the noise of seed + i"""
     batch: int = 64
-    """pictures at once"""
+    """pictures sampled at once"""
     renorm: str = "none"
-    """rescale each velocity to the reference's norm: none, match, or cap (only shrink); or project: take out of its
-    difference from the reference what lies along that"""
+    """change each velocity v by the base's v_ref: match its norm, cap the norm at its norm, project (remove the part of
+    v - v_ref along v_ref), none"""
     norms: bool = False
-    """measure the norm ratio to the reference at each step (before any --renorm): norms.json, norms.png"""
+    """measure norm(v) / norm(v_ref) at each step, before any --renorm: norms.json, norms.png"""
     adjoint: bool = False
-    """how --reward, and as a control the picture's energy, would change if a step's velocity were scaled: adjoint.json,
-    adjoint.png. A coherent signal has a |t statistic| well above 2 (the gray band), most pictures of one sign, half
-    batches that agree (cosine near 1)"""
+    """measure how --reward, and as a control the picture's energy, would change if a step's velocity were scaled:
+    adjoint.json, adjoint.png"""
     reward: str | None = None
-    """also score the pictures, as in training"""
+    """score the pictures with a reward, as training does"""
+    vlm_question: str | None = None
+    """question that a vlm:MODEL reward asks; {prompt} in it is the picture's prompt (None: does it show the prompt?)"""
     out: str = "runs/samples"
     """folder for the results"""
 
 
 def adjoint(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, rewards: list, *, guidance: float | None = None,
             batch: int = 8) -> list[Tensor]:
-    """How each reward would change if one step's velocity were scaled: in x_{k+1} = x_k + dt_k (1 + s_k) v_k, dR/ds_k
-    at s = 0.
+    """How each reward R would change if one step's velocity were scaled: dR/ds_k at s = 0, (n, steps) for each R, where
+    x_{k+1} = x_k + dt_k (1 + s_k) v_k. The rewards are differentiable functions (images in [0, 1], prompts) -> (b,).
 
-    rewards: differentiable functions (images in [0, 1], prompts) -> (b,). Returns (n, steps) for each. By the discrete
-    adjoint a_k = a_{k+1} + dt_k (dv_k/dx_k)^T a_{k+1}, a_N = dR/dx_N, and dR/ds_k = <a_{k+1}, dt_k v_k>: one step's
-    graph is held at a time, so its memory is that of one training step. """
+    By the discrete adjoint a_N = dR/dx_N, a_k = a_{k+1} + dt_k (dv_k/dx_k)^T a_{k+1}, dR/ds_k = <a_{k+1}, dt_k v_k>.
+    Only one step's graph is held at a time, so it needs as much memory as one training step."""
     out, dts = [[] for _ in rewards], sigmas.diff().tolist()
     last = len(rewards) - 1
     for i in progress(range(0, len(noise), batch), desc="adjoint", leave=False):
@@ -134,8 +136,7 @@ def adjoint(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, rewards: li
 
 
 def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
-    """norms.json and norms.png: mean, spread and extremes of (n, steps) norm ratios at each step's t, as the model
-    gives them."""
+    """Write norms.json and norms.png: the mean, spread and extremes of norm ratios (n, steps) at each step's t."""
     t = sigmas[:-1].tolist()
     rows = {"t": t, "mean": ratios.mean(0).tolist(), "std": ratios.std(0, correction=0).tolist(),
             "min": ratios.amin(0).tolist(), "max": ratios.amax(0).tolist(), "n": len(ratios),
@@ -155,28 +156,29 @@ def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
 
 
 def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor], prompts: list[str]):
-    """adjoint.json and adjoint.png: for each reward, dR/ds (n, steps) as the batch's mean at each step, its t statistic
-    (mean over standard error), the share of pictures with the mean's sign, and the cosine of the two half batches'
-    means. Pictures of one prompt are alike: the error is that of the prompts' means, and the halves have no prompt in
-    common (with one prompt: pictures)."""
-    units = prompts if len(set(prompts)) > 1 else range(len(prompts))
-    unit_of = torch.tensor([list(dict.fromkeys(units)).index(unit) for unit in units])
-    rows = {"t": sigmas[:-1].tolist(), "n": len(prompts), "units": int(unit_of.max()) + 1}
+    """Write adjoint.json and adjoint.png: for each reward, statistics of dR/ds (n, steps) over the pictures.
+
+    These are its mean and spread, the t statistic (mean over standard error), the share of pictures with the mean's
+    sign, and the cosine between the means of two halves. Pictures of one prompt are not independent: so the standard
+    error is that of the prompts' means, and the halves share no prompt. With only one prompt both are over pictures."""
+    units = prompts if len(set(prompts)) > 1 else list(range(len(prompts)))
+    pictures_of = {unit: [i for i, other in enumerate(units) if other == unit] for unit in units}
+    rows = {"t": sigmas[:-1].tolist(), "n": len(prompts), "units": len(pictures_of)}
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     axes = figure.subplots(1, 3)
     for name, s in sensitivity.items():
         s = s.double()
         mean, std = s.mean(0), s.std(0)
-        by_unit = torch.stack([s[unit_of == u].mean(0) for u in range(rows["units"])])  # (units, steps)
+        by_unit = torch.stack([s[pictures].mean(0) for pictures in pictures_of.values()])  # (units, steps)
         t = by_unit.mean(0) / (by_unit.std(0) / len(by_unit) ** 0.5).clamp_min(1e-30)
-        agree = (s.sign() == mean.sign()).double().mean(0)
+        same_sign = (s.sign() == mean.sign()).double().mean(0)
         halves = by_unit[::2].mean(0), by_unit[1::2].mean(0)
         cosine = torch.nn.functional.cosine_similarity(*halves, dim=0).item()
         rows[name] = {"mean": mean.tolist(), "std": std.tolist(), "t_statistic": t.tolist(),
-                      "same_sign": agree.tolist(), "half_batch_cosine": cosine}
-        print(f"{name}: largest |t statistic| {t.abs().max():.1f}, same sign {agree.mean():.2f} on average, "
+                      "same_sign": same_sign.tolist(), "half_batch_cosine": cosine}
+        print(f"{name}: largest |t statistic| {t.abs().max():.1f}, same sign {same_sign.mean():.2f} on average, "
               f"cosine of half batches {cosine:.2f}")
-        for axis, values in zip(axes, (mean / std.clamp_min(1e-30), t, agree)):
+        for axis, values in zip(axes, (mean / std.clamp_min(1e-30), t, same_sign)):
             axis.plot(rows["t"], values, marker="o", markersize=3, label=f"{name} (cosine {cosine:.2f})")
     titles = "mean of dR/ds over its spread", "t statistic of the batch", "share of pictures with the mean's sign"
     for axis, title in zip(axes, titles):
@@ -189,38 +191,37 @@ def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor], pro
 
 
 def energy(images: Tensor, prompts: list[str]) -> Tensor:
-    """A picture's mean square, (b,): the control, whose gradient is along the velocity."""
+    """A picture's mean square, (b,): a control whose gradient is along the velocity."""
     return (2 * images - 1).square().flatten(1).mean(1)
 
 
 @one_line_errors()
 def main(args: Args):
-    """Sample, measure, write."""
+    """Check the flags, sample, write the pictures, measure."""
     if args.renorm not in ("none", *REPAIRS):
-        raise InputError(f"--renorm {args.renorm}: none, {', '.join(REPAIRS)}")
+        raise InputError(f"--renorm {args.renorm}: give one of none, {', '.join(REPAIRS)}")
     check_flags(args, {"n": 1, "steps": 1, "batch": 1, "size": 1, "frames": 1, "seed": 0, "guidance": 0})
     if (args.norms or args.renorm != "none") and not args.lora:
         raise InputError("--norms and --renorm compare a LoRA with its base: give --lora")
     if args.adjoint and not args.reward:
-        raise InputError("--adjoint asks how a reward would change: give --reward")
+        raise InputError("--adjoint measures how a reward would change: give --reward")
     prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts, "--prompts")
-    if args.n * len(prompts) > MOST["n"]:
-        raise InputError(f"--n {args.n}: makes {args.n * len(prompts)} pictures of {len(prompts)} prompts; at most "
-                         f"{MOST['n']}")
-    prompts = [p for p in prompts for _ in range(args.n)]
-    seeds = list(range(args.seed, args.seed + len(prompts)))
+    prompts = [prompt for prompt in prompts for _ in range(args.n)]
+    if len(prompts) > MOST["n"]:
+        raise InputError(f"--n {args.n}: makes {len(prompts)} pictures; at most {MOST['n']}")
     if args.seed >= 2**63 - len(prompts):
         raise InputError(f"--seed {args.seed}: must be below 2^63")
+    seeds = list(range(args.seed, args.seed + len(prompts)))
     if args.lora:
         check_lora(args.lora)
     check_place(args.out, "--out", FILES)
-    earlier_samples(args.out)
+    earlier_samples(args.out)  # refuses a folder with pictures from elsewhere
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reward = load_reward(args.reward, device) if args.reward else None
+    reward = load_reward(args.reward, device, question=args.vlm_question) if args.reward else None
     rewards = {"energy (control)": energy}
     if args.adjoint:
         rewards = {args.reward: load_reward(args.reward, device, differentiable=True), **rewards}
-
     pipe = load_pipeline(args.model, device, args.size, args.frames)
     if args.adjoint and device.type == "cuda":
         pipe.transformer.enable_gradient_checkpointing()
@@ -228,23 +229,26 @@ def main(args: Args):
         load_lora(pipe, args.lora, args.model, args.lora_scale)
     warn_unsuitable(pipe, prompts, args.size)
     encode_prompts(pipe, prompts, args.guidance)
+
     sigmas = schedule(pipe, args.steps)
     noise = draw_noise(pipe, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])
     x0, ratios = integrate(pipe, noise, prompts, sigmas, guidance=args.guidance, renorm=args.renorm, compare=args.norms,
                            batch=args.batch)
     pictures = decode(pipe, x0)
 
-    settings = {"num_inference_steps": args.steps, **pipe.flow.settings, **guided(pipe, args.guidance)}
-    settings |= {"height": pictures.shape[-2], "width": pictures.shape[-1]}
-    settings = settings if args.renorm == "none" else None  # diffusers cannot renormalize
-    rows = [{"prompt": p, "seed": s, "model": args.model, "lora": args.lora, "lora_scale": args.lora_scale,
-             "scheduler": pipe.flow.scheduler,
-             "renorm": args.renorm, "pipe": settings} for p, s in zip(prompts, seeds)]
+    settings = None  # plain diffusers cannot do --renorm
+    if args.renorm == "none":
+        settings = {"num_inference_steps": args.steps, **pipe.flow.settings, **guided(pipe, args.guidance),
+                    "height": pictures.shape[-2], "width": pictures.shape[-1]}
+    rows = [{"prompt": prompt, "seed": seed, "model": args.model, "lora": args.lora, "lora_scale": args.lora_scale,
+             "scheduler": pipe.flow.scheduler, "renorm": args.renorm, "pipe": settings}
+            for prompt, seed in zip(prompts, seeds)]
     if reward:
-        for row, r in zip(rows, reward(pictures, prompts).tolist()):
-            row["reward"] = r
-        print(f"reward: {np.mean([row['reward'] for row in rows]):.4f}")
+        scores = reward(pictures, prompts)
+        rows = [{**row, "reward": score} for row, score in zip(rows, scores.tolist())]
+        print(f"reward: {scores.mean():.4f}")
     save_samples(args.out, pictures, rows)
+
     out = Path(args.out)
     if args.adjoint:
         sensitivity = adjoint(pipe, noise, prompts, sigmas, list(rewards.values()), guidance=args.guidance,

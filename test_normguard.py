@@ -54,7 +54,7 @@ def test_hinge_value_and_gradient(margin):
     assert v_ref.grad is None
 
 
-def test_hinge_is_silent_on_the_reference_itself():
+def test_hinge_is_zero_on_the_reference_itself():
     v, _ = random_pair()
     v = v.float().requires_grad_()
     norm_hinge(v, v.detach()).sum().backward()
@@ -92,7 +92,7 @@ def test_guard_gradient_takes_out_what_lengthens_and_pulls_inward(margin):
     assert guarded.dtype == g.dtype and guarded.shape == g.shape
 
 
-def test_guard_gradient_knows_no_scale():
+def test_guard_gradient_scales_with_the_gradient():
     v, v_ref = random_pair()
     g = torch.randn(v.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -119,7 +119,7 @@ def test_guard_gradient_stays_finite_and_in_its_dtype():
 
 
 def test_oppose_changes_the_gradient_and_nothing_else():
-    """Two ways from the loss back to v: it is their sum that is guarded, and it goes on to the weights."""
+    """The loss depends on v in two ways: the sum of both gradients is guarded, and it goes on to the weights."""
     generator = torch.Generator().manual_seed(0)
     x, target, v_ref = (torch.randn(6, n, generator=generator, dtype=torch.float64) for n in (4, 9, 9))
     weight = torch.randn(4, 9, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -138,7 +138,7 @@ def test_oppose_changes_the_gradient_and_nothing_else():
 
 
 def test_within_the_margin_no_guard_acts():
-    """Velocities longer than the reference's by 0 %, 3 % and 7 %, at a margin of 5 %."""
+    """Velocities that are 0 %, 3 % and 7 % longer than the reference, at margins of 5 %, 2 % and 10 %."""
     v_ref, g = torch.randn(2, 3, 4, 2, generator=generator(0), dtype=torch.float64)
     v = v_ref * torch.tensor([1.0, 1.03, 1.07], dtype=torch.float64).view(3, 1, 1)
     for margin, acts in ((0.05, [False, False, True]), (0.02, [False, True, True]), (0.1, [False] * 3)):
@@ -213,7 +213,7 @@ def test_awm_on_policy_ratio_is_one():
 
 
 def slopes(f, *velocities, h=1e-6):
-    """Central differences of f (arrays -> number) in each of its arrays."""
+    """Central differences of f (arrays -> number) by each of its arrays."""
     out = [np.zeros_like(v) for v in velocities]
     for k, i in ((k, i) for k, v in enumerate(velocities) for i in np.ndindex(v.shape)):
         moved = [[v.copy() for v in velocities] for _ in range(2)]
@@ -225,8 +225,8 @@ def slopes(f, *velocities, h=1e-6):
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
 def test_nft_loss_value_and_gradient(beta):
-    """The official loss (train_nft_sd3.py), whose weights are held fixed in the differences as its no_grad holds
-    them."""
+    """Against the official loss (train_nft_sd3.py). Its adaptive weights have no gradient there, so the finite
+    differences keep them fixed."""
     g = np.random.default_rng(0)
     v, v_old, x0, xt = g.normal(size=(4, 6, 2, 3))
     t, r = g.uniform(0.1, 1, 6), np.array([0.0, 1.0, 0.5, 0.3, 0.8, 0.6])
@@ -275,7 +275,7 @@ def test_best_and_worst():
     assert w.tolist() == [1, 2, 4, 5] and l.tolist() == [0, 3, 7, 6]
 
 
-def test_old_policy_follows_as_officially():
+def test_old_decay_is_the_official_one():
     """return_decay of train_nft_sd3.py, types 0, 1 and 2."""
     for start, rate, most in ((0, 0.0, 0.0), (0, 0.001, 0.5), (75, 0.0075, 0.999)):
         for step in (0, 1, 74, 75, 76, 200, 499, 500, 501, 9999):

@@ -40,9 +40,9 @@ from torch import Tensor
 
 from flow import draws, run
 from flow.cli import InputError, one_line_errors, parse, progress
-from flow.distributed import local_device, local_slice, sum_gradients
+from flow.distributed import local_device, local_slice, mean_over_rows, sum_gradients
 from flow.evaluate import evaluate, reward_stats, score
-from flow.lora import add_lora, swapped
+from flow.lora import add_lora, prepare_transformer, swapped
 from flow.pipeline import integrate, schedule, velocity
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
@@ -149,7 +149,7 @@ def main(args: Args, rival=None):
         out, saved, pipe.transformer, params, optimizer, ema=ema)
     run.open_run(out, "awm", args, pipe, saved)
     run.encode_local_prompts(out, args, pipe, prompts, eval_prompts)
-    run.prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
+    prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
     if first_epoch == 0 and args.eval_every:
         evaluate(out, args, pipe, reward, eval_prompts, step=0, epoch=0)
 
@@ -209,7 +209,7 @@ def main(args: Args, rival=None):
                             "clip_share": (policy_ratio - 1).abs() > CLIP,
                             "policy_ratio": policy_ratio, "policy_ratio_square": policy_ratio.square()}
                 logged.append(row_log)
-            means = run.mean_over_rows(logged, len(update))
+            means = mean_over_rows(logged, len(update))
             square, mean = means.pop("policy_ratio_square"), means.pop("policy_ratio")
             means["ratio_std"] = max(0, square - mean ** 2) ** 0.5
 

@@ -47,9 +47,9 @@ from torch import Tensor
 
 from flow import draws, run
 from flow.cli import InputError, one_line_errors, parse, progress
-from flow.distributed import local_device, local_slice, sum_gradients
+from flow.distributed import local_device, local_slice, mean_over_rows, sum_gradients
 from flow.evaluate import evaluate, reward_stats, score
-from flow.lora import add_lora, swapped
+from flow.lora import add_lora, prepare_transformer, swapped
 from flow.pipeline import integrate, schedule, training_levels, velocity
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
@@ -162,7 +162,7 @@ def main(args: Args, rival=None):
         out, saved, pipe.transformer, params, optimizer, ema=ema)
     run.open_run(out, "dpo", args, pipe, saved)
     run.encode_local_prompts(out, args, pipe, prompts, eval_prompts)
-    run.prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
+    prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
     if first_epoch == 0 and args.eval_every:
         evaluate(out, args, pipe, reward, eval_prompts, step=0, epoch=0)
 
@@ -216,7 +216,7 @@ def main(args: Args, rival=None):
                 logged.append({"norm_ratio": ratio.mean(0), "active": (ratio > 1 + args.margin).float().mean(0),
                                "t": t[rows], "loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl,
                                "accuracy": weight * (margin > 0), "margin": weight * margin})
-            means = run.mean_over_rows(logged, len(update))
+            means = mean_over_rows(logged, len(update))
 
             # ---- optimizer step, unless the loss or a gradient is not finite
             sum_gradients(params)

@@ -43,9 +43,9 @@ from torch import Tensor
 
 from flow import draws, run
 from flow.cli import InputError, one_line_errors, parse, progress
-from flow.distributed import local_device, local_slice, sum_gradients
+from flow.distributed import local_device, local_slice, mean_over_rows, sum_gradients
 from flow.evaluate import evaluate, reward_stats, score
-from flow.lora import add_lora, swapped, use_adapter
+from flow.lora import add_lora, prepare_transformer, swapped, use_adapter
 from flow.pipeline import integrate, schedule, velocity
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
@@ -166,7 +166,7 @@ def main(args: Args, rival=None):
         out, saved, pipe.transformer, params, optimizer, ema=ema, old=old_params)
     run.open_run(out, "nft", args, pipe, saved)
     run.encode_local_prompts(out, args, pipe, prompts, eval_prompts)
-    run.prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
+    prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
     if first_epoch == 0 and args.eval_every:
         evaluate(out, args, pipe, reward, eval_prompts, step=0, epoch=0)
     decay = old_decay(step, *args.old_decay)  # of the old policy's last update
@@ -189,7 +189,8 @@ def main(args: Args, rival=None):
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` noise levels
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)  # (rows,)
-        t = sigmas[draws.random_steps(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
+        shuffled_steps = torch.rand(n, args.steps, generator=g).argsort(1)  # of each picture's own
+        t = sigmas[shuffled_steps[:, :args.timesteps].flatten()]  # (rows,)
         updates = torch.arange(len(t)).split(len(t) // args.updates)  # the rows of each update
 
         for u, update in enumerate(updates):
@@ -222,7 +223,7 @@ def main(args: Args, rival=None):
                 row_log |= {"loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl,
                             "old_distance": (v.detach() - v_old).square().flatten(1).mean(1)}
                 logged.append(row_log)
-            means = run.mean_over_rows(logged, len(update))
+            means = mean_over_rows(logged, len(update))
 
             # ---- optimizer step, unless the loss or a gradient is not finite
             sum_gradients(params)

@@ -1,4 +1,4 @@
-"""The command line and its errors: flags and files read, files written, and one line where something is wrong."""
+"""The command line: flags read and checked, errors of one line, files written whole or not at all."""
 import contextlib
 import errno
 import hashlib
@@ -8,16 +8,16 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what keeps a disk from taking more
-RESUMES = "; the same command resumes from the last checkpoint"
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over quota, file too large, read-only
 
-# more than this is a slip of the keyboard, which would take all memory or days before it shows
+# Larger values are typing errors: they would take all memory, or days.
 MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, "steps": 1_000, "timesteps": 1_000,
         "eval_steps": 1_000, "rank": 4_096, "size": 8_192, "frames": 1_000, "eval_n": 10_000, "n": 100_000,
         "renders": 10**7, "bootstrap": 100_000, "judge_retries": 100, "judge_concurrency": 1_000,
@@ -25,68 +25,77 @@ MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, 
 
 
 class InputError(Exception):
-    """The user's input is wrong: a flag, a file. The message says which one and what to do; nothing was overwritten."""
-
-
-def exit_with(message):
-    """End the process with one line on stderr and exit code 2."""
-    message = re.sub(r"\S{200,}", lambda name: f"{name[0][:60]}...{name[0][-60:]}", " ".join(str(message).split()))
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)  # of processes that fail alike only the first speaks: torchrun then ends the others
-    tqdm.write(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    """The user's input is wrong. The message names the flag or the file and says what to do."""
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """For a script's main: an InputError inside ends the process with its message in one line and exit code 2."""
+    """For a script's main: an InputError ends the process with its message in one line and exit code 2."""
     try:
         yield
     except InputError as e:
         exit_with(e)
 
 
+def exit_with(message):
+    """Print one line on stderr and end the process with exit code 2."""
+    line = " ".join(str(message).split())
+    line = re.sub(r"\S{200,}", lambda word: f"{word[0][:60]}...{word[0][-60:]}", line)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # when all processes fail alike, only the first prints: torchrun then ends the others
+    tqdm.write(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
 def reason(error: Exception) -> str:
-    """What went wrong, in a line."""
+    """The first line of an error's message, or its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def reading(file: Path, advice: str = "restore it, or give another --out"):
+    """Inside, any error becomes an InputError: the file cannot be read."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:  # each library's reader raises its own
+        why = reason(e) if isinstance(e, (OSError, ValueError)) else type(e).__name__  # torch's has many lines
+        raise InputError(f"{file}: cannot be read ({why}); {advice}")
 
 
 # ---------------------------------------------------------------- flags
 
 def parse(args_class, doc: str):
-    """A script's Args from the command line, by tyro: its help, its errors, its exit codes. For a script's last lines:
-    from here on Ctrl-C, a full disk and a GPU out of memory end this process with a line of advice."""
+    """Read a script's Args from the command line with tyro. Also installs `excepthook` in this process."""
     sys.excepthook = excepthook
     return tyro.cli(args_class, description=doc, config=(tyro.conf.DisallowNone,))
 
 
-def training() -> bool:
-    """Is it a training script that runs?"""
-    return Path(sys.argv[0]).name.startswith("train_")
-
-
 def excepthook(kind, error, trace):
-    """The interpreter's, but Ctrl-C and a full disk are one line, and after a GPU out of memory there is advice."""
+    """Print one line for Ctrl-C or a full disk, else the traceback, and after running out of GPU memory some advice."""
+    training = Path(sys.argv[0]).name.startswith("train_")
+    resume = "; the same command resumes from the last checkpoint" if training else ""
     if issubclass(kind, KeyboardInterrupt):
-        tqdm.write("interrupted" + (RESUMES if training() else ""), file=sys.stderr)
+        tqdm.write(f"interrupted{resume}", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)  # a shell shows that as 130
-    elif issubclass(kind, OSError) and error.errno in FULL:
-        exit_with(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); what was saved before is whole")
+        os.kill(os.getpid(), signal.SIGINT)  # so that a shell sees exit code 130
+    elif issubclass(kind, OSError) and error.errno in DISK_ERRORS:
+        exit_with(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); files saved before are intact")
     else:
         sys.__excepthook__(kind, error, trace)
     if kind.__name__ == "OutOfMemoryError":
-        lower = "--batch or --rollout-batch" + RESUMES if training() else "--batch or --size"
-        tqdm.write(f"error: the GPU is out of memory; lower {lower}", file=sys.stderr)
+        flags = "--batch or --rollout-batch" if training else "--batch or --size"
+        tqdm.write(f"error: the GPU is out of memory; lower {flags}{resume}", file=sys.stderr)
 
 
 def progress(items=None, **options) -> tqdm:
-    """tqdm's bar, silent where stderr is no terminal and on all processes but the first."""
+    """A tqdm bar. Silent where stderr is no terminal, and on all processes but the first."""
     return tqdm(items, disable=None if os.environ.get("RANK", "0") == "0" else True, **options)
 
 
 def quiet_libraries():
-    """diffusers and transformers, as far as they are imported, give no warnings and show no bars of their own."""
+    """Turn off the warnings and progress bars of diffusers and transformers, where they are imported."""
     for name in ("diffusers", "transformers"):
         if library := sys.modules.get(name):
             library.utils.logging.set_verbosity_error()
@@ -94,87 +103,87 @@ def quiet_libraries():
 
 
 def check_flags(args, least: dict[str, float]):
-    """End the process where a flag is empty, or a number not finite, below `least` of its flag or beyond reason."""
-    for flag, value in vars(args).items():
-        name = f"--{flag.replace('_', '-')}"
-        if "" in (value if isinstance(value, tuple) else [value]):
-            raise InputError(f"{name} '': is empty; give a value, or leave the flag out")
-        if isinstance(value, (int, float)):
-            if value != value or value in (math.inf, -math.inf):
-                raise InputError(f"{name} {value}: must be a finite number")
-            if value < least.get(flag, value):
-                raise InputError(f"{name} {value}: must be at least {least[flag]:g}")
-            if value > MOST.get(flag, value):
-                raise InputError(f"{name} {value}: must be at most {MOST[flag]}")
+    """Raise InputError if a flag is empty, not finite, below its value in `least`, or above its value in MOST."""
+    for field, value in vars(args).items():
+        flag = f"--{field.replace('_', '-')}"
+        if value == "" or isinstance(value, tuple) and "" in value:
+            raise InputError(f"{flag} '': is empty; give a value, or leave the flag out")
+        if not isinstance(value, (int, float)):
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{flag} {value}: must be a finite number")
+        if value < least.get(field, value):
+            raise InputError(f"{flag} {value}: must be at least {least[field]:g}")
+        if value > MOST.get(field, value):
+            raise InputError(f"{flag} {value}: must be at most {MOST[field]}")
 
 
 def check_model(flag: str, name: str, or_else: str = ""):
-    """End the process if `name` is no folder and cannot be a hub id either: to ask the hub would take a minute."""
-    if not name or not Path(name).is_dir() and (name.count("/") != 1 or Path(name).parent.is_dir()):
+    """Raise InputError if `name` is neither a folder nor a possible hub id (the hub takes a minute to say so).
+    `or_else` lists what else the flag takes."""
+    may_be_hub_id = name.count("/") == 1 and not Path(name).parent.is_dir()
+    if not name or not Path(name).is_dir() and not may_be_hub_id:
         raise InputError(f"{flag} {name or repr('')}: there is no such folder; give {or_else}a folder or a hub id")
 
 
 def cannot_load(flag: str, name: str, error: Exception, needs: tuple[str, ...] = ()):
-    """End the process: why a model cannot be loaded, and what to do. `needs`: the hub ids behind a short name."""
-    if isinstance(error, ImportError):  # Qwen-VL's processor also reads videos, for which it wants torchvision
+    """Raise InputError: why a model cannot be loaded and what to do. `needs`: the hub ids behind a short name."""
+    if isinstance(error, ImportError):  # Qwen-VL's processor needs torchvision, because it also reads videos
         raise InputError(f"{flag} {name}: needs a package that is not installed: {str(error).strip()[:200]} (for "
                          "torch 2.13: pip install torchvision==0.28.0)")
     why = f"{flag} {name}: cannot be loaded ({type(error).__name__}: {reason(error.__cause__ or error)[:90]})"
     if Path(name).is_dir():
-        raise InputError(f"{why}; the folder is of another kind of model, or broken")
-    away = f"`hf download {name} --local-dir DIR` elsewhere and give {flag} DIR"
+        raise InputError(f"{why}; the folder is broken, or holds another kind of model")
+    offline = f"`hf download {name} --local-dir DIR` elsewhere and give {flag} DIR"
     if needs:
-        away = "copy $HF_HOME from a machine that has them"
+        offline = "copy $HF_HOME from a machine that has them"
     raise InputError(f"{why}; it needs {' and '.join(dict.fromkeys(needs or (name,)))} from huggingface.co: if "
-                     f"gated, accept the licence there and `hf auth login`; if offline, {away}")
+                     f"gated, accept the licence there and `hf auth login`; if offline, {offline}")
 
 
-# ---------------------------------------------------------------- files and folders
+# ---------------------------------------------------------------- folders and files
 
 def check_place(path: str | Path, flag: str, files: tuple = (), folders: tuple = ()):
-    """End the process if a folder cannot be made or written to, or if what is to be a file or a folder in it is of
-    another kind. Nothing is made yet: it is found at the start, not after hours at the first save."""
+    """Raise InputError if the folder `path` cannot be made or written to, or if one of `files` in it is no file, or one
+    of `folders` no folder. Makes nothing: it is for a script's start, before hours of work."""
     place = Path(path)
     try:
-        there = next(part for part in (place, *place.absolute().parents) if part.exists() or part.is_symlink())
-        if not there.is_dir():
-            raise InputError(f"{flag} {path}: {there} is no folder; give another {flag}")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise InputError(f"{flag} {path}: {there} cannot be written to; give another {flag}")
-        for names, is_right, kind in ((files, Path.is_file, "file"), (folders, Path.is_dir, "folder")):
-            for part in (place / name for name in names):
-                if (part.exists() or part.is_symlink()) and not is_right(part):
-                    raise InputError(f"{flag} {path}: {part} is no {kind}; move it, or give another {flag}")
-    except OSError as e:  # a name that is too long, for one
+        nearest = next(part for part in (place, *place.absolute().parents) if part.exists() or part.is_symlink())
+        if not nearest.is_dir():
+            raise InputError(f"{flag} {path}: {nearest} is no folder; give another {flag}")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(f"{flag} {path}: {nearest} cannot be written to; give another {flag}")
+        for name in (*files, *folders):
+            part, kind = place / name, "file" if name in files else "folder"
+            right = part.is_file() if kind == "file" else part.is_dir()
+            if not right and (part.exists() or part.is_symlink()):
+                raise InputError(f"{flag} {path}: {part} is no {kind}; move it, or give another {flag}")
+    except OSError as e:  # for example a name that is too long
         raise InputError(f"{flag} {path}: cannot be written to ({e.strerror})")
 
 
-def make_dir(path: str, flag: str) -> Path:
-    """Create a folder that can be written to, or end the process, naming `flag`."""
+def make_dir(path: str | Path, flag: str) -> Path:
+    """Make a folder and check that it can be written to. Raises InputError that names `flag`."""
     check_place(path, flag)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        probe = Path(path) / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as e:
         raise InputError(f"{flag} {path}: cannot be written to ({e.strerror})")
     return Path(path)
 
 
-# ---------------------------------------------------------------- files written whole
-
 def json_text(value, indent: int | None = None) -> str:
-    """JSON, in which a number that is not finite is null: JSON has none."""
+    """`value` as JSON, with null for numbers that are not finite, which JSON cannot hold."""
     value = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(value, indent=indent)
 
 
 def write_files(contents: dict[Path, bytes | str]):
-    """Write files under temporary names, then rename them: a kill leaves each as it was or as it is to be. A full disk
-    ends the process with all of them as they were."""
-    own = os.environ.get("RANK", "0")  # of several processes that write the same
-    temporary = {file: file.with_name(f".{file.name}.{own}.tmp") for file in contents}
+    """Write files under temporary names, then rename them: a kill leaves each file old or new, never half. On a full
+    disk all stay old, and InputError is raised."""
+    rank = os.environ.get("RANK", "0")  # several processes may write the same file
+    temporary = {file: file.with_name(f".{file.name}.{rank}.tmp") for file in contents}
     try:
         for file, content in contents.items():
             temporary[file].write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -188,7 +197,7 @@ def write_files(contents: dict[Path, bytes | str]):
 
 
 def append(file: Path, text: str):
-    """Add to a log. A full disk ends the process with the log as it was."""
+    """Add text to a file. On a full disk the file stays as it was, and InputError is raised."""
     size = file.stat().st_size if file.exists() else 0
     try:
         with open(file, "a", encoding="utf-8") as log:
@@ -200,14 +209,15 @@ def append(file: Path, text: str):
 
 
 def fingerprint(path: str) -> str | None:
-    """A hash of a file or a folder's files: names, sizes and up to a megabyte from all over each. None of a hub id."""
-    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
-    digest = hashlib.sha256()
-    for file in filter(Path.is_file, files):
+    """A hash of a file, or of all files in a folder: their names, sizes and 16 samples of each. None of a hub id."""
+    root, digest = Path(path), hashlib.sha256()
+    if not root.exists():
+        return None
+    for file in sorted(part for part in (root, *root.rglob("*")) if part.is_file()):
         size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)} {size}".encode())
+        digest.update(f"{file.relative_to(root)} {size}".encode())
         with open(file, "rb") as opened:
             for start in range(0, size, max(2**16, size // 16)):
                 opened.seek(start)
                 digest.update(opened.read(2**16))
-    return digest.hexdigest()[:16] if Path(path).exists() else None
+    return digest.hexdigest()[:16]

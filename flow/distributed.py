@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from flow.cli import InputError
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+BINS = 5  # of the noise level t in norm_ratio_by_t: equal parts of [0, 1]
 
 
 def local_device() -> torch.device:
@@ -30,6 +31,11 @@ def local_device() -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def base_dtype(device: torch.device) -> torch.dtype:
+    """The precision of frozen models, including a local judge: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def local_slice(n: int) -> slice:
@@ -117,3 +123,26 @@ def move_to_cpu(models: list[torch.nn.Module]):
     """Free GPU memory: the reward's models return to the device when they are called again."""
     for model in models:
         model.to("cpu")
+
+
+def mean_over_rows(batches: list[dict[str, Tensor]], rows: int) -> dict:
+    """Means over an update's rows, of all processes, by name. batches: of each micro-batch, values (b,) by name. With
+    norm_ratio there must be t (b,): it gives norm_ratio_by_t, the ratio in BINS equal bins of the noise level. Waits
+    for the GPU."""
+    sums = {}
+    for values in batches:
+        values = {name: value.detach() for name, value in values.items()}
+        t, ratio = values.pop("t", None), values.get("norm_ratio")
+        for k in range(BINS) if ratio is not None else ():
+            in_bin = ((t * BINS).long().clamp_max(BINS - 1) == k).to(ratio.device)
+            values |= {f"ratio in bin {k}": ratio * in_bin, f"rows in bin {k}": in_bin}
+        for name, value in values.items():
+            value = value if value.dtype == torch.float64 else value.float()
+            sums[name] = sums.get(name, 0) + value.sum()
+    local = dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}
+    totals = all_gather(local)  # of each process
+    names = dict.fromkeys(name for total in totals for name in total)
+    means = {name: sum(total[name] for total in totals if name in total) / rows for name in names}
+    bins = [(means.pop(f"ratio in bin {k}", 0), means.pop(f"rows in bin {k}", 0)) for k in range(BINS)]
+    by_t = [ratio / count if count else None for ratio, count in bins]
+    return {"norm_ratio": None, "active": None, **means, "norm_ratio_by_t": by_t}

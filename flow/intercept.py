@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,18 +31,10 @@ def capture(run):
         return captured.args[0]
 
 
-@contextmanager
 def patched(obj, **attributes):
-    """Set attributes of an object, also in front of its class's methods, and restore the old ones at the end."""
-    current = vars(obj)
-    before = {name: current[name] for name in attributes if name in current}
-    current.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del current[name]
-        current.update(before)
+    """A context in which an object has these attributes, instead of its own or its class's. At its end the object's
+    attributes are all as they were."""
+    return mock.patch.dict(vars(obj), attributes)
 
 
 # ---------------------------------------------------------------- calls of the pipeline
@@ -62,7 +55,8 @@ def run_loop(pipe, prompts: list[str], x: Tensor | None, levels: Tensor, step, g
     """Run the pipeline's loop down noise levels (k + 1,), from latents x (b, ...) or, if None, from its own noise.
     step(v, x, i) -> next x replaces the scheduler's i-th step. Gradients are recorded. Returns the pipeline's output.
     """
-    scheduler, count, inverted = pipe.scheduler, itertools.count(), pipe.scheduler.config.invert_sigmas
+    scheduler, step_indices = pipe.scheduler, itertools.count()
+    inverted = scheduler.config.invert_sigmas  # its sigmas are 1 - t, and its velocity is -v
 
     def set_timesteps(*args, **kwargs):
         timesteps = [timestep(pipe, level) for level in levels[:-1].tolist()]
@@ -70,7 +64,7 @@ def run_loop(pipe, prompts: list[str], x: Tensor | None, levels: Tensor, step, g
         scheduler.sigmas = (1 - levels if inverted else levels).to(pipe.flow.device)
 
     def scheduler_step(v, timestep, x, *args, return_dict=True, **kwargs):
-        x = step(-v if inverted else v, x, next(count))
+        x = step(-v if inverted else v, x, next(step_indices))
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
     steps = max(2, len(levels) - 1)  # some pipelines divide by half of it
     return call_pipeline(pipe, prompts, steps, set_timesteps, scheduler_step, x, guidance, output, generator)
@@ -110,9 +104,8 @@ def call_pipeline(pipe, prompts: list[str], steps: int, set_timesteps, step=None
     if not hasattr(type(pipe), "prepare_latents"):
         arguments |= {"latents": x, "generator": generator or torch.Generator(pipe.flow.device)}
     set_timesteps = functools.wraps(scheduler.set_timesteps)(set_timesteps)  # pipelines look at its signature
-    saved = {"timesteps": scheduler.timesteps, "sigmas": scheduler.sigmas}  # of an outer call, restored after this one
     with (patched(pipe, prepare_latents=functools.partial(prepare_latents, pipe, x)),
-          patched(scheduler, set_timesteps=set_timesteps, step=step, **saved)):
+          patched(scheduler, set_timesteps=set_timesteps, step=step)):
         return inspect.unwrap(type(pipe).__call__)(pipe, **arguments)
 
 
@@ -207,7 +200,8 @@ def timestep_inputs(pipe, level: float) -> dict:
         # fp32 latents, as in a rollout: with the pipeline's own the timestep would be rounded to the base's bf16
         x = torch.zeros(1, *pipe.flow.latents, device=pipe.flow.device)
         inputs = first_inputs(pipe, [""], x, level)
-        cache[level] = {name: inputs[name].reshape(1, *inputs[name].shape[1:]) for name in pipe.flow.timestep_names}
+        values = {name: inputs[name] for name in pipe.flow.timestep_names}
+        cache[level] = {name: value.reshape(1, *value.shape[1:]) for name, value in values.items()}  # also of a scalar
     return cache[level]
 
 

@@ -1,5 +1,8 @@
-"""Ask a vision-language model about pictures, in process or over HTTP, and read its answer from log-probabilities.
-A judge is ask(question, [[file, ...], ...]) -> each answer's 20 likeliest first tokens; a list asks each its own."""
+"""Judges of pictures: a vision-language model's answers, detectors of generated pictures, the Frechet distance.
+
+A vision-language judge is a function ask(question, [[file, ...], ...]) -> [answer, ...]. Each answer is about one or
+two pictures; `question` is one for all or a list. An answer is its 20 likeliest first tokens with log-probabilities.
+"""
 import base64
 import math
 import os
@@ -10,26 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    ViTImageProcessorPil,
-)
 
 from flow.cli import InputError, cannot_load, check_model, reason
+from flow.distributed import base_dtype
 from flow.pictures import to_image
 
-Answer = list[tuple[str, float]]  # the likeliest first tokens of an answer and their log-probabilities
+Answer = list[tuple[str, float]]
 
 
 def messages(question: str, pictures: list[dict]) -> list[dict]:
-    """A chat of one message: the pictures (content parts), called A and B if there are two, then the question."""
+    """A chat of one message: the pictures, then the question. Two pictures are called A and B."""
     if len(pictures) > 1:
         titles = [{"type": "text", "text": f"Picture {name}:"} for name in "AB"]
         pictures = [part for titled in zip(titles, pictures) for part in titled]
@@ -37,30 +34,26 @@ def messages(question: str, pictures: list[dict]) -> list[dict]:
 
 
 def read_answer(top: Answer, first: str, second: str) -> float:
-    """log p(first) - log p(second) for two answer words, from the likeliest first tokens of an answer. Case
-    and space variants of a word are summed. A word that is not listed has at most what the listed ones leave, and at
-    most what the least of them has. NaN if the two together have less than 1 %: the answer cannot be read."""
+    """log p(first) - log p(second) of two answer words, each in any spelling (case, spaces). A word that `top` does not
+    list gets the most it can have: the rest to 1, but no more than the least word in `top`. NaN, for an unreadable
+    answer, if the two words together have less than 1 %."""
     words = [token.strip(" .,*\"'\n").lower() for token, _ in top]
     probs = [math.exp(logprob) for _, logprob in top]
-    a, b = (sum(p for said, p in zip(words, probs) if said == word.lower()) for word in (first, second))
+    a = sum(p for word, p in zip(words, probs) if word == first.lower())
+    b = sum(p for word, p in zip(words, probs) if word == second.lower())
     if a + b < 0.01:
         return math.nan
     rest = max(min(1 - sum(probs), *probs), 1e-9)
     return math.log(a or rest) - math.log(b or rest)
 
 
-def judge_dtype(device: torch.device) -> torch.dtype:
-    """Of a judge in this process: bf16 on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Callable:
-    """A judge in this process, a batch in one forward pass. A model that cannot be loaded ends it, naming `flag`."""
+    """A judge in this process, which answers a batch in one forward pass. An InputError names `flag`."""
     check_model(flag, name, "http://HOST:PORT/v1, " if flag == "--judge" else "")
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=judge_dtype(device))
-    except Exception as e:  # no network, another model class, a broken file: each raises its own
+        processor = transformers.AutoProcessor.from_pretrained(name)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=base_dtype(device))
+    except Exception as e:  # no network, another model class, a broken file: each raises a different error
         cannot_load(flag, name, e)
     if not processor.chat_template:
         raise InputError(f"{flag} {name}: has no chat template; give an instruction-tuned model")
@@ -68,14 +61,13 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
 
     @torch.no_grad()
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
-        """A batch, in one forward pass."""
         images = [[{"type": "image", "image": Image.open(file).convert("RGB")} for file in files] for files in pictures]
         questions = [question] * len(pictures) if isinstance(question, str) else question
         inputs = processor.apply_chat_template(
             list(map(messages, questions, images)), add_generation_prompt=True, tokenize=True, return_dict=True,
             return_tensors="pt", processor_kwargs=dict(padding=True, padding_side="left")).to(device, model.dtype)
         options = dict(max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
-        logits = model.generate(**inputs, **options).logits[0]
+        logits = model.generate(**inputs, **options).logits[0]  # (b, vocabulary)
         top = logits.float().log_softmax(1).topk(min(20, logits.shape[1]))
         tokens = [[processor.tokenizer.decode([i]) for i in row] for row in top.indices.tolist()]
         return [list(zip(*answer)) for answer in zip(tokens, top.values.tolist())]
@@ -84,34 +76,31 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
 
 
 def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, flag: str = "--judge") -> Callable:
-    """A judge at an OpenAI-compatible server, `concurrency` requests at a time; its key, if any, from OPENAI_API_KEY.
-    A request that has failed is told on stderr, each error once, and its answer is an empty list. A server that cannot
-    be reached, refuses the key or the model, or answers none of a first batch ends the process, naming `flag`."""
+    """A judge on an OpenAI-compatible server, sent `concurrency` requests at once with the key in OPENAI_API_KEY.
+
+    The answer to a failed request is empty; each different error is printed once. Raises InputError, naming `flag`, if
+    the server cannot be reached, refuses the key or the model, or answers nothing in the first batch."""
     try:
-        import openai  # takes half a second, and nothing else needs it
+        import openai  # half a second that only this needs
         key = os.environ.get("OPENAI_API_KEY") or "none"  # a local server needs none
         client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
     except ImportError as e:
         raise InputError(f"{flag} {url}: {reason(e)}; pip install openai")
-    except Exception as e:  # its HTTP library's
+    except Exception as e:  # of its HTTP library
         raise InputError(f"{flag} {url}: is no URL ({reason(e)})")
     options = dict(model=model, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20)
-    errors, worked, refused = [], [], []
+    errors, batches_answered = [], []
 
     def request(question: str, files: list[str]) -> Answer:
-        """One question; an empty answer where it failed, or where another has been refused."""
-        if refused:
-            return []
         images = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
         parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
         try:
             choice = client.chat.completions.create(messages=messages(question, parts), **options).choices[0]
-            if not choice.logprobs:  # a server without them: the word itself, taken as certain
+            if not choice.logprobs:  # the server gives only the word: take it as certain
                 return [(choice.message.content.split()[0], 0.0)]
             return [(t.token, float(t.logprob)) for t in choice.logprobs.content[0].top_logprobs]
-        except Exception as e:  # no reply, one that was cut, or one that cannot be read
+        except Exception as e:  # no reply, half a reply, or not a reply of this kind
             if getattr(e, "status_code", 0) in (401, 403, 404) or type(e.__cause__).__name__ == "ConnectError":
-                refused.append(e)
                 raise
             error = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         if error not in errors:
@@ -120,45 +109,43 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
         return []
 
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
-        """A batch, `concurrency` requests at a time."""
         questions = [question] * len(pictures) if isinstance(question, str) else question
         try:
-            with ThreadPoolExecutor(concurrency) as pool:
+            with ThreadPoolExecutor(concurrency) as pool:  # if a request raises, `map` cancels those not yet begun
                 answers = list(pool.map(request, questions, pictures))
         except openai.APIStatusError as e:
             raise InputError(f"{flag} {url}: {e.status_code} {str(e)[:200]}; is its model {model}, and the key in "
                              "OPENAI_API_KEY?")
         except openai.APIConnectionError as e:
             raise InputError(f"{flag} {url}: cannot be reached ({reason(e.__cause__)})")
-        worked.append(any(answers))
-        if not any(worked):
-            raise InputError(f"{flag} {url}: no request has succeeded; the last one: {errors[-1]}")
+        batches_answered.append(any(answers))
+        if not any(batches_answered):
+            raise InputError(f"{flag} {url}: no request has succeeded; the last error: {errors[-1]}")
         return answers
     return ask
 
 
-# ---------------------------------------------------------------- realism
+# ---------------------------------------------------------------- detectors and the Frechet distance
 
-REAL = {"real", "human", "natural", "authentic"}  # words of a detector's labels
+REAL = {"real", "human", "natural", "authentic"}  # words in the labels of detectors
 FAKE = {"fake", "artificial", "ai", "generated", "synthetic"}
 
 
 def load_forensic(name: str, real_label: str | None, device: torch.device) -> Callable[[list[str]], Tensor]:
-    """A detector of generated pictures (any image classifier): files -> P(real), (b,)."""
+    """A detector of generated pictures (any image classifier): a function of files -> P(real), (b,)."""
     check_model("--forensic", name)
     try:
         try:
-            processor = AutoImageProcessor.from_pretrained(name)
-        except ValueError:  # detectors of 2022 name a class that transformers 5 has no more
-            processor = ViTImageProcessorPil.from_pretrained(name)
-        net = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval().to(device)
-    except Exception as e:  # no network, another model class, a broken file: each raises its own
+            processor = transformers.AutoImageProcessor.from_pretrained(name)
+        except ValueError:  # detectors of 2022 name a class that transformers 5 no longer has
+            processor = transformers.ViTImageProcessorPil.from_pretrained(name)
+        net = transformers.AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval().to(device)
+    except Exception as e:  # no network, another model class, a broken file: each raises a different error
         cannot_load("--forensic", name, e)
     real = real_labels(name, net.config.id2label, real_label)
 
     @torch.no_grad()
     def score(files: list[str]) -> Tensor:
-        """Files -> (b,)."""
         inputs = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt").to(device)
         return net(**inputs).logits.softmax(1)[:, real].sum(1).cpu()
 
@@ -166,12 +153,13 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
 
 
 def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> list[int]:
-    """Which of a detector's labels mean a real picture: --real-label, or by their words, all of which must be known."""
+    """The indices of a detector's labels that mean "real": that of `real_label`, or told by the words of all labels."""
     listed = ", ".join([*labels.values()][:8]) + (", ..." if len(labels) > 8 else "")
     if real_label is not None:
-        if real_label not in labels.values():
+        real = [i for i, label in labels.items() if label == real_label]
+        if not real:
             raise InputError(f"--real-label {real_label}: {name} has no such label; its labels are {listed}")
-        return [i for i, label in labels.items() if label == real_label]
+        return real
     words = {i: set(re.findall("[a-z]+", label.lower())) for i, label in labels.items()}
     real = [i for i, w in words.items() if w & REAL and not w & FAKE]
     fake = [i for i, w in words.items() if w & FAKE and not w & REAL]
@@ -182,18 +170,18 @@ def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> li
 
 
 def load_embed(model: str, device: torch.device):
-    """(network, processor): a CLIPModel, or a vision model whose output has a pooler_output (ResNet, DINOv2, ...)."""
+    """(network, processor) of a CLIPModel, or of a vision model with a pooler_output (ResNet, DINOv2, ...)."""
     check_model("--embed", model)
     try:
-        net = AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device)
-        return net, AutoImageProcessor.from_pretrained(model)
-    except Exception as e:  # a missing folder, no network, another kind of file: each raises its own
+        net = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device)
+        return net, transformers.AutoImageProcessor.from_pretrained(model)
+    except Exception as e:  # no network, another model class, a broken file: each raises a different error
         cannot_load("--embed", model, e)
 
 
 @torch.no_grad()
 def embed_images(embed, images: Tensor | list[Tensor], batch: int = 64) -> Tensor:
-    """Pooled features (n, d) of images (3, h, w) in [0, 1], each of any size."""
+    """The network's pooled features (n, d) of images (3, h, w) in [0, 1], which may differ in size."""
     net, processor = embed
     run = net.get_image_features if hasattr(net, "get_image_features") else net
     features = []
@@ -204,10 +192,10 @@ def embed_images(embed, images: Tensor | list[Tensor], batch: int = 64) -> Tenso
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Between Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017, arXiv 1706.08500), in float64."""
+    """The Frechet distance of Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017, arXiv 1706.08500)."""
     a, b = a.double(), b.double()
     mean = (a.mean(0) - b.mean(0)).square().sum()
     ca, cb = torch.cov(a.T), torch.cov(b.T)
-    # tr sqrt(ca cb) from the eigenvalues of the product of two covariances: real and not negative but for rounding
+    # tr sqrt(ca cb): the eigenvalues of a product of two covariances are real and >= 0, up to rounding
     root = torch.linalg.eigvals(ca @ cb).real.clamp_min(0).sqrt().sum()
     return (mean + ca.trace() + cb.trace() - 2 * root).item()

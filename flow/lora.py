@@ -3,8 +3,10 @@ import importlib.util
 import json
 import logging
 import re
+import shlex
 import warnings
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import MethodType
 
@@ -74,11 +76,11 @@ def merged_forward(layer, x: torch.Tensor) -> torch.Tensor:
 
 def can_merge(layer: BaseTunerLayer) -> bool:
     """Whether a plain LoRA can be merged into the layer: a linear layer in fp32, neither quantized nor sharded."""
-    base = layer.base_layer
-    if not isinstance(base, torch.nn.Linear) or layer.lora_variant or any(layer.lora_bias.values()):
+    if not isinstance(layer.base_layer, torch.nn.Linear) or layer.lora_variant or any(layer.lora_bias.values()):
         return False
-    plain = type(base.weight) is torch.nn.Parameter and type(base.weight.data) is torch.Tensor
-    return plain and base.weight.dtype == torch.float32
+    weight = layer.base_layer.weight
+    plain = type(weight) is torch.nn.Parameter and type(weight.data) is torch.Tensor
+    return plain and weight.dtype == torch.float32
 
 
 @contextmanager
@@ -113,8 +115,6 @@ def swapped(params: list[torch.nn.Parameter], values: list[torch.Tensor] | None)
         for p, data in zip(params, before):
             p.data = data
 
-
-# ---------------------------------------------------------------- files
 
 def save_lora(pipe, folder: Path):
     """Write the LoRA to a folder, for `pipe.load_lora_weights(folder)`, which also restores rank and alpha. Not by
@@ -214,11 +214,6 @@ def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
     return diffusers.PipelineQuantizationConfig(quant_mapping={"transformer": config})
 
 
-def base_dtype(device: torch.device) -> torch.dtype:
-    """The precision of the frozen transformer and the text encoders: bf16 on a GPU, fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def use_autocast(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype):
     """Run a bf16 transformer under autocast, which lets an fp32 LoRA train on it. The modules that diffusers keeps in
     fp32 stay in fp32."""
@@ -236,3 +231,47 @@ def use_fast_kernels(vae: torch.nn.Module | None):
     for layer in vae.modules() if vae is not None else ():
         if isinstance(layer, torch.nn.Conv2d):
             layer.to(memory_format=torch.channels_last)
+
+
+def model_card(method: str, args, eval_prompts: list[str]) -> str:
+    """lora/README.md: a model card for the hub. The user chooses the licence."""
+    flags = []
+    for field in fields(args):
+        value, flag = getattr(args, field.name), field.name.replace("_", "-")
+        if value != field.default:
+            words = value if isinstance(value, tuple) else [value]
+            switch = f"--{flag}" if value else f"--no-{flag}"
+            flags.append(switch if isinstance(value, bool) else shlex.join([f"--{flag}", *map(str, words)]))
+    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(eval_prompts[:4]))
+    return f"""---
+base_model: {args.model}
+library_name: diffusers
+tags: [lora, diffusers, normguard, {method}]
+---
+A LoRA of rank {args.rank} for `{args.model}` (`pipe.load_lora_weights(FOLDER)`), trained for the reward
+`{args.reward}` with {method.upper()} and NormGuard (arXiv 2606.27771), lam {args.lam}:
+
+    python train_{method}.py {" ".join(flags)}
+
+Prompts to try:
+
+{prompts}
+"""
+
+
+def prepare_transformer(pipe, args):
+    """Gradient checkpointing (by default on a GPU) and torch.compile, as the flags say."""
+    on = pipe.device.type == "cuda" if args.checkpointing is None else args.checkpointing
+    if on and pipe.transformer._supports_gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
+    if args.compile:
+        compile_blocks(pipe.transformer)
+
+
+def compile_blocks(model: torch.nn.Module, backend: str = "inductor"):
+    """torch.compile each of a transformer's blocks; the whole is called through hooks. Each kind of block is compiled
+    up to five times: for the rollout, the update, the reference in either, and NFT's old policy."""
+    torch._dynamo.config.recompile_limit = 64  # the default, 8, would leave blocks uncompiled
+    for blocks in model.children():
+        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
+            block.compile(backend=backend)

@@ -1,8 +1,8 @@
-"""Pictures: from tensors to PNGs and grids, videos to GIFs, and the folder that sample.py writes and eval_judge.py
-reads."""
+"""Pictures as files: PNGs, grids, GIFs of videos, a run's curves, and the folders of sample.py."""
 import hashlib
 import io
 import json
+import math
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -14,28 +14,28 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from flow.cli import InputError, json_text, make_dir, progress, reason, write_files
+from flow.cli import InputError, json_text, make_dir, progress, reading, reason, write_files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # a folder's files that are pictures
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # files that are read as pictures
 
 
 def to_image(picture: Tensor) -> Image.Image:
-    """(3, h, w) in [0, 1], or of bytes -> PIL."""
+    """A picture (3, h, w), in [0, 1] or as bytes, for PIL."""
     return Image.fromarray(to_bytes(picture).permute(1, 2, 0).numpy())
 
 
 def to_bytes(pictures: Tensor) -> Tensor:
-    """Numbers in [0, 1] -> bytes on the CPU, rounded as diffusers does; bytes stay as they are."""
+    """Numbers in [0, 1] as bytes on the CPU, rounded as diffusers does. Bytes stay as they are."""
     return pictures if pictures.dtype == torch.uint8 else (pictures.cpu() * 255).round().byte()
 
 
 def middle_frames(pictures: Tensor) -> Tensor:
-    """Videos (n, frames, 3, h, w) -> (n, 3, h, w); pictures stay as they are."""
+    """The middle frames (n, 3, h, w) of videos (n, frames, 3, h, w). Pictures stay as they are."""
     return pictures[:, pictures.shape[1] // 2] if pictures.ndim == 5 else pictures
 
 
 def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> Image.Image:
-    """(n, 3, h, w) in [0, 1] -> one picture, row by row, on white, each with its caption below."""
+    """One picture of many (n, 3, h, w), row by row, each with its caption below."""
     tiles = [to_image(picture) for picture in pictures]
     wide, high = tiles[0].size
     size = max(9, wide // 20)
@@ -53,24 +53,26 @@ def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> I
 
 
 def save_grid(path: Path, pictures: Tensor, columns: int, captions: list[str] | None = None):
-    """A grid as `path`.png; of videos (n, frames, 3, h, w) the middle frames', and one that moves as `path`.gif."""
+    """Write a grid as `path`.png. For videos (n, frames, 3, h, w): of the middle frames, and as a GIF `path`.gif."""
     write_files(grid_files(path, pictures, columns, captions))
 
 
 def grid_files(path: Path, pictures: Tensor, columns: int, captions: list[str] | None = None) -> dict[Path, bytes]:
-    """What save_grid writes."""
-    still, moving = io.BytesIO(), io.BytesIO()
-    grid(middle_frames(pictures), columns, captions).save(still, "PNG")
-    if pictures.ndim < 5:
-        return {path.with_suffix(".png"): still.getvalue()}
-    first, *rest = [grid(frame, columns, captions) for frame in pictures.unbind(1)]
-    first.save(moving, "GIF", save_all=True, append_images=rest, duration=125, loop=0)  # 8 a second
-    return {path.with_suffix(".png"): still.getvalue(), path.with_suffix(".gif"): moving.getvalue()}
+    """The files that save_grid writes."""
+    content = io.BytesIO()
+    grid(middle_frames(pictures), columns, captions).save(content, "PNG")
+    files = {path.with_suffix(".png"): content.getvalue()}
+    if pictures.ndim == 5:
+        content = io.BytesIO()
+        first, *rest = [grid(frame, columns, captions) for frame in pictures.unbind(1)]
+        first.save(content, "GIF", save_all=True, append_images=rest, duration=125, loop=0)  # 8 frames a second
+        files[path.with_suffix(".gif")] = content.getvalue()
+    return files
 
 
 def earlier_samples(out: str) -> list[Path]:
-    """Pictures in a folder that its samples.jsonl lists. If other files of such names are there, a training run's for
-    one, the process ends: they would be overwritten."""
+    """The pictures that sample.py wrote to a folder earlier. Raises InputError if there are other pictures with such
+    names, for example a training run's: they would be overwritten."""
     folder, listed = Path(out), Path(out) / "samples.jsonl"
     try:
         rows = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
@@ -78,30 +80,34 @@ def earlier_samples(out: str) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"--out {out}: its samples.jsonl is not as sample.py writes it ({reason(e)}); give another "
                          "--out")
-    taken = [*folder.glob("[0-9]" * 5 + ".*"), *([] if listed.exists() else folder.glob("grid.*"))]
-    strange = sorted(file.name for file in taken if file.stem not in names)
-    if strange:
-        raise InputError(f"--out {out}: {strange[0]} there was not written by sample.py; give another --out")
-    return taken
+    pictures = list(folder.glob("[0-9]" * 5 + ".*"))
+    others = [file.name for file in pictures if file.stem not in names]
+    if not listed.exists():
+        others += [file.name for file in folder.glob("grid.*")]
+    if others:
+        raise InputError(f"--out {out}: {min(others)} there was not written by sample.py; give another --out")
+    return pictures
 
 
 def save_samples(out: str, pictures: Tensor, rows: list[dict]):
-    """PNGs (of videos: of the middle frame, and a GIF), grid.png and samples.jsonl in the folder `out`, for pictures
-    (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1] and n dicts that hold at least prompt and seed."""
+    """Write pictures (n, 3, h, w) or videos (n, frames, 3, h, w) in [0, 1] to the folder `out`: a PNG each (for a video
+    its middle frame, and a GIF), grid.png, and samples.jsonl with `rows`, which hold at least prompt and seed."""
     folder = make_dir(out, "--out")
-    old = {path for path in earlier_samples(out) if path.stem != "grid"}
+    old = set(earlier_samples(out))
     lines = [json_text({"file": f"{i:05d}.png", **row}) + "\n" for i, row in enumerate(rows)]
-    files = {folder / "samples.jsonl": "".join(lines)}  # first: what follows is known to be ours
+    files = {folder / "samples.jsonl": "".join(lines)}  # written first, so that earlier_samples knows the others
     for i in progress(range(len(pictures)), desc="save", leave=False):
         files |= grid_files(folder / f"{i:05d}", pictures[i:i + 1], 1)
     write_files(files | grid_files(folder / "grid", pictures[:64], min(8, len(pictures))))
     for path in old - files.keys():
-        path.unlink()  # there were more
+        path.unlink()  # left from a larger n
     print(f"{len(rows)} pictures in {folder}/")
 
 
 def read_folder(folder: str, plain: bool = False) -> list[dict]:
-    """samples.jsonl's rows, each with its picture's file, size and content hash. `plain`: any folder of pictures."""
+    """A row per picture: prompt, file, size, hash of its content, and a key that pairs it with other folders' pictures.
+
+    Reads samples.jsonl. With `plain` a folder without one is read too: all its pictures, with empty prompts."""
     rows, row = [], {}
     listed = Path(folder) / "samples.jsonl"
     if not Path(folder).is_dir():
@@ -114,71 +120,109 @@ def read_folder(folder: str, plain: bool = False) -> list[dict]:
             lines = [json.loads(line) for line in listed.read_text().splitlines()]
             if not all(isinstance(line, dict) and isinstance(line.get("prompt"), str) for line in lines):
                 raise ValueError("a line is no JSON object with a prompt")
+        seen = Counter()
         for row in lines:
+            prompt, seed = row["prompt"], row["seed"]
             content = (Path(folder) / row["file"]).read_bytes()
-            size = Image.open(io.BytesIO(content)).convert("RGB").size  # decodes it: a broken file is to show now
-            rows.append({"key": (row["prompt"], row["seed"]), "prompt": row["prompt"], "size": size,
-                         "file": f"{folder}/{row['file']}", "hash": hashlib.sha256(content).hexdigest()})
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as e:  # SyntaxError: PIL's for a broken PNG
+            size = Image.open(io.BytesIO(content)).convert("RGB").size  # decodes it, to find a broken file now
+            seen[prompt, seed] += 1  # a prompt and seed that come again are told apart by their order
+            rows.append({"key": (prompt, seed, seen[prompt, seed]), "prompt": prompt, "file": f"{folder}/{row['file']}",
+                         "size": size, "hash": hashlib.sha256(content).hexdigest()})
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as e:  # PIL raises SyntaxError for a broken PNG
         name = f"{folder}/{row.get('file', 'samples.jsonl')}"
         raise InputError(f"{name}: cannot be read, as sample.py writes it ({type(e).__name__}: {reason(e)})")
     if not rows:
         raise InputError(f"{folder}: holds no picture")
-    seen = Counter()
-    for row in rows:  # a prompt and seed that come again are told apart by their order
-        seen[row["key"]] += 1
-        row["key"] += (seen[row["key"]],)
     return rows
 
 
 def load_pictures(files: list[str]) -> Tensor:
-    """Files of one size -> (n, 3, h, w) in [0, 1]."""
+    """Files of one size as (n, 3, h, w) in [0, 1]."""
     arrays = [np.array(Image.open(file).convert("RGB")) for file in files]
     return torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
 
 
+def read_log(log: Path, size: int | None = None) -> list[dict]:
+    """The lines in the first `size` bytes of metrics.jsonl. Raises InputError if they are not there or no JSON."""
+    with reading(log):
+        content = log.read_bytes()
+        lines = []
+        for line in content[:size].splitlines():
+            lines.append(json.loads(line))
+            if not isinstance(lines[-1], dict):
+                raise ValueError("a line is no JSON object")
+        if len(content) < (size or 0):
+            raise ValueError("it is shorter than the checkpoint says")
+    return lines
+
+
+def epochs_logged(log: Path) -> int:
+    """The number of the last epoch that metrics.jsonl has a training step of, 0 if there is none."""
+    try:
+        return max((line["epoch"] for line in read_log(log) if "loss" in line), default=0)
+    except (InputError, KeyError):  # cut short in its first epoch
+        return 0
+
+
+def digits(value: float, spread: float) -> str:
+    """A number with as many decimals as show a change of `spread`, at least 3."""
+    decimals = 2 - math.floor(math.log10(max(spread, 1e-6 * abs(value)))) if 0 < spread < math.inf else 3
+    return f"{value:.{min(max(decimals, 3), 15)}f}"
+
+
+def summarize(out: Path) -> str:
+    """A run's first and last reward and norm ratio, of held-out prompts if they were evaluated."""
+    lines, parts = read_log(out / "metrics.jsonl"), []
+    prefix, prompts = ("eval_", "held-out") if any("eval_reward" in line for line in lines) else ("", "training")
+    for name in ("reward", "norm_ratio"):
+        values = [line[prefix + name] for line in lines if line.get(prefix + name) is not None]
+        if values:
+            change = abs(values[-1] - values[0]) if name == "reward" else 0.1
+            first, last = digits(values[0], change), digits(values[-1], change)
+            parts.append(f"{prompts} {name.replace('_', ' ')} {first} -> {last}")
+    return ", ".join(parts)
+
+
 def plot_curves(out: Path, guidance: float | None = None):
-    """curves.png from metrics.jsonl: reward, norm ratio and guard over the steps, the norm ratio of training batches by
-    noise level, and each evaluation's norm ratio along its trajectory. Training sees the conditional velocity,
-    evaluations that with `guidance`."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    panels = {"reward": ["reward", "eval_reward"],
-              "norm ratio to the reference": ["norm_ratio", "eval_norm_ratio", "eval_norm_ratio_max"],
-              "guard: share of samples over the reference": ["active"]}
+    """Draw curves.png from metrics.jsonl. Norm ratios are of the conditional velocity in training, and with `guidance`
+    in evaluations."""
+    lines = read_log(out / "metrics.jsonl")
+    trained, evaluated = ("", "") if guidance is None else (" (conditional)", f" (guidance {guidance:g})")
+    panels = {"reward": {"reward": "", "eval_reward": ""},
+              "norm ratio to the reference": {"norm_ratio": trained, "eval_norm_ratio": evaluated,
+                                              "eval_norm_ratio_max": evaluated},
+              "guard: share of samples over the reference": {"active": ""}}
     figure = Figure(figsize=(21, 3.4))
     axes = figure.subplots(1, 5)
-    figure.subplots_adjust(0.025, 0.14, 0.995, 0.91, 0.18)  # to find a layout takes as long as to draw it
+    figure.subplots_adjust(0.025, 0.14, 0.995, 0.91, 0.18)  # a computed layout takes as long as the drawing
     for axis, (title, keys) in zip(axes, panels.items()):
-        for key in keys:
+        for key, suffix in keys.items():
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            x, y = zip(*points) if points else ([], [])
             marker = "o" if key.startswith("eval") else None
-            guided = f" (guidance {guidance:g})" if guidance is not None and key.startswith("eval_norm") else ""
-            label = f"{key} (conditional)" if guidance is not None and key == "norm_ratio" else key + guided
-            axis.plot(*zip(*points) if points else ([], []), label=label, marker=marker, markersize=3, linewidth=1)
-        axis.set_title(title, y=1)  # where it stands anyway: to look for a place takes a quarter of the time
-        axis.set_xlabel("optimizer step")
+            axis.plot(x, y, label=key + suffix, marker=marker, markersize=3, linewidth=1)
+        axis.set_title(title, y=1)  # y=1 is its default place, but matplotlib takes long to find it
         axis.legend(fontsize=8)
     steps = [line for line in lines if "norm_ratio_by_t" in line]
     bins = len(steps[0]["norm_ratio_by_t"]) if steps else 0
     for k in range(bins):
-        points = [(line["step"], line["norm_ratio_by_t"][k]) for line in steps]
-        points = [point for point in points if point[1] is not None]
+        seen = [line for line in steps if line["norm_ratio_by_t"][k] is not None]
+        x, y = [line["step"] for line in seen], [line["norm_ratio_by_t"][k] for line in seen]
         label, colour = f"t {k / bins:.1f} to {(k + 1) / bins:.1f}", matplotlib.colormaps["plasma"](k / bins)
-        if points:
-            axes[3].plot(*zip(*points), color=colour, label=label, linewidth=1)
+        if seen:
+            axes[3].plot(x, y, color=colour, label=label, linewidth=1)
     axes[3].set_title("norm ratio by noise level, training", y=1)
-    axes[3].set_xlabel("optimizer step")
     evals = [line for line in lines if "eval_norm_ratio_steps" in line]
     for i, line in enumerate(evals):
         colour = matplotlib.colormaps["viridis"](i / max(len(evals) - 1, 1))
         axes[4].plot(line["eval_norm_ratio_steps"], color=colour, label=f"epoch {line['epoch']}", linewidth=1)
     axes[4].set_title("norm ratio along the trajectory", y=1)
-    axes[4].set_xlabel("sampling step (0 is noise)")
     for axis in axes[3:]:
         if axis.lines:
             axis.legend(fontsize=7)
     for axis in axes:
-        axis.locator_params(nbins=5)  # each tick takes its time to draw
+        axis.set_xlabel("sampling step (0 is noise)" if axis is axes[4] else "optimizer step")
+        axis.locator_params(nbins=5)  # fewer ticks are faster to draw
         axis.grid(alpha=0.3)
     write_files({out / "curves.png": png(figure)})
 

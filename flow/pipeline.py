@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from flow import intercept
 from flow.cli import InputError, cannot_load, check_model, progress, quiet_libraries, reason
-from flow.distributed import shard
+from flow.distributed import base_dtype, shard
 from flow.intercept import first_step, latents_of, patched, transformer_inputs_hook
-from flow.lora import base_dtype, merged, quantization, use_autocast, use_fast_kernels
+from flow.lora import merged, quantization, use_autocast, use_fast_kernels
 from flow.prompts import PROBE_PAIR, batches, cache_prompts, call_settings, encode_all, encodes_in_one_go, text_encoders
 from normguard import norm_ratio, reference, renormalize
 
@@ -40,9 +40,8 @@ from normguard import norm_ratio, reference, renormalize
 def load_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None,
                   quantize: str = "none", sharded: bool = False, base: torch.dtype | None = None):
     """Load a frozen pipeline from a diffusers folder or hub id, for pictures of `size` pixels a side and videos of
-    `frames` frames (None: the model's own). Transformer and VAE are on `device`, the transformer in `base` (default:
-    bf16 on a GPU) or quantized, the VAE in fp32; text encoders wait on the CPU. InputError if it cannot be loaded or
-    is no flow-matching pipeline that draws from a prompt alone."""
+    `frames` frames (None: the model's own). The transformer is on `device` in `base` (None: base_dtype) or quantized,
+    the VAE there in fp32, text encoders on the CPU. InputError if it is no flow pipeline that needs only a prompt."""
     quiet_libraries()
     check_model("--model", model)
     base = base or base_dtype(device)
@@ -63,8 +62,8 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
 
 def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = None, frames: int | None = None,
                      fake: bool = False, probe: torch.nn.Module | None = None):
-    """load_pipeline for a pipeline in memory. `fake`: its tensors are fake, with shapes and no numbers. `probe`: the
-    shallow_copy of its transformer."""
+    """Freeze a pipeline, take out its text encoders, and find out how it works, into `pipe.flow`. Arguments as for
+    load_pipeline. `fake`: its tensors are fake, with shapes and no numbers. `probe`: its transformer's shallow_copy."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     for part in modules.values():
         part.requires_grad_(False).eval()
@@ -83,7 +82,7 @@ def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = 
         device=device,
         settings=call_settings(pipe, size, frames),  # arguments of each call, besides steps and guidance
         unguided={},         # arguments of calls without guidance
-        scheduler=intercept.replace_scheduler(pipe, model),  # its config, if it is not the model's own scheduler
+        scheduler=intercept.replace_scheduler(pipe, model),  # its config, or None for the model's own
         timesteps={},        # {noise level: the scheduler's timestep}, of all schedules so far
         timestep_names=[],   # inputs of the transformer that depend on the timestep: names or positions
         timestep_inputs={},  # {noise level: {name: value}}
@@ -145,7 +144,7 @@ def learn(pipe):
 
 
 def find_unguided(pipe):
-    """Find a guidance_scale without guidance, at which the transformer gets each sample once a step."""
+    """Find the guidance_scale that switches guidance off: the transformer then gets each sample once a step."""
     parameter = intercept.call_parameters(pipe).get("guidance_scale")
     scales = [parameter.default, 1.0, 0.0] if parameter else [None]
     for scale in scales:
@@ -157,7 +156,7 @@ def find_unguided(pipe):
             level = schedule(pipe, 1000)[0].item()
             with transformer_inputs_hook(pipe, lambda inputs: samples.append(len(latents_of(inputs)))):
                 first_step(pipe, [""], None, level)
-        except (TypeError, ValueError):  # guided by default, it may need more arguments
+        except (TypeError, ValueError):  # for guidance it may need more arguments
             if scale == scales[-1]:
                 raise
             continue
@@ -183,7 +182,7 @@ def find_timestep_inputs(pipe, levels: Tensor):
 def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
     """Copy a transformer in fp32 with one block of each list of blocks: enough to see how it treats its inputs, at a
     small part of its size. Quantized layers become random ones."""
-    repeated = {*(transformer._repeated_blocks or ()), *(transformer._no_split_modules or ())}  # if they are named
+    repeated = {*(transformer._repeated_blocks or ()), *(transformer._no_split_modules or ())}  # if it lists them
     lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)
              and (not repeated or any(type(inner).__name__ in repeated for inner in part.modules()))]
     shortened = {id(blocks): copy.deepcopy(blocks[:1]) for blocks in lists}
@@ -304,6 +303,12 @@ def velocity(pipe, x: Tensor, t: Tensor, prompts: list[str], guidance: float | N
     return torch.cat(parts)[torch.tensor(sum(rows, [])).argsort().to(x.device)]  # in the order of x
 
 
+def reference_velocity(pipe, x: Tensor, t: Tensor, prompts: list[str], guidance: float | None = None) -> Tensor:
+    """velocity of the frozen base."""
+    with reference(pipe.transformer):
+        return velocity(pipe, x, t, prompts, guidance)
+
+
 def project(v: Tensor, v_ref: Tensor) -> Tensor:
     """Remove from v the part of v - v_ref along v_ref, per sample (b, ...). What is left changes only the direction, to
     first order. Compare APG (arXiv 2410.02416), which does this to guidance."""
@@ -330,8 +335,7 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
             def step(v, x, i):
                 v = v.float()
                 if ratios is not None:
-                    with reference(pipe.transformer):
-                        v_ref = velocity(pipe, x, sigmas[i].expand(len(x)), batch_prompts, guidance)
+                    v_ref = reference_velocity(pipe, x, sigmas[i].expand(len(x)), batch_prompts, guidance)
                     ratios[rows, i] = norm_ratio(v, v_ref).cpu()
                     v = v if renorm == "none" else REPAIRS[renorm](v, v_ref)
                 x = x + dts[i] * v
@@ -343,13 +347,12 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
 
 
 def decode_batch(pipe, x0: Tensor) -> Tensor:
-    """Decode latents (b, ...) to pictures (b, 3, h, w) or videos (b, frames, 3, h, w), fp32 in [0, 1]. Gradients are
-    recorded if switched on."""
+    """Decode latents (b, ...) to pictures (b, 3, h, w) or videos (b, frames, 3, h, w) in [0, 1], with gradients."""
     return intercept.decode_latents(pipe, x0).float()
 
 
 def decode_size(pipe) -> int:
-    """The number of pictures to decode at once: a megapixel of them, and at most 32, above which it gets slower."""
+    """The number of pictures to decode at once: a megapixel in all, but at most 32, since more are slower."""
     return max(1, min(32, 3 * 2**20 // int(np.prod(pipe.flow.picture))))
 
 

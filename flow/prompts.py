@@ -1,4 +1,4 @@
-"""Prompts: read from a file, each encoded once, the encodings kept in memory and on disk, and put into batches."""
+"""Prompts: read them from a file, encode each once, keep the encodings in memory and on disk, make batches of them."""
 import functools
 import hashlib
 import inspect
@@ -18,8 +18,8 @@ from tqdm import tqdm
 from flow.cli import InputError, progress, write_files
 from flow.intercept import Captured, call_parameters, capture, patched, run_text_encoders
 
-CHUNK = 16  # prompts in one call of the text encoders; always as many, since their number can change the last bits
-PROBE_PAIR = ["a grey cat", "a grey dog"]  # prompts of one length, to try out a pipeline
+CHUNK = 16  # prompts per call of the text encoders; always that many, since another number can change the last bits
+PROBE_PAIR = ["a grey cat", "a grey dog"]  # prompts of the same length, to try a pipeline
 PROBE_PROMPTS = [*PROBE_PAIR, "", "a grey cat asleep beside a grey dog by the fire"] * (CHUNK // 4)
 
 
@@ -41,7 +41,7 @@ def read_prompts(path: str, flag: str) -> list[str]:
 def tokenizers_of(pipe) -> list:
     """The pipeline's tokenizers in the order of their names: tokenizer, tokenizer_2, ..."""
     parts = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer")]
-    return [getattr(part, "tokenizer", part) for part in parts if part is not None]  # a processor holds one
+    return [getattr(part, "tokenizer", part) for part in parts if part is not None]  # a processor has one
 
 
 def sizes_of(pipe) -> tuple[int, int]:
@@ -54,8 +54,8 @@ def sizes_of(pipe) -> tuple[int, int]:
 
 
 def call_settings(pipe, size: int | None, frames: int | None) -> dict:
-    """The pipeline's arguments besides steps and guidance. If size and text length are left to the pipeline, but its
-    VAE is made for smaller pictures or its last tokenizer reads less text, these are set to what those can do."""
+    """The pipeline's arguments besides steps and guidance. If no size is given and the VAE is made for less than the
+    pipeline's default, the VAE's size. The text length is at most what the last tokenizer reads."""
     parameters, tokenizers, (default, vae_size) = call_parameters(pipe), tokenizers_of(pipe), sizes_of(pipe)
     length = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
     if length and tokenizers:
@@ -69,7 +69,7 @@ def call_settings(pipe, size: int | None, frames: int | None) -> dict:
 
 
 def warn_unsuitable(pipe, prompts: list[str], size: int | None):
-    """Print a note if prompts are longer than every tokenizer reads, and one if `size` is far from the model's own."""
+    """Print a note if prompts are longer than any tokenizer can read, and one if `size` is far from the model's."""
     tokenizers, unique, made_for = tokenizers_of(pipe), list(dict.fromkeys(prompts)), min(sizes_of(pipe))
     limits = [tokenizer.model_max_length for tokenizer in tokenizers]
     limits[-1:] = [pipe.flow.settings.get("max_sequence_length", limit) for limit in limits[-1:]]
@@ -117,7 +117,7 @@ def cache_prompts(pipe):
     flow, signature = pipe.flow, inspect.signature(pipe.encode_prompt)
 
     @functools.lru_cache(2)  # a rollout asks for the same batches again and again
-    def batch(keys: tuple) -> tuple:
+    def make_batch(keys: tuple) -> tuple:
         return to_device(concat_encodings([flow.rows[key] for key in keys]), flow.device)
 
     @functools.wraps(pipe.encode_prompt)
@@ -132,15 +132,14 @@ def cache_prompts(pipe):
         for key, encoding in encodings:
             if key not in flow.rows:
                 cache_encoding(flow, key, share_tensors(flow, key, encoding))
-        encoded = batch(tuple(keys))
+        encoded = make_batch(tuple(keys))
         return encoded if len(encoded) > 1 else encoded[0]
     pipe.encode_prompt = encode_prompt
 
 
 def split_call(call: BoundArguments, device: torch.device) -> tuple[list[tuple], dict[tuple, BoundArguments]]:
     """Split a call of encode_prompt for n prompts into calls for one prompt each. Returns n keys, and the call for each
-    different key. A key is (all other arguments, prompt, negative prompt, ...). Arguments that the pipeline leaves out
-    are filled in, also in `call`."""
+    different key. A key is (settings, prompt, negative prompt, ...). `call` itself gets its default arguments."""
     call.apply_defaults()
     arguments = call.arguments
     prompts = arguments["prompt"] or [""] * arguments.get("batch_size", 1)
@@ -148,9 +147,9 @@ def split_call(call: BoundArguments, device: torch.device) -> tuple[list[tuple],
     lists = {name: list(value) for name, value in arguments.items()
              if "prompt" in name and isinstance(value, list) and len(value) == len(prompts)}
     lists = {"prompt": prompts, **lists}
-    others = [value for name, value in arguments.items() if name not in {*lists, "batch_size", "device", "dtype"}]
-    keys = [(repr(others), *values) for values in zip(*lists.values())]
-    # names that encode_prompt does not take are ignored
+    settings = [value for name, value in arguments.items() if name not in {*lists, "batch_size", "device", "dtype"}]
+    keys = [(repr(settings), *values) for values in zip(*lists.values())]
+    # BoundArguments leaves out what encode_prompt does not take
     arguments |= {**lists, "batch_size": len(prompts), "device": device}
     calls = {}
     for key in keys:
@@ -163,12 +162,12 @@ def split_call(call: BoundArguments, device: torch.device) -> tuple[list[tuple],
 def encode_call(pipe, call: BoundArguments) -> tuple:
     """Make a call of the pipeline's own encode_prompt. Returns its encodings on the CPU."""
     with text_encoders(pipe):
-        encoded = pipe.encode_prompt.__wrapped__(*call.args, **call.kwargs)  # by cache_prompts
+        encoded = pipe.encode_prompt.__wrapped__(*call.args, **call.kwargs)  # as it was before cache_prompts
     return to_device(encoded if isinstance(encoded, tuple) else (encoded,), "cpu")
 
 
 def share_tensors(flow, key: tuple, encoding: tuple) -> tuple:
-    """Take tensors that equal those of another encoding from there, so that memory holds them once."""
+    """Replace tensors by equal ones that are cached already, so that memory holds them once."""
     known = [*flow.last.get(key[0], ()), *flow.last.get(key[1], ())]
     return tuple(next((x for x in known if same_tensor(x, value)), value) for value in encoding)
 
@@ -278,8 +277,8 @@ def batches(pipe, prompts: list[str], size: int, guidance: float | None = None) 
 # ---------------------------------------------------------------- all prompts of a run
 
 def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | None):
-    """Encode each prompt once, without guidance and with it, and let the text encoders go. The encodings are kept in
-    the folder `store`, and what is there already is not encoded again."""
+    """Encode each prompt once, without guidance and with it, and remove the text encoders. Encodings are kept in the
+    folder `store`, and those that are there already are read."""
     unique, size = list(dict.fromkeys(prompts)), CHUNK if pipe.flow.in_one_go else 1
     with ExitStack() as stack:
         for i in progress(range(0, len(unique), size), desc="encode prompts", leave=False):
@@ -293,7 +292,7 @@ def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | N
                 run_text_encoders(pipe, chunk, scale)
             if file:
                 save_encodings(file, dict(islice(pipe.flow.rows.items(), known, None)))
-                load_encodings(pipe.flow, file)  # from disk, so that memory need not hold them
+                load_encodings(pipe.flow, file)  # the cache then refers to the file, and memory is freed
         pipe.flow.encoders = None
 
 

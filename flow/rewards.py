@@ -1,19 +1,20 @@
 """Rewards: functions (images (b, 3, h, w) in [0, 1], prompts) -> (b,).
 
-`pickscore` (yuvalkirstain/PickScore_v1), `hpsv2.1` (xswu/HPSv2), `clipscore` (CLIP ViT-L/14), a CLIPModel folder or hub
-id, scored by PickScore's formula, or `file.py:function`. Several make a weighted sum: `pickscore:0.5,hpsv2.1:0.5`.
+A reward is given as text:
+  pickscore, hpsv2.1, clipscore    yuvalkirstain/PickScore_v1, xswu/HPSv2, CLIP ViT-L/14
+  a folder or a hub id             a CLIPModel, scored by PickScore's formula
+  file.py:function                 your own function
+  vlm:MODEL, vlm:MODEL@URL         P(yes) of a vision-language model's answer to a question, here or on a server
+  A:0.5,B:0.5                      a weighted sum of these
 
-`vlm:MODEL` is the P(yes) of a vision-language model (a folder, a hub id, or `vlm:MODEL@http://HOST:PORT/v1`), asked
-VLM_QUESTION or what follows it in brackets: `vlm:MODEL[Is this a good picture of {prompt}? Answer yes or no.]`. A model
-that was the reward is then no judge: the pictures have learnt to please it.
+A model that was the reward cannot be the judge: training has fitted the pictures to it.
 """
 import importlib.util
 import math
-import re
 import tempfile
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -28,9 +29,7 @@ from flow.cli import InputError, cannot_load, check_model, quiet_libraries, reas
 from flow.judge import http_judge, local_judge, read_answer
 from flow.pictures import to_image
 
-Reward = Callable[[Tensor, list[str]], Tensor]
-
-VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # whose processor PickScore and HPSv2 use
+VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and HPSv2 use its processor
 HUB = {"pickscore": ("yuvalkirstain/PickScore_v1", VIT_H),  # reward: (its model, its processor)
        "hpsv2.1": ("xswu/HPSv2", VIT_H),
        "clipscore": ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14")}
@@ -38,118 +37,113 @@ KNOWN = f"{', '.join(HUB)}, file.py:function, vlm:MODEL, "
 VLM_QUESTION = 'Does this picture show "{prompt}", without defects? Answer yes or no.'
 
 
-def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False,
-                question=None) -> Reward:
-    """spec, or "spec:weight,spec:weight" -> function (images (b, 3, h, w) in [0, 1], prompts) -> (b,) fp32 on the CPU.
-    Videos (b, frames, 3, h, w) get the mean over at most four evenly spaced frames. Its `models` are on `device` from a
-    call on; to make room, move them away. Its `names` are its parts'; reward(...) is weighted(scores_of(...)).
-
-    `differentiable`: square images are resized by torch instead of PIL (equal but for its rounding to 8 bits) and keep
-    the graph. Ends the process with a line that names --reward if a spec cannot be loaded, or later if it returns
-    anything but one finite number a picture.
-    """
-    quiet_libraries()
+def split_reward(spec: str) -> list[tuple[str, float]]:
+    """The parts of a reward and their weights: "A:0.5,B" -> [("A", 0.5), ("B", 1.0)]."""
+    if "[" in spec.partition("vlm:")[2]:
+        raise InputError(f"--reward {spec}: give a vlm's question as --vlm-question 'QUESTION', not in brackets")
     parts = []
-    for part in re.split(r",(?![^[]*\])", spec):  # but for the commas of a [question]
+    for part in spec.split(","):
         name, _, weight = part.rpartition(":")
-        try:  # no weight follows .py: that colon is file.py:function's, even of a function called nan
-            weight = float("" if name.endswith(".py") else weight)
+        is_function = name.endswith(".py")  # file.py:function, even if the function is called nan
+        is_port = "://" in name and "/" not in name.partition("://")[2]  # http://HOST:PORT
+        try:
+            weight = float("" if is_function or is_port else weight)
         except ValueError:
             name, weight = part, 1.0
         if not name:
             raise InputError(f"--reward '{spec}': a name is missing; give {KNOWN}a folder or a hub id")
         if not math.isfinite(weight):
             raise InputError(f"--reward {part}: its weight must be a finite number")
-        parts.append((name, weight, load_part(name, device, differentiable)))
-        if differentiable:
-            check_gradient(name, parts[-1][2], device)
+        parts.append((name, weight))
+    return parts
 
+
+def reward_model(name: str) -> str:
+    """The file, folder or model id behind one part of a reward."""
+    if name.startswith("vlm:"):
+        return name.removeprefix("vlm:").partition("@")[0]
+    if ".py:" in name:
+        return name.rpartition(":")[0]
+    return HUB[name][0] if name in HUB else name
+
+
+def short_reward(spec: str) -> str:
+    """The reward's text with only the last piece of each path or id: "DIR/clip:0.5,vlm:ORG/M@URL" -> "clip:0.5,M"."""
+    short = []
+    for name, weight in split_reward(spec):
+        name = reward_model(name) if name.startswith("vlm:") else name
+        name = name.rstrip("/").rpartition("/")[2]
+        short.append(name if weight == 1 else f"{name}:{weight:g}")
+    return ",".join(short)
+
+
+def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False,
+                question: str | None = None) -> Callable:
+    """Load a reward as a function (images, prompts) -> (n,) fp32 on the CPU, which scores `batch` images at once.
+
+    Images are (n, 3, h, w) in [0, 1]; a video (n, frames, 3, h, w) gets the mean of at most four evenly spaced frames.
+    `question` is what a vlm is asked (None: VLM_QUESTION); {prompt} in it becomes the image's prompt. `differentiable`
+    scores have gradients to the images, which must be square; they differ from the others by rounding to 8 bits.
+    Attributes of the function: `models` and `names` of the parts, `scores_of(images, prompts) -> (parts, n)`, and
+    `weighted(scores) -> (n,)`. A call moves the models to `device`; move them away to free its memory.
+    Raises InputError if a part cannot be loaded, or later if it returns anything but one finite number per image."""
+    quiet_libraries()
+    parts = [(name, weight, load_part(name, device, differentiable, question)) for name, weight in split_reward(spec)]
     models = [score.model for _, _, score in parts if hasattr(score, "model")]
 
     @torch.set_grad_enabled(differentiable)
     def scores_of(images: Tensor, prompts: list[str]) -> Tensor:
-        """images (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1] and n prompts -> each part's scores, (parts, n) fp32.
-        A part gets a copy of the pictures: what it does to them, no other sees."""
         if images.ndim == 5:
             frames = torch.linspace(0, images.shape[1] - 1, min(4, images.shape[1])).round().long()
             scores = scores_of(images[:, frames].flatten(0, 1), [prompt for prompt in prompts for _ in frames])
             return scores.view(len(parts), len(images), len(frames)).mean(2)
         for model in models:
             model.to(device)
-        scores = [[checked(name, score, images[i:i + batch].clone(), prompts[i:i + batch]) for name, _, score in parts]
-                  for i in range(0, len(images), batch)]
-        return torch.cat([torch.stack(chunk) for chunk in scores], 1)
+        rows = []
+        for name, _, score in parts:  # each part gets its own copy of the images, in case it writes into them
+            rows.append(torch.cat([call_part(name, score, images[i:i + batch].clone(), prompts[i:i + batch])
+                                   for i in range(0, len(images), batch)]))
+        return torch.stack(rows)
 
     def weighted(scores: Tensor) -> Tensor:
-        """The parts' scores (parts, n) -> the weighted sum (n,)."""
         total = torch.zeros(scores.shape[1])
         for (_, weight, _), score in zip(parts, scores):
             total = total + weight * score
         return total
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
-        """images (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1] and n prompts -> the weighted sum, (n,) fp32."""
         return weighted(scores_of(images, prompts))
 
+    for name, _, score in parts if differentiable else ():
+        check_gradient(name, score, device)
+    names = [name for name, _, _ in parts]
+    short = [short_reward(name) for name in names]
+    reward.names = short if len(set(short)) == len(short) else names
     reward.models, reward.scores_of, reward.weighted = models, scores_of, weighted
-    short = [without_questions(name).rstrip("/").split("/")[-1] for name, _, _ in parts]
-    reward.names = short if len(set(short)) == len(short) else [name for name, _, _ in parts]
     return reward
 
 
-def check_gradient(name: str, score: Reward, device: torch.device):
-    """End the process if a reward does not say how it changes with the picture, as a function of NumPy's."""
+def check_gradient(name: str, score: Callable, device: torch.device):
+    """Raise InputError if a reward's score has no gradient to the picture (NumPy code has none)."""
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     if hasattr(score, "model"):
         score.model.to(device)
     with torch.enable_grad():
-        value = checked(name, score, images, ["a picture"]).sum()
-    if not (value.requires_grad and torch.autograd.grad(value, images, allow_unused=True)[0] is not None):
+        value = call_part(name, score, images, ["a picture"]).sum()
+    if not value.requires_grad or torch.autograd.grad(value, images, allow_unused=True)[0] is None:
         raise InputError(f"--adjoint: --reward {name} has no gradient")
 
 
-def split_reward(spec):
-    return [(part, 1.0) for part in without_questions(spec).split(",")]
-
-
-def reward_model(name):
-    return name.rpartition(".py:")[0] + ".py" if ".py:" in name else name.split(":")[0]
-
-
-def without_questions(spec: str) -> str:
-    """A reward's spec with MODEL in place of vlm:MODEL@URL[QUESTION]: what it is made of, and a name for it."""
-    return re.sub(r"vlm:([^@[,]+)(@[^[,]*)?(\[.*?\])?", r"\1", spec, flags=re.DOTALL)
-
-
-def load_part(name: str, device: torch.device, differentiable: bool) -> Reward:
-    """One reward, without its weight."""
-    if name.startswith("vlm:"):
-        if differentiable:
-            raise InputError(f"--adjoint: --reward {name} has no gradient")
-        return load_vlm(name, device)
-    if ".py:" in name:
-        return load_function(name)
-    if name.endswith(".py"):
-        raise InputError(f"--reward {name}: which function of it? Give {name}:FUNCTION")
-    if name not in HUB:
-        check_model("--reward", name, KNOWN)
-    try:
-        return load_clip(name, device, differentiable)
-    except Exception as e:  # no network, another model class, a broken file: each raises its own
-        cannot_load("--reward", name, e, needs=HUB.get(name, ()))
-
-
-def checked(name: str, score: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """score(images, prompts), (b,) fp32 on the CPU; ends the process if it is not one finite number a picture."""
+def call_part(name: str, score: Callable, images: Tensor, prompts: list[str]) -> Tensor:
+    """score(images, prompts) as (b,) fp32 on the CPU. Raises InputError unless it is one finite number per image."""
     try:
         values = torch.as_tensor(score(images, prompts)).float().cpu()
-    except InputError:  # a judge's own
+    except InputError:  # a vlm's
         raise
-    except (Exception, SystemExit) as e:  # a function is the user's code
+    except (Exception, SystemExit) as e:  # a function is the user's code: name its file and line
         frames = traceback.extract_tb(e.__traceback__)
-        own = [frame for frame in frames if frame.filename == name.rpartition(":")[0]]  # of file.py:function
-        at = (own or frames)[-1]
-        why = f"{type(e).__name__}: {reason(e)}; {at.filename}:{at.lineno}"
+        at = [frame for frame in frames if frame.filename == reward_model(name)] or frames
+        why = f"{type(e).__name__}: {reason(e)}; {at[-1].filename}:{at[-1].lineno}"
         raise InputError(f"--reward {name}: failed on {tuple(images.shape)} pictures ({why})")
     n, shape = len(images), tuple(values.shape)
     if shape != (n,):
@@ -160,20 +154,81 @@ def checked(name: str, score: Reward, images: Tensor, prompts: list[str]) -> Ten
     return values
 
 
-def load_clip(name: str, device: torch.device, differentiable: bool = False) -> Reward:
-    """PickScore's formula (arXiv 2305.01569) on any CLIPModel: exp(logit_scale) cos(image, text) / 26. clipscore and
-    hpsv2.1 are the plain cosine."""
+def load_part(name: str, device: torch.device, differentiable: bool, question: str | None) -> Callable:
+    """One part of a reward, without its weight."""
+    if name.startswith("vlm:"):
+        if differentiable:
+            raise InputError(f"--adjoint: --reward {name} has no gradient")
+        return load_vlm(name, device, question or VLM_QUESTION)
+    if ".py:" in name:
+        return load_function(name)
+    if name.endswith(".py"):
+        raise InputError(f"--reward {name}: which function of it? Give {name}:FUNCTION")
+    if name not in HUB:
+        check_model("--reward", name, KNOWN)
+    try:
+        return load_clip(name, device, differentiable)
+    except Exception as e:  # no network, another model class, a broken file: each raises a different error
+        cannot_load("--reward", name, e, needs=HUB.get(name, ()))
+
+
+def load_function(name: str) -> Callable:
+    """`file.py:function`, imported from its path."""
+    path, _, function = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location("reward_function", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as e:  # the user's code
+        raise InputError(f"--reward {name}: cannot be imported ({type(e).__name__}: {reason(e)})")
+    if not callable(getattr(module, function, None)):
+        raise InputError(f"--reward {name}: there is no function {function} in {path}")
+    return getattr(module, function)
+
+
+def load_vlm(name: str, device: torch.device, question: str) -> Callable:
+    """P(yes) of a vision-language model's answer to `question`, in which {prompt} is the picture's prompt."""
+    model, at, url = name.removeprefix("vlm:").partition("@")
+    address = urlsplit(url)
+    is_url = address.scheme in ("http", "https") and address.netloc and address.path
+    if not model or model.startswith(("http://", "https://")) or at and not is_url:
+        raise InputError(f"--reward {name}: give vlm:MODEL, or vlm:MODEL@http://HOST:PORT/v1 for a server")
+    ask = http_judge(url, model, flag="--reward vlm:") if at else local_judge(model, device, "--reward vlm:")
+
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        questions = [question.replace("{prompt}", prompt) for prompt in prompts]
+        answers = []
+        with tempfile.TemporaryDirectory() as folder:  # a judge reads files
+            files = [[f"{folder}/{i}.png"] for i in range(len(images))]
+            for image, (file,) in zip(images, files):
+                to_image(image).save(file)
+            for i in range(0, len(files), 16):  # 16 at once, for the memory of a large model
+                answers += ask(questions[i:i + 16], files[i:i + 16])
+        margins = [read_answer(answer, "yes", "no") for answer in answers]
+        for asked, margin in zip(questions, margins):
+            if math.isnan(margin):
+                raise InputError(f"--reward {name}: no answer, or neither yes nor no, to the question {asked!r}")
+        return torch.tensor(margins).sigmoid()
+
+    if not at:
+        score.model = ask.model
+    return score
+
+
+def load_clip(name: str, device: torch.device, differentiable: bool = False) -> Callable:
+    """PickScore's formula (arXiv 2305.01569) for any CLIPModel: exp(logit_scale) cos(image, text) / 26. For clipscore
+    and hpsv2.1 the cosine alone."""
     model, processor = HUB.get(name, (name, name))
     clip = load_hps(model) if name == "hpsv2.1" else AutoModel.from_pretrained(model, dtype=torch.float32)
     clip.eval().requires_grad_(False)
     scale = 1.0 if name in ("clipscore", "hpsv2.1") else clip.logit_scale.exp().item() / 26
     processor = AutoProcessor.from_pretrained(processor)
     prepare = processor.image_processor
-    # SigLIP was trained on padded prompts, without a mask: its score depends on how much padding there is
-    padding = "max_length" if "siglip" in clip.config.model_type else True
+    is_siglip = "siglip" in clip.config.model_type  # trained on prompts padded to full length, without a mask
+    padding = dict(padding="max_length" if is_siglip else True, truncation=True,
+                   max_length=clip.config.text_config.max_position_embeddings)
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        """(b, 3, h, w) in [0, 1] and b prompts -> (b,)."""
         if differentiable:
             side = (getattr(prepare, "crop_size", None) or prepare.size)["height"]
             pixels = torch_pixels(images, side, prepare.image_mean, prepare.image_std)
@@ -181,68 +236,19 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
             pixels = torch.stack([hps_pixels(x) for x in images])
         else:
             pixels = prepare([to_image(x) for x in images], return_tensors="pt")["pixel_values"]
-        longest = clip.config.text_config.max_position_embeddings
-        tokens = processor.tokenizer(prompts, padding=padding, truncation=True, max_length=longest, return_tensors="pt")
-        tokens = tokens if padding is True else {"input_ids": tokens["input_ids"]}
-        tokens = {name: value.to(device) for name, value in tokens.items()}
-        out = clip(pixel_values=pixels.to(device), **tokens)  # its embeddings come normalised
+        tokens = processor.tokenizer(prompts, return_tensors="pt", **padding).to(device)
+        if is_siglip:
+            tokens = {"input_ids": tokens["input_ids"]}
+        out = clip(pixel_values=pixels.to(device), **tokens)  # gives normalized embeddings
         return (out.image_embeds * out.text_embeds).sum(1) * scale
 
     score.model = clip
     return score
 
 
-def load_vlm(name: str, device: torch.device) -> Reward:
-    """P(yes) of a vision-language model's answer to a question about a picture, in which {prompt} is its prompt."""
-    pattern = r"vlm:(?!https?://)([^@[\]]+)(?:@(https?://[^/[\]]+/[^[\]]*))?(?:\[(.+)\])?"
-    parts = re.fullmatch(pattern, name, re.DOTALL)
-    if not parts:
-        raise InputError(f"--reward {name}: give vlm:MODEL or vlm:MODEL@http://HOST:PORT/v1, and after it [QUESTION] "
-                         "or nothing")
-    model, url, question = parts.groups(default="")
-    question, flag = question or VLM_QUESTION, "--reward vlm:"
-    ask = http_judge(url, model, flag=flag) if url else local_judge(model, device, flag)
-
-    def score(images: Tensor, prompts: list[str]) -> Tensor:
-        """(b, 3, h, w) in [0, 1] and b prompts -> (b,)."""
-        questions = [question.replace("{prompt}", prompt) for prompt in prompts]
-        with tempfile.TemporaryDirectory() as folder:  # a judge is asked about files
-            files = [[f"{folder}/{i}.png"] for i in range(len(images))]
-            for image, (file,) in zip(images, files):
-                to_image(image).save(file)
-            # 16 at a time: a large model's activations
-            answers = [top for i in range(0, len(files), 16) for top in ask(questions[i:i + 16], files[i:i + 16])]
-        margins = [read_answer(top, "yes", "no") for top in answers]
-        for asked, margin in zip(questions, margins):
-            if math.isnan(margin):
-                raise InputError(f"--reward {name}: the answer is neither yes nor no, or has failed; the question "
-                                 f"was {asked!r}")
-        return torch.tensor(margins).sigmoid()
-
-    if not url:
-        score.model = ask.model
-    return score
-
-
-def load_function(spec: str) -> Reward:
-    """`file.py:function`, imported from its path."""
-    path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise InputError(f"--reward {spec}: there is no file {path}")
-    found = importlib.util.spec_from_file_location("reward_function", path)
-    module = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-        if not callable(getattr(module, name, None)):
-            raise TypeError(f"there is no function {name} in it")
-        return getattr(module, name)
-    except (Exception, SystemExit) as e:  # the user's code
-        raise InputError(f"--reward {spec}: cannot be imported ({type(e).__name__}: {reason(e)})")
-
-
 # ---------------------------------------------------------------- HPSv2.1
 
-# HPSv2.1 is an open_clip ViT-H-14; transformers' default activation, quick_gelu, would be wrong for it
+# HPSv2.1 is an open_clip ViT-H-14, which has gelu (transformers' default for CLIP is quick_gelu).
 VIT_H_CONFIG = dict(
     text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                      hidden_act="gelu"),
@@ -252,7 +258,7 @@ VIT_H_CONFIG = dict(
 
 
 def torch_pixels(images: Tensor, side: int, mean: list[float], std: list[float]) -> Tensor:
-    """Square images (b, 3, h, h) in [0, 1] -> CLIP's (b, 3, side, side): as the PIL processors do, with a gradient."""
+    """Resize square images (b, 3, h, h) in [0, 1] to (b, 3, side, side) and normalize them, with a gradient."""
     if images.shape[2] != side:
         images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
     return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
@@ -267,34 +273,29 @@ def load_hps(model: str) -> CLIPModel:
 
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An open_clip CLIP's state dict under the names of transformers' CLIPModel, fp32."""
-    projections = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+    """An open_clip CLIP's state dict with the names of transformers' CLIPModel, in fp32."""
     names = {"transformer.resblocks": "encoder.layers", ".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.",
              ".attn.": ".self_attn.", ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2.",
              "ln_pre.": "pre_layrnorm.", "ln_post.": "post_layernorm.", "ln_final.": "final_layer_norm.",
              "conv1.": "embeddings.patch_embedding.", "class_embedding": "embeddings.class_embedding",
              "token_embedding.": "embeddings.token_embedding.",
              "positional_embedding": "embeddings.position_embedding.weight"}
-    out = {}
+    state = {key: value.float() for key, value in state.items() if key != "attn_mask"}
+    out = {"logit_scale": state.pop("logit_scale"), "text_projection.weight": state.pop("text_projection").T,
+           "visual_projection.weight": state.pop("visual.proj").T}
     for key, value in state.items():
-        value = value.float()
-        if key in projections:
-            out[projections[key]] = value.T.contiguous()
-        elif key == "logit_scale":
+        key = f"vision_model.{key.removeprefix('visual.')}" if key.startswith("visual.") else f"text_model.{key}"
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        if "in_proj_" in key:  # q, k and v in one
+            out |= {key.replace("in_proj_", f"{n}_proj."): part for n, part in zip("qkv", value.chunk(3))}
+        else:
             out[key] = value
-        elif key != "attn_mask":
-            key = ("vision_model." if key.startswith("visual.") else "text_model.") + key.removeprefix("visual.")
-            for theirs, ours in names.items():
-                key = key.replace(theirs, ours)
-            if "in_proj_" in key:  # q, k and v in one
-                out |= {key.replace("in_proj_", f"{n}_proj."): x.contiguous() for n, x in zip("qkv", value.chunk(3))}
-            else:
-                out[key] = value
     return out
 
 
 def hps_pixels(picture: Tensor, side: int = 224) -> Tensor:
-    """HPSv2's: longest side to `side`, bicubic, zero-padded to a square. (3, h, w) in [0, 1] -> (3, side, side)."""
+    """HPSv2's input: the longest side resized to `side`, padded with black. (3, h, w) in [0, 1] -> (3, side, side)."""
     image = to_image(picture)
     scale = side / max(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

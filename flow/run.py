@@ -4,11 +4,10 @@ import fcntl
 import io
 import json
 import math
-import shlex
 import sys
 import uuid
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,13 +16,23 @@ from huggingface_hub import try_to_load_from_cache
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from flow.cli import InputError, append, check_flags, check_place, fingerprint, json_text, make_dir, write_files
-from flow.distributed import PROCESSES, RANK, all_gather, barrier, local_slice, move_to_cpu, shutdown
-from flow.lora import base_dtype, quantization, save_lora, swapped
-from flow.pictures import plot_curves
+from flow.cli import (
+    InputError,
+    append,
+    check_flags,
+    check_place,
+    fingerprint,
+    json_text,
+    make_dir,
+    reading,
+    write_files,
+)
+from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, move_to_cpu, shutdown
+from flow.lora import model_card, quantization, save_lora, swapped
+from flow.pictures import digits, epochs_logged, plot_curves, read_log, summarize
 from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import warn_unsuitable
-from flow.rewards import load_reward, reward_model, split_reward
+from flow.rewards import load_reward, reward_model, short_reward, split_reward
 
 # flags that may differ when a run is resumed: the result is what it would be, or what it would be but for rounding
 MAY_CHANGE = "--epochs", "--save-every", "--eval-every", "--wandb"
@@ -33,7 +42,6 @@ FOLDERS = "samples", "lora", "checkpoint"
 FILES = ("args.json", "metrics.jsonl", "curves.png", "lora/pytorch_lora_weights.safetensors", "lora/README.md",
          "checkpoint/state.pt", "checkpoint/lock")
 LOCKS, WANDB = {}, {}  # of each folder that this process holds: its open lock file; its wandb run, if it has one
-BINS = 5  # of the noise level t in norm_ratio_by_t: equal parts of [0, 1]
 
 
 # ---------------------------------------------------------------- flags and models
@@ -48,8 +56,8 @@ def check_args(args):
     if args.ema is not None and not 0 < args.ema < 1:
         raise InputError(f"--ema {args.ema}: must be above 0 and below 1")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
-        raise InputError(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must be "
-                         "a multiple of that and the second no less")
+        raise InputError(f"--groups {args.groups} --eval-n {args.eval_n}: with {PROCESSES} processes, the first must "
+                         "be a multiple of that and the second no less")
     if args.shard and (PROCESSES == 1 or args.updates > 1 or args.eval_n % PROCESSES or args.quantize != "none"):
         raise InputError("--shard: takes several processes (torchrun), --updates 1, an --eval-n that is a multiple of "
                          "their number, and no --quantize")
@@ -95,32 +103,14 @@ def encode_local_prompts(out: Path, args, pipe, prompts: list[str], eval_prompts
                          "pads to one")
 
 
-def prepare_transformer(pipe, args):
-    """Gradient checkpointing (by default on a GPU) and torch.compile, as the flags say."""
-    on = pipe.device.type == "cuda" if args.checkpointing is None else args.checkpointing
-    if on and pipe.transformer._supports_gradient_checkpointing:
-        pipe.transformer.enable_gradient_checkpointing()
-    if args.compile:
-        compile_blocks(pipe.transformer)
-
-
-def compile_blocks(model: torch.nn.Module, backend: str = "inductor"):
-    """torch.compile each of a transformer's blocks; the whole is called through hooks. Each kind of block is compiled
-    up to five times: for the rollout, the update, the reference in either, and NFT's old policy."""
-    torch._dynamo.config.recompile_limit = 64  # the default, 8, would leave blocks uncompiled
-    for blocks in model.children():
-        for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
-            block.compile(backend=backend)
-
-
 # ---------------------------------------------------------------- find, open and finish a run
 
 def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None]:
     """The run's folder, and the checkpoint to resume from (None: a new run). A finished run exits with code 0. Raises
     InputError if the folder holds anything but an unfinished run of this command. Writes nothing but the lock."""
     out = Path(args.out or default_folder(method, args))
-    samples = tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*"))
-    check_place(out, "--out", FILES + samples, FOLDERS)
+    check_place(out, "--out", FILES, FOLDERS)
+    check_place(out, "--out", tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*")))
     files = [path for part in (*FILES, *FOLDERS, "samples.jsonl") for path in (out / part, *(out / part).rglob("*"))]
     files = {path.relative_to(out).parts[0] for path in files if path.is_file() and path.name != "lock"}
     if not files:
@@ -146,7 +136,8 @@ def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None
     read_log(log, saved["log_bytes"])
     changed = differences(before, now, CHANGES_ROUNDING)
     for there in (recorded, *recorded["resumed_on"]):
-        changed += differences(there | there["versions"], here | here["versions"], {*here, *here["versions"]} - {"versions"})
+        changed += differences(there, here, here.keys() - {"versions"})
+        changed += differences(there["versions"], here["versions"], here["versions"])
     if changed:
         print(f"{out}: {', '.join(dict.fromkeys(changed))} changed: from here on equal to an uninterrupted run but for "
               "rounding")
@@ -167,18 +158,16 @@ def differences(before: dict, now: dict, names) -> list[str]:
 
 def default_folder(method: str, args) -> str:
     """runs/METHOD-MODEL-REWARD-lamLAM-sSEED."""
-    reward = "+".join(Path(name).name.replace(".py:", "-").replace(":", "") for name, _ in split_reward(args.reward))
+    reward = short_reward(args.reward).replace(".py:", "-").replace(":", "").replace(",", "+")
     lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
     return f"runs/{method}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}"
 
 
 def read_args(out: Path, method: str, files: set[str]) -> dict:
     """args.json of a run of this method. Raises InputError if the folder's files are not of such a run."""
-    kinds = {"script": str, "inputs": dict, "save_every": int, "epochs": int}
-    try:
+    with reading(out / "args.json"):
         recorded = json.loads((out / "args.json").read_text()) if "args.json" in files else None
-    except (OSError, ValueError) as e:
-        raise InputError(f"{out / 'args.json'}: cannot be read ({e}); restore it, or give another --out")
+    kinds = {"script": str, "inputs": dict, "save_every": int, "epochs": int}
     known = isinstance(recorded, dict) and all(isinstance(recorded.get(name), kind) for name, kind in kinds.items())
     if not known or recorded["script"] != f"train_{method}.py":
         raise InputError(f"--out {out}: {', '.join(sorted(files))} there is not of a run of train_{method}.py; give "
@@ -273,48 +262,16 @@ def unlock():
 
 
 def finish_run(out: Path, skipped: int):
-    """Let go of the folder, and print what came of the run: reward and norm ratio, first and last, of held-out prompts
-    if they were evaluated."""
+    """Let go of the folder, and print what came of the run."""
     unlock()
     shutdown()
     WANDB.pop(out, None)
-    if RANK > 0:
-        return
-    lines, parts = read_log(out / "metrics.jsonl"), [f"{skipped} steps skipped"] if skipped else []
-    prefix, prompts = ("eval_", "held-out") if any("eval_reward" in line for line in lines) else ("", "training")
-    for name, decimals in (("reward", None), ("norm_ratio", 3)):
-        values = [line[prefix + name] for line in lines if line.get(prefix + name) is not None]
-        if values:
-            change = abs(values[-1] - values[0]) if decimals is None else 0.1
-            first, last = digits(values[0], change), digits(values[-1], change)
-            parts.append(f"{prompts} {name.replace('_', ' ')} {first} -> {last}")
-    print(f"done: {', '.join(parts)}; {out}/ holds lora/, samples/, curves.png and metrics.jsonl")
+    if RANK == 0:
+        steps = f"{skipped} steps skipped, " if skipped else ""
+        print(f"done: {steps}{summarize(out)}; {out}/ holds lora/, samples/, curves.png and metrics.jsonl")
 
 
 # ---------------------------------------------------------------- log
-
-def mean_over_rows(batches: list[dict[str, Tensor]], rows: int) -> dict:
-    """Means over an update's rows, of all processes, by name. batches: of each micro-batch, values (b,) by name. With
-    norm_ratio there must be t (b,): it gives norm_ratio_by_t, the ratio in BINS equal bins of the noise level. Waits
-    for the GPU."""
-    sums = {}
-    for values in batches:
-        values = {name: value.detach() for name, value in values.items()}
-        t, ratio = values.pop("t", None), values.get("norm_ratio")
-        for k in range(BINS) if ratio is not None else ():
-            in_bin = ((t * BINS).long().clamp_max(BINS - 1) == k).to(ratio.device)
-            values |= {f"ratio in bin {k}": ratio * in_bin, f"rows in bin {k}": in_bin}
-        for name, value in values.items():
-            value = value if value.dtype == torch.float64 else value.float()
-            sums[name] = sums.get(name, 0) + value.sum()
-    local = dict(zip(sums, torch.stack(list(sums.values())).tolist())) if sums else {}
-    totals = all_gather(local)  # of each process
-    names = dict.fromkeys(name for total in totals for name in total)
-    means = {name: sum(total[name] for total in totals if name in total) / rows for name in names}
-    bins = [(means.pop(f"ratio in bin {k}", 0), means.pop(f"rows in bin {k}", 0)) for k in range(BINS)]
-    by_t = [ratio / count if count else None for ratio, count in bins]
-    return {"norm_ratio": None, "active": None, **means, "norm_ratio_by_t": by_t}
-
 
 def log_step(out: Path, bar, line: dict):
     """Log an optimizer step, and show it on the bar."""
@@ -335,12 +292,6 @@ def log_line(out: Path, line: dict, picture: Path | None = None):
         import wandb  # open_run has imported it
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         WANDB[out].log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=line["step"])
-
-
-def digits(value: float, spread: float) -> str:
-    """A number with as many decimals as show a change of `spread`, at least 3."""
-    decimals = 2 - math.floor(math.log10(max(spread, 1e-6 * abs(value)))) if 0 < spread < math.inf else 3
-    return f"{value:.{min(max(decimals, 3), 15)}f}"
 
 
 # ---------------------------------------------------------------- checkpoint
@@ -393,21 +344,16 @@ def resume(out: Path, saved: dict | None, model: torch.nn.Module, params: list, 
 def read_state(file: Path, more: dict[str, type]) -> dict:
     """The checkpoint. Raises InputError if it is damaged, lacks a part, or holds numbers that are not finite. more: the
     parts that a method adds, with their types."""
-    why = ""
-    try:
+    kinds = {"lora": dict, "opt": dict, "epoch": int, "step": int, "skipped": int, "bad": int, "log_bytes": int} | more
+    with reading(file):
         with zipfile.ZipFile(file) as opened:  # torch.load does not check the checksums
-            why = opened.testzip() and "a checksum is wrong"
+            if opened.testzip():
+                raise ValueError("a checksum is wrong")
         state = torch.load(file, weights_only=True, map_location="cpu")
-        kinds = {"lora": dict, "opt": dict, "epoch": int, "step": int, "skipped": int, "bad": int, "log_bytes": int}
-        lacks = sorted(name for name, kind in (kinds | more).items() if not isinstance(state.get(name), kind))
-        if not why and lacks:
-            why = f"it lacks {', '.join(lacks)}"
-        if not why and not all(x.isfinite().all() for x in float_tensors(state)):
-            why = "it holds numbers that are not finite"
-    except Exception as e:  # torch and zipfile raise many kinds
-        why = type(e).__name__
-    if why:
-        raise InputError(f"{file}: cannot be read ({why}); restore it, or give another --out")
+        if lacks := sorted(name for name, kind in kinds.items() if not isinstance(state.get(name), kind)):
+            raise ValueError(f"it lacks {', '.join(lacks)}")
+        if not all(x.isfinite().all() for x in float_tensors(state)):
+            raise ValueError("it holds numbers that are not finite")
     return state
 
 
@@ -416,49 +362,3 @@ def float_tensors(value) -> list[Tensor]:
     if isinstance(value, (dict, list)):
         return [x for part in (value.values() if isinstance(value, dict) else value) for x in float_tensors(part)]
     return [value] if torch.is_tensor(value) and value.is_floating_point() else []
-
-
-def read_log(log: Path, size: int | None = None) -> list[dict]:
-    """The lines in the first `size` bytes of metrics.jsonl. Raises InputError if they are not there or no JSON."""
-    try:
-        content = log.read_bytes()
-        lines = [json.loads(line) for line in content[:size].splitlines()]
-        if len(content) < (size or 0) or not all(isinstance(line, dict) for line in lines):
-            raise ValueError("it is shorter than the checkpoint says, or a line is no JSON object")
-        return lines
-    except (OSError, ValueError) as e:
-        raise InputError(f"{log}: cannot be read ({e}); restore it, or give another --out")
-
-
-def epochs_logged(log: Path) -> int:
-    """The number of the last epoch that metrics.jsonl has a training step of, 0 if there is none."""
-    try:
-        return max((line["epoch"] for line in read_log(log) if "loss" in line), default=0)
-    except (InputError, KeyError):  # cut short in its first epoch
-        return 0
-
-
-def model_card(method: str, args, eval_prompts: list[str]) -> str:
-    """lora/README.md: a model card for the hub. The user chooses the licence."""
-    flags = []
-    for field in fields(args):
-        value, flag = getattr(args, field.name), field.name.replace("_", "-")
-        if value != field.default:
-            words = value if isinstance(value, tuple) else [value]
-            switch = f"--{flag}" if value else f"--no-{flag}"
-            flags.append(switch if isinstance(value, bool) else shlex.join([f"--{flag}", *map(str, words)]))
-    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(eval_prompts[:4]))
-    return f"""---
-base_model: {args.model}
-library_name: diffusers
-tags: [lora, diffusers, normguard, {method}]
----
-A LoRA of rank {args.rank} for `{args.model}` (`pipe.load_lora_weights(FOLDER)`), trained for the reward
-`{args.reward}` with {method.upper()} and NormGuard (arXiv 2606.27771), lam {args.lam}:
-
-    python train_{method}.py {" ".join(flags)}
-
-Prompts to try:
-
-{prompts}
-"""

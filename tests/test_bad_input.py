@@ -357,14 +357,14 @@ def prompts(images, prompts): return torch.tensor([float(len(p)) for p in prompt
 
 
 def call(script: str, flags: list[str]):
-    """What the script's last line does."""
+    """Call a script as its last line does."""
     module = importlib.import_module(script)
     sys.argv = [f"{script}.py", *flags]
     module.main(cli.parse(module.Args, module.__doc__))
 
 
 def make_odd(odd: Path):
-    """Files that are no prompts, rewards or models."""
+    """Write files that are no prompts, rewards or models."""
     odd.mkdir()
     (odd / "folder").mkdir()
     (odd / "folder.py").mkdir()
@@ -389,7 +389,7 @@ def make_odd(odd: Path):
 
 
 def make_runs(runs: Path, run: Path):
-    """Copies of a finished run, each with one thing wrong."""
+    """Copy a finished run, each time with one thing wrong."""
     good, state = (run / "checkpoint/state.pt").read_bytes(), torch.load(run / "checkpoint/state.pt", weights_only=True)
     name, weight = next(iter(state["lora"].items()))
 
@@ -470,7 +470,7 @@ def make_runs(runs: Path, run: Path):
 
 
 def make_nft_runs(runs: Path, run: Path):
-    """Copies of NFT's, which keeps an old policy, too."""
+    """Copy a finished run of NFT with a wrong old policy in its checkpoint."""
     state = torch.load(run / "checkpoint/state.pt", weights_only=True)
     for what, old in {
         "no-old": None,
@@ -481,7 +481,7 @@ def make_nft_runs(runs: Path, run: Path):
 
 
 def make_loras(loras: Path, run: Path):
-    """LoRAs that are broken, or of another model."""
+    """Write LoRAs that are broken, or of another model."""
     name = "pytorch_lora_weights.safetensors"
     good = (run / "lora" / name).read_bytes()
     weights = load_file(run / "lora" / name)
@@ -509,7 +509,7 @@ def make_loras(loras: Path, run: Path):
 
 
 def make_outs(home: Path):
-    """Folders of pictures, and folders that these are not to be written to."""
+    """Write folders of pictures, some with one thing wrong, and folders in which an output cannot be written."""
     rows = [{"prompt": "a red star", "seed": seed} for seed in range(2)]
     for name in ("a", "b", "outs/cut", "outs/gone", "outs/broken", "outs/small"):
         pictures.save_samples(str(home / name), torch.rand(2, 3, 64, 64), rows)
@@ -569,7 +569,7 @@ def tree(folder) -> dict:
 
 
 def check_error(said: str, words: str):
-    """One short line of these words."""
+    """The output is one short line that has these words."""
     lines = [line for line in said.replace("\r", "\n").split("\n") if line.strip() and "%|" not in line]
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ") and len(lines[0]) <= 250 and "\x1b" not in said and "Traceback" not in said
@@ -603,7 +603,7 @@ def test_it_is_one_line_and_nothing_is_written(home, monkeypatch, capfd, script,
     "train_dpo.py --pairs 3 --group 4 | --pairs 3 --group 4",
 ])
 def test_a_real_process_says_the_same(home, command):
-    """Typed in a shell: what the libraries print is not in the way, either."""
+    """Typed in a shell, nothing that the libraries print gets in the way."""
     command, words = command.split("|")
     before = tree(home)
     script, *flags = shlex.split(command)
@@ -614,7 +614,7 @@ def test_a_real_process_says_the_same(home, command):
 
 
 def test_a_model_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys):
-    """A hub id without network and without a cache: what to accept or download, and how to point the flag to a
+    """A hub id without network and cache: the error says what to accept or download, and how to point the flag to a
     folder."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -36,13 +36,13 @@ def test_a_wrong_flag_is_tyros_error(monkeypatch, capsys, argv):
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    """A process of its own, in the repository."""
+    """Run code in another process, in the repository."""
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_importing_changes_nothing_in_the_process():
-    """A notebook that imports flow and the scripts keeps its hooks, its signals, its loggers, its warnings, its plots,
-    and its own errors keep their words."""
+    """A notebook that imports flow and the scripts keeps its hooks, signals, loggers, warnings and plot settings, and
+    its errors keep their words."""
     end = run_python("""
 import logging, signal, sys, warnings
 import diffusers, matplotlib, torch, tqdm, transformers
@@ -70,7 +70,7 @@ def test_bars_are_silent_where_stderr_is_no_terminal(capsys):
 
 
 def test_out_of_memory_keeps_its_traceback_and_advises_what_can_be_changed(capsys, monkeypatch):
-    """On a resumed run, too: no flag that the checkpoint would refuse."""
+    """The advice also holds for a resumed run: it names no flag that the checkpoint would refuse."""
     monkeypatch.setattr(sys, "argv", ["train_awm.py"])
     try:
         raise torch.OutOfMemoryError("CUDA: tried to allocate 2 GiB")

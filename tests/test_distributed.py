@@ -19,7 +19,7 @@ from tests.helpers import ROOT, lora_weights, refuses, timeless
 # ---------------------------------------------------------------- played by one process
 
 def play(monkeypatch, rank: int, processes: int, run_collective=None):
-    """Be one of several processes, with something in the place of the network."""
+    """Pretend to be one of several processes, with a function in the place of the network."""
     monkeypatch.setattr(flow.distributed, "RANK", rank)
     monkeypatch.setattr(flow.distributed, "PROCESSES", processes)
     monkeypatch.setattr(flow.distributed, "run_collective", run_collective)
@@ -30,7 +30,7 @@ def play(monkeypatch, rank: int, processes: int, run_collective=None):
     (7, 3),
     (5, 1),
 ])
-def test_shares_are_everything_once_and_in_order(monkeypatch, n, processes):
+def test_local_slices_hold_everything_once_and_in_order(monkeypatch, n, processes):
     shares = []
     for rank in range(processes):
         play(monkeypatch, rank, processes)
@@ -52,7 +52,7 @@ def test_what_is_gathered_is_in_order(monkeypatch):
 
 
 def test_gradients_are_summed_over_processes(monkeypatch):
-    """Not averaged; where one process has none, it is the other's, and where none has one, there is none."""
+    """They are not averaged. If one process has none, the sum is the other's; if none has one, there is none."""
     given = [[1.0, 2.0, None, None], [10.0, None, 3.0, None]]
     sent = []
     for rank, grads in enumerate(given):
@@ -115,7 +115,7 @@ train_nft.main(parse(train_nft.Args, ""))
 
 
 def torchrun(folder: Path, runs: list, then: str = "") -> subprocess.CompletedProcess:
-    """The runs (script, flags) one after another, in two processes; then some code."""
+    """Do the runs (script, flags) one after another in two processes, then run some code."""
     (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), runs=runs) + then)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", f"{folder}/driver.py"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
@@ -124,8 +124,9 @@ def torchrun(folder: Path, runs: list, then: str = "") -> subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
-    """In two processes, all in a folder: a run of each script, one with --shard, and NFT's again, in which the second
-    process's reward fails in the third epoch. Also the seconds from its last line to the end."""
+    """Run each script in two processes, NFT once more with --shard, and NFT once more with a reward that fails in the
+    second process in the third epoch. Returns (folder of the runs, the ended process, seconds from the last log line to
+    the end)."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "red.py").write_text(REWARD)
     flags = [*FLAGS, "--reward", f"{folder}/red.py:red"]  # CLIP's see 8 bits, of which rounding can flip one
@@ -137,14 +138,14 @@ def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
 
 @pytest.fixture()
 def two(launch) -> Path:
-    """Their folder."""
+    """The folder of these runs."""
     folder, ended, _ = launch
     assert ended.stdout.count("done: ") == 4, ended.stderr[-4000:]  # by the first process alone
     return folder
 
 
 def run_here(name: str, flags: list[str], monkeypatch):
-    """A run in this process alone, with SGD's steps as well."""
+    """Run a script in this process alone, with SGD as well."""
     monkeypatch.setattr(sys, "argv", [name, *flags])
     monkeypatch.setattr(torch.optim, "AdamW", lambda params, lr, **others: torch.optim.SGD(params, lr))
     SCRIPTS[name].main(parse(SCRIPTS[name].Args, ""))
@@ -152,15 +153,15 @@ def run_here(name: str, flags: list[str], monkeypatch):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_two_processes_compute_what_one_does(two, name, tmp_path, monkeypatch):
-    """The same lines and the same LoRA but for rounding, with unequal shares of the held-out prompts."""
+    """The log and the LoRA are equal but for rounding, though the two have different numbers of held-out prompts."""
     run_here(name, [*FLAGS, "--reward", f"{two}/red.py:red", "--out", f"{tmp_path}/one"], monkeypatch)
     assert len(timeless(two / name)) == 3 * 2 + 3  # two steps an epoch, and evaluations at 0, 2 and 3
-    assert_alike(tmp_path / "one", two / name)
+    assert_nearly_equal(tmp_path / "one", two / name)
 
 
-def assert_alike(one: Path, other: Path):
-    """The same lines and the same LoRA, but for rounding: of fp32, which SGD's six steps make a few thousand times
-    larger at most. Shares of rows are left out: a row that lies on the edge moves them by its whole."""
+def assert_nearly_equal(one: Path, other: Path):
+    """Logs and LoRAs are equal but for the rounding of fp32, which six SGD steps enlarge a few thousand times at most.
+    Fractions of rows are left out: rounding can move a row across their limit."""
     ours, theirs = timeless(one), timeless(other)
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs):
@@ -176,15 +177,15 @@ def assert_alike(one: Path, other: Path):
     assert all(value.any() for key, value in ours.items() if "lora_B" in key and "blocks.0" in key)  # it has learned
 
 
-def test_a_divided_base_computes_what_a_whole_one_does(two, tmp_path, monkeypatch):
+def test_a_sharded_base_computes_what_a_whole_one_does(two, tmp_path, monkeypatch):
     flags = [*FLAGS, "--reward", f"{two}/red.py:red", *EVEN, "--out", f"{tmp_path}/whole"]
     run_here("nft", flags, monkeypatch)
-    assert_alike(tmp_path / "whole", two / "sharded")
+    assert_nearly_equal(tmp_path / "whole", two / "sharded")
 
 
-def test_one_fails_all_end_and_the_same_command_resumes(two, launch):
-    """The one that has failed says why, once, all end within a minute, and the checkpoint is intact; then bit for bit
-    what an uninterrupted run of two processes gives."""
+def test_when_one_process_fails_all_end_and_the_same_command_resumes(two, launch):
+    """The process that failed says why, once; all end within a minute; the checkpoint is intact. The resumed run is bit
+    for bit an uninterrupted run of two processes."""
     _, ended, seconds = launch
     assert ended.returncode != 0 and ended.stderr.count("no red today") == ended.stderr.count("error: ") == 1
     assert seconds < 60
@@ -197,10 +198,10 @@ def test_one_fails_all_end_and_the_same_command_resumes(two, launch):
     assert all(torch.equal(ours[key], whole[key]) for key in whole)
 
 
-def test_another_number_of_processes_is_told(two, monkeypatch, capsys):
-    """A run of two goes on with one; what cannot be shared is refused."""
+def test_another_number_of_processes_is_reported(two, monkeypatch, capsys):
+    """A run of two processes goes on with one; a number that does not fit --groups is refused."""
     flags = [*FLAGS, "--reward", f"{two}/red.py:red", "--out", f"{two}/awm", "--epochs", "4"]
     run_here("awm", flags, monkeypatch)
     assert "processes (2 there, 1 here)" in capsys.readouterr().out
     monkeypatch.setattr(flow.run, "PROCESSES", 3)
-    refuses(capsys, lambda: flow.run.check_numbers(train_awm.Args(groups=4)), "--groups 4")
+    refuses(capsys, lambda: flow.run.check_args(train_awm.Args(groups=4)), "--groups 4")

@@ -29,7 +29,7 @@ def test_advantages_do_not_depend_on_the_rewards_scale(scale):
 
 @pytest.mark.parametrize("level", [0.0, 1e-9, 0.7, -3e4])
 def test_rewards_that_are_equal_to_rounding_have_no_advantage(level):
-    """All of them, or those of one prompt of two."""
+    """All rewards, or those of one prompt of two."""
     equal = level * (1 + 1e-7 * torch.randn(8, generator=torch.Generator().manual_seed(0)))
     assert (flow.draws.group_advantages(equal, group=4, clip=5) == 0).all()
     assert flow.draws.zero_std_share(equal, group=4) == 1
@@ -39,14 +39,14 @@ def test_rewards_that_are_equal_to_rounding_have_no_advantage(level):
     assert flow.draws.zero_std_share(equal, group=4) == 0.5
 
 
-def test_stratified_steps():
+def test_stratified_timesteps():
     k = flow.draws.stratified_steps(4000, 6, 12, torch.Generator().manual_seed(0))
     # the official "discrete" ones for 14 steps and 6 moments
     expected = [{0, 1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}]
     assert [set(column.tolist()) for column in k.T] == expected
 
 
-def test_each_pass_over_the_prompts_is_a_shuffle_of_its_own():
+def test_each_pass_over_the_prompts_has_another_order():
     args = train_awm.Args(seed=5, epochs=21, groups=5, eval_n=100)
     captions = Path("tiny/prompts.txt").read_text().splitlines()
     held_out = Path("tiny/eval_prompts.txt").read_text().splitlines()
@@ -56,7 +56,7 @@ def test_each_pass_over_the_prompts_is_a_shuffle_of_its_own():
     assert eval_prompts == list(itertools.islice(itertools.cycle(held_out), 100))
 
 
-def test_local_batches_are_an_updates_rows_once(monkeypatch):
+def test_local_batches_hold_each_row_of_an_update_once(monkeypatch):
     picture, update = torch.tensor([3, 0, 5, 2, 1, 4]).repeat_interleave(2), torch.arange(2, 11)
     for owns in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
         batches = []

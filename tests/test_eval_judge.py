@@ -28,7 +28,7 @@ OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_jud
 
 @pytest.fixture(scope="session")
 def base_and_lora(run, tmp_path_factory) -> tuple[str, str]:
-    """16 pictures of the base and of a trained LoRA, same prompts and noise."""
+    """Two folders of 16 pictures, of the base and of a trained LoRA, with the same prompts and noise."""
     root = tmp_path_factory.mktemp("pictures")
     for name, lora in (("base", None), ("lora", str(run / "lora"))):
         sample.main(sample.Args(steps=4, lora=lora, out=str(root / name), reward="tiny/pickscore"))
@@ -36,14 +36,14 @@ def base_and_lora(run, tmp_path_factory) -> tuple[str, str]:
 
 
 def compare(*dirs, out, **changes) -> dict:
-    """The report on some folders, with none of the metrics that cost time but those of `changes`."""
+    """The report on some folders, without the slow metrics that `changes` does not ask for."""
     args = {"dirs": dirs, "reward": (), "forensic": (), "judge": None, "judge_model": "tiny", "out": str(out)} | changes
     eval_judge.main(eval_judge.Args(**args))
     return json.loads((Path(out) / "report.json").read_text(), parse_constant=pytest.fail)
 
 
 def render_folder(folder, n=16, flaw=None, strength=0.0, seed=3) -> str:
-    """A folder of renders as sample.py would write it, flawed at that strength."""
+    """Write a folder of renders as sample.py would, flawed at that strength."""
     index = torch.arange(n) * 7 % 64
     pictures = world.render(world.scene(index, torch.Generator().manual_seed(seed)))
     if flaw:
@@ -133,8 +133,8 @@ def test_identical_pictures_tie_and_swapped_folders_mirror(base_and_lora, tmp_pa
 
 @pytest.fixture(scope="module")
 def judge_server():
-    """(url, faults, asked): a server of tiny/judge. Pictures whose hash is in `faults` get that fault in place of an
-    answer; each request's model goes to `asked`."""
+    """(url, faults, asked): a server of tiny/judge. For a picture whose hash is in `faults`, it makes that fault
+    instead of an answer. Each request's model goes to `asked`."""
     model = AutoModelForImageTextToText.from_pretrained("tiny/judge", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained("tiny/judge")
     faults, asked, lock = {}, [], Lock()
@@ -214,7 +214,7 @@ def test_faults_of_the_server_are_counted(base_and_lora, judge_server, tmp_path,
 
 
 def test_forensic_tells_renders_from_samples(tmp_path):
-    """Of a base and of prompts that the detector was not trained on."""
+    """The samples are of a base and of prompts that the detector was not trained on."""
     sample.main(sample.Args(steps=12, n=6, seed=500, out=str(tmp_path / "base")))
     score = eval_judge.load_forensic("tiny/forensic", None, CPU)
     dirs = (render_folder(tmp_path / "renders", n=96), str(tmp_path / "base"))
@@ -223,7 +223,7 @@ def test_forensic_tells_renders_from_samples(tmp_path):
     assert auc >= 0.9 and 0 <= min(real.min(), drawn.min()) and max(real.max(), drawn.max()) <= 1
 
 
-def test_the_common_pictures_are_compared(base_and_lora, tmp_path, capsys):
+def test_common_pictures_are_compared(base_and_lora, tmp_path, capsys):
     base, lora = base_and_lora
 
     def copied(name: str, keep) -> str:
@@ -250,7 +250,7 @@ def test_the_common_pictures_are_compared(base_and_lora, tmp_path, capsys):
 
 
 def test_a_report_of_odd_names(tmp_path):
-    """Prompts that matplotlib would take for mathematics, folders of one name, a sum of rewards."""
+    """Prompts that matplotlib would read as mathematics, two folders of the same name, a sum of rewards."""
     dirs = [render_folder(tmp_path / side / "same", n=4, seed=seed) for side, seed in (("a", 3), ("b", 3))]
     for d in dirs:
         jsonl = Path(d) / "samples.jsonl"
@@ -263,7 +263,7 @@ def test_a_report_of_odd_names(tmp_path):
 # ---------------------------------------------------------------- errors and files
 
 def bright(tmp_path) -> tuple[str]:
-    """A reward that loads at once."""
+    """A reward that loads at once, as the value of --reward."""
     (tmp_path / "bright.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
     return (f"{tmp_path}/bright.py:f",)
 
@@ -295,7 +295,7 @@ def test_flags_are_refused_before_anything_is_loaded(folders, tmp_path, capsys, 
 
 
 def test_files_of_others_are_refused_and_kept(folders, tmp_path, capsys, monkeypatch):
-    """In --out, before anything is loaded or asked."""
+    """They are found in --out before anything is loaded or asked."""
     monkeypatch.setattr(eval_judge, "load_reward", lambda *args: pytest.fail("a reward was loaded"))
     key = "0" * 32
     for i, (name, content) in enumerate([
@@ -320,7 +320,7 @@ def test_files_of_others_are_refused_and_kept(folders, tmp_path, capsys, monkeyp
 
 
 def test_a_report_written_again(folders, tmp_path):
-    """Over its own files; a line that a kill has cut short at any place is no line of others."""
+    """It replaces its own files. A line that a kill has cut at any place does not count as another program's."""
     args = {"out": tmp_path / "out", "reward": bright(tmp_path)}
     first = compare(*folders, **args)
     scores = (tmp_path / "out" / "scores.jsonl").read_text()
@@ -333,7 +333,7 @@ def test_a_report_written_again(folders, tmp_path):
 
 
 def test_nan_is_null_in_the_report(folders, tmp_path, monkeypatch, capsys):
-    """The report is JSON that any reader takes."""
+    """The report is JSON that any reader accepts."""
     monkeypatch.setattr(eval_judge, "load_embed", lambda *args: None)
     monkeypatch.setattr(eval_judge, "embed_images", lambda embed, images: torch.zeros(1, 2))
     monkeypatch.setattr(eval_judge, "frechet_distance", lambda a, b: math.nan)
@@ -343,25 +343,27 @@ def test_nan_is_null_in_the_report(folders, tmp_path, monkeypatch, capsys):
 
 
 def test_a_score_is_kept_with_its_device_and_libraries(monkeypatch):
-    """What another device or library computes is another score; a server's is the server's."""
+    """A score of another device or library version is another score; a server's does not depend on them."""
     cpu, gpu = CPU, torch.device("cuda")
     assert eval_judge.identity("tiny/judge", cpu) != eval_judge.identity("tiny/judge", gpu)
     assert "bfloat16" in eval_judge.identity("tiny/judge", gpu)
     before, url = eval_judge.identity("tiny/judge", cpu), "http://127.0.0.1:9/v1"
     assert eval_judge.identity(url, cpu) == eval_judge.identity(url, gpu) == url
-    monkeypatch.setattr("transformers.__version__", "0")
+    monkeypatch.setattr(eval_judge, "version", lambda library: "0")
     assert eval_judge.identity("tiny/judge", cpu) != before
 
 
 def test_a_vlm_reward_in_a_report(folders, server, tmp_path):
-    """Named without its question, unless two would be alike; its folder's weights are part of its identity."""
+    """Named by its model; asked again for another question. Its identity includes its folder's weights."""
     url, _, asked = server
-    spec = f"vlm:m@{url}[Good, or not?]"
-    report = compare(*folders, reward=(spec, "vlm:tiny/judge[" + OVERALL + "]:0.5"), out=tmp_path / "out")
+    specs = f"vlm:m@{url}", "vlm:tiny/judge:0.5"
+    report = compare(*folders, reward=specs, vlm_question=OVERALL, out=tmp_path / "out")
     assert list(report["metrics"]) == ["reward/m", "reward/judge:0.5"] and len(asked) == 6
     assert report["metrics"]["reward/m"][folders[0]]["mean"] == pytest.approx(0.6 / 0.9)
-    assert len(set(eval_judge.short_names((spec, f"vlm:m@{url}[Bad?]")))) == 2
+    for question in (OVERALL, "Good, or not?"):
+        compare(*folders, reward=specs[:1], vlm_question=question, out=tmp_path / "out")
+    assert len(asked) == 12
     (tmp_path / "model").mkdir()
-    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", CPU)
+    before = eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model", CPU)
     (tmp_path / "model" / "weights").write_text("1")
-    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model[a, b?]", CPU) != before
+    assert eval_judge.identity(f"tiny/hps:0.5,vlm:{tmp_path}/model", CPU) != before

@@ -29,7 +29,8 @@ def length(images, prompts):
 
 
 def test_a_summed_rewards_parts_see_the_same_pictures_with_their_prompts(tmp_path, monkeypatch):
-    """What one does to the pictures no other sees, whatever the pieces in which they are decoded and scored."""
+    """A part that changes its pictures changes no other part's, however many pictures are decoded and scored at
+    once."""
     (tmp_path / "r.py").write_text(REWARDS)
     spec = ",".join(f"{tmp_path}/r.py:{name}" for name in ("spoiling:2", "red", "length:-0.5"))
     reward = flow.rewards.load_reward(spec, CPU, batch=3)
@@ -44,8 +45,9 @@ def test_a_summed_rewards_parts_see_the_same_pictures_with_their_prompts(tmp_pat
     assert torch.equal(images, before)
 
 
-def test_what_an_evaluation_says(tmp_path, monkeypatch):
-    """The same prompts and noise each time, of the average of --ema; its numbers against NumPy's. And the speed."""
+def test_what_an_evaluation_logs(tmp_path, monkeypatch):
+    """It uses the same prompts and noise each time, and the average of --ema. Its numbers are compared with NumPy's.
+    The training speed is checked, too."""
     (tmp_path / "r.py").write_text(REWARDS)
     seen, ratios = [], 1 + torch.rand(3, 4, generator=generator(1))
     ratios[1, 2] += 1
@@ -93,8 +95,9 @@ def test_what_an_evaluation_says(tmp_path, monkeypatch):
     assert steps == pytest.approx([0.5 * 4 / 10, 4 / 20] * 2)  # the clock goes on by 10 s at each look
 
 
-def test_evaluations_have_steps_and_batches_of_their_own(tmp_path):
-    """--eval-steps is theirs; --batch and --rollout-batch change nothing but rounding, as far as no step is taken."""
+def test_evaluations_follow_eval_steps_and_rollout_batch(tmp_path):
+    """--eval-steps sets their steps. --batch and --rollout-batch change only rounding, until the first optimizer
+    step."""
     few, many = (metrics(small_run(tmp_path / f"{n}", epochs=1, eval_every=1, eval_steps=3, rollout_batch=n, batch=b))
                  for n, b in ((2, 4), (64, 32)))
     assert [len(line["eval_norm_ratio_steps"]) for line in few if "eval_reward" in line] == [3, 3]
@@ -103,8 +106,8 @@ def test_evaluations_have_steps_and_batches_of_their_own(tmp_path):
             {k: v for k, v in b.items() if isinstance(v, float) and k != "img_per_s"}, rel=1e-3, abs=1e-6)
 
 
-def test_a_reward_rests_on_the_cpu(monkeypatch):
-    """Its model is sent to the device before pictures are scored, and home after them."""
+def test_a_rewards_model_waits_on_the_cpu(monkeypatch):
+    """It is moved to the device to score pictures, and back afterwards."""
     pipe = load_pipeline("tiny/sd3", CPU)
     encode_prompts(pipe, PROMPTS)
     reward, sent = load_reward("tiny/pickscore", CPU), []

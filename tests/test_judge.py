@@ -35,8 +35,8 @@ def test_read_answer():
         assert math.isnan(flow.judge.read_answer(top, "A", "B"))
 
 
-def test_a_question_of_its_own_for_each_picture(folders):
-    """In a batch as alone, though the longer question pads the shorter one."""
+def test_each_picture_can_have_another_question(folders):
+    """In a batch the answers are those of each question alone, though the longer one pads the shorter."""
     ask, files = local_judge("tiny/judge", CPU), [[f"{folders[0]}/0000{i}.png"] for i in range(2)]
     questions = [eval_judge.SINGLE["artifacts"], OVERALL]
     alone = [ask(question, [file])[0] for question, file in zip(questions, files)]
@@ -105,7 +105,7 @@ def test_a_busy_server_is_asked_again(server, folders, capsys):
     assert len(asked) == 4 and not capsys.readouterr().err
 
 
-def test_failed_answers_are_empty_and_told_once(server, folders, capsys):
+def test_failed_answers_are_empty_and_reported_once(server, folders, capsys):
     url, replies, asked = server
     files = [[f"{folders[0]}/00000.png"]] * 6
     word = {"choices": [{"message": {"content": "No way"}}]}

@@ -17,7 +17,7 @@ PROMPTS = ["a red star", "a blue circle"]
 
 
 def ready(model, **options):
-    """A pipeline with a LoRA whose B is not zero, two prompts encoded."""
+    """A pipeline with a LoRA whose B is not zero, and two encoded prompts: (pipe, the LoRA's parameters)."""
     pipe = load_pipeline(model, CPU, **options)
     encode_prompts(pipe, PROMPTS)
     params = add_lora(pipe.transformer, 4, seed=0)
@@ -28,7 +28,7 @@ def ready(model, **options):
 
 
 def step(pipe, params):
-    """A rollout and one update's three forwards and backward; (x0, v, norm ratio, gradient), flat."""
+    """A rollout, then the three forward passes and the backward pass of an update: (x0, v, norm ratio, gradient)."""
     x0, _ = integrate(pipe, draw_noise(pipe, 2, torch.Generator().manual_seed(0)), PROMPTS, schedule(pipe, 2))
     t = torch.tensor([0.9, 0.4])
     xt = add_noise(x0, draw_noise(pipe, 2, torch.Generator().manual_seed(2)), t)
@@ -65,15 +65,15 @@ def test_the_gpus_path(family, model):
 
 
 def first_velocity(pipe, x, sigmas) -> torch.Tensor:
-    """A rollout's velocity at its first step."""
+    """The velocity of a rollout's first step."""
     x1, _ = integrate(pipe, x, PROMPTS, sigmas[:2])
     return (x1 - x) / (sigmas[1] - sigmas[0])
 
 
 @pytest.mark.parametrize("model", ["tiny/sd3", "tiny/flux"])
 def test_the_policy_that_draws_is_the_one_that_trains(model):
-    """On a bf16 base, a young LoRA (entries of B of 3e-4, an Adam step of the recipes) changes the velocity of a
-    rollout as it changes that of training. Merged into bf16 weights, it would lose most of itself."""
+    """On a bf16 base, a young LoRA (entries of B of 3e-4, the size of one Adam step) changes the velocity of a rollout
+    as it changes that of training. Merged into bf16 weights, most of it would be lost."""
     pipe, _ = ready(model, base=torch.bfloat16)
     x, sigmas = draw_noise(pipe, 2, torch.Generator().manual_seed(0)), schedule(pipe, 4)
     changes = []
@@ -91,8 +91,8 @@ def test_the_policy_that_draws_is_the_one_that_trains(model):
 
 
 def test_merged_is_the_adapter_and_leaves_no_trace():
-    """In a rollout the LoRA is in a copy of the weights: the velocity is the same but for rounding, the reference is
-    still the base, and afterwards everything is as it was, to the bit."""
+    """A rollout uses a copy of the weights with the LoRA added: the velocity is equal but for rounding, the reference
+    is still the base, and afterwards everything is as before, to the bit."""
     pipe, _ = ready("tiny/sd3")
     x, t = draw_noise(pipe, 2, torch.Generator().manual_seed(0)), torch.tensor([0.9, 0.4])
     before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
@@ -126,7 +126,7 @@ def test_merged_takes_the_active_adapter():
         torch.testing.assert_close(v, velocity(pipe, x, t, PROMPTS))
 
 
-def test_swapped_puts_back_the_very_tensors():
+def test_swapped_puts_back_the_same_tensors():
     p = torch.nn.Parameter(torch.ones(2))
     own = p.data
     with pytest.raises(KeyError), swapped([p], [torch.zeros(2)]):
@@ -145,7 +145,7 @@ def test_quantize_names_what_it_needs(capsys, monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_an_int8_base(tmp_path):
-    """Quantized on the way in, and saved quantized: near the base, trained through, and not merged."""
+    """Quantized while loading, or loaded quantized: near the full base, trainable, and not merged."""
     full = step(*ready("tiny/sd3"))
     pipe, params = ready("tiny/sd3", quantize="int8")
     ours = step(pipe, params)
@@ -159,7 +159,7 @@ def test_an_int8_base(tmp_path):
 
 
 def test_lora_goes_where_it_went_before():
-    """On SD3, SD3.5 and FLUX.1 the layers that DiffusionNFT, AWM and Flow-GRPO list by name, without SD3.5's attn2."""
+    """On SD3, SD3.5 and FLUX.1: the layers that DiffusionNFT, AWM and Flow-GRPO list by name, without SD3.5's attn2."""
     names = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
              "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
     small = dict(num_layers=3, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
@@ -176,7 +176,7 @@ def test_lora_goes_where_it_went_before():
 
 
 def test_a_scaled_lora_is_plain_diffusers(tmp_path):
-    """`sample.py --lora-scale` and its samples.jsonl against diffusers' set_adapters; 0 is the base."""
+    """Compare `sample.py --lora-scale` with diffusers' set_adapters; scale 0 is the base."""
     pipe, _ = ready("tiny/sd3")
     save_lora(pipe, tmp_path / "lora")
     pictures = {}

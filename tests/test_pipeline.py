@@ -20,7 +20,7 @@ import sample
 import train_awm
 import train_dpo
 import train_nft
-from flow import run
+from flow import lora, run
 from flow.intercept import latents_of, timestep_inputs
 from flow.lora import add_lora
 from flow.pipeline import (
@@ -43,13 +43,13 @@ VIDEOS = {"wan": 5, "mochi": 7, "kandinsky5_t2v": 5}  # their frames
 
 
 def shape(name: str) -> dict:
-    """The flags for small pictures, or videos."""
+    """The flags for small pictures or videos."""
     return {"size": 32 if name == "wan" else 64, "frames": VIDEOS.get(name)}
 
 
 @functools.lru_cache(1)
 def plain_pipeline(model: str, lora: str | None, scheduler: str):
-    """Plain diffusers', as the docstring of sample.py loads it."""
+    """Load a pipeline with plain diffusers, as the docstring of sample.py shows."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if scheduler != "null":
@@ -60,7 +60,7 @@ def plain_pipeline(model: str, lora: str | None, scheduler: str):
 
 
 def plain_picture(row: dict) -> np.ndarray:
-    """What plain diffusers makes of a line of samples.jsonl; of a video the middle frame."""
+    """The picture that plain diffusers makes from a line of samples.jsonl; of a video, the middle frame."""
     pipe = plain_pipeline(row["model"], row["lora"], json.dumps(row["scheduler"]))
     generator = torch.Generator("cpu").manual_seed(row["seed"])
     made = pipe(prompt=row["prompt"], generator=generator, output_type="np", **row["pipe"])[0][0]
@@ -69,7 +69,8 @@ def plain_picture(row: dict) -> np.ndarray:
 
 
 def compare_with_plain(out: Path, most: int = 1):
-    """The pictures in a folder are plain diffusers', up to the last of 8 bits."""
+    """The pictures in a folder are those of plain diffusers, but for `most` levels of 255. Returns the lines of
+    samples.jsonl."""
     rows = sample_rows(out)
     for row in rows:
         ours = np.asarray(Image.open(out / row["file"]).convert("RGB")).astype(int)
@@ -91,8 +92,8 @@ def test_pictures_are_plain_diffusers(family, tmp_path, name, guidance):
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*IMAGES, *VIDEOS])
 def test_a_mixed_batch_is_one_sample_at_a_time(family, name):
-    """Samples at noise levels and with prompts of their own, with and without guidance, against the pipeline told one
-    time for one prompt; nothing moves the global generator."""
+    """A batch of different noise levels and prompts, with and without guidance, gives the velocities of single samples.
+    The global generator is not used."""
     pipe = load_pipeline(family(name), CPU, **shape(name))
     encode_prompts(pipe, PROMPTS, 3.0)
     before = torch.get_rng_state()
@@ -108,15 +109,15 @@ def test_a_mixed_batch_is_one_sample_at_a_time(family, name):
 
 
 def test_a_size_is_the_size_that_the_transformer_draws(family, tmp_path):
-    """SANA's pipeline would draw in a bin of its own, 512 pixels a side, and resize the picture."""
+    """By default SANA's pipeline would draw at one of its preset sizes, 512 pixels a side, and resize the picture."""
     pipe = load_pipeline(family("sana"), CPU, 64)
     assert pipe.flow.latents[-2:] == (2, 2)  # 32 pixels each
     sample.main(sample.Args(model=family("sana"), prompt=PROMPTS[0], steps=1, size=64, out=str(tmp_path)))
     assert json.loads((tmp_path / "samples.jsonl").read_text())["pipe"]["use_resolution_binning"] is False
 
 
-def times_told(pipe, run) -> list[dict]:
-    """What the transformer is told of the time, call by call, while run() lasts: {place or name: values}."""
+def timesteps_given(pipe, run) -> list[dict]:
+    """The timesteps that the transformer is given, for each call during run(): {position or name: values}."""
     told, clock = [], pipe.flow.timestep_names
 
     def hear(module, args, kwargs, out):
@@ -130,16 +131,16 @@ def times_told(pipe, run) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ["tiny/sd3", "tiny/flux", *IMAGES, *VIDEOS])
-def test_on_a_bf16_base_training_tells_the_time_of_rollouts(family, name):
-    """A mixed batch of an update is told, to the bit, what one sample is told at these steps of a rollout, and its
-    velocities are those of each sample alone. (bf16 rounds otherwise in batches of another size: a few percent.)"""
+def test_on_a_bf16_base_training_gives_the_timesteps_of_rollouts(family, name):
+    """A mixed batch of an update gets, to the bit, the timesteps that one sample gets at these steps of a rollout, and
+    its velocities are those of single samples. (bf16 rounds differently at other batch sizes: a few percent.)"""
     pipe = load_pipeline(family(name), CPU, base=torch.bfloat16, **shape(name))
     encode_prompts(pipe, PROMPTS[:1])
     sigmas, steps = schedule(pipe, 7), [1, 3, 5]
     x, prompts = draw_noise(pipe, 3, torch.Generator().manual_seed(0)), PROMPTS[:1] * 3
-    in_rollout = times_told(pipe, lambda: integrate(pipe, x[:1], prompts[:1], sigmas))
+    in_rollout = timesteps_given(pipe, lambda: integrate(pipe, x[:1], prompts[:1], sigmas))
     together = []
-    (mixed,) = times_told(pipe, lambda: together.append(velocity(pipe, x, sigmas[steps], prompts)))
+    (mixed,) = timesteps_given(pipe, lambda: together.append(velocity(pipe, x, sigmas[steps], prompts)))
     for name, values in mixed.items():
         assert torch.equal(values, torch.cat([in_rollout[k][name].reshape(values[:1].shape) for k in steps]))
     with torch.no_grad():
@@ -154,7 +155,7 @@ def test_on_a_bf16_base_training_tells_the_time_of_rollouts(family, name):
     ("prx", True, True),  # guided, it tells its time to two samples, however many there are
 ])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_whether_batches_hold_does_not_depend_on_precision(family, name, in_one_go, one_by_one, base):
+def test_how_batches_are_called_does_not_depend_on_precision(family, name, in_one_go, one_by_one, base):
     pipe = load_pipeline(family(name), CPU, 64, base=base)
     encode_prompts(pipe, PROMPTS, 3.0)
     assert (pipe.flow.in_one_go, pipe.flow.one_by_one) == (in_one_go, {None: False, 3.0: one_by_one})
@@ -162,7 +163,7 @@ def test_whether_batches_hold_does_not_depend_on_precision(family, name, in_one_
 
 @pytest.mark.parametrize("name", ["timestep", "hidden_states"])
 def test_samples_that_see_each_other_a_little_are_called_one_by_one(name):
-    """A hundredth of a sample's time or latents is another's: less than the rounding of a bf16 base."""
+    """A hundredth of each sample's timestep or latents comes from another: less than the rounding of a bf16 base."""
     pipe = load_pipeline("tiny/sd3", CPU, base=torch.bfloat16)
     kind = type(pipe.transformer)
 
@@ -177,7 +178,8 @@ def test_samples_that_see_each_other_a_little_are_called_one_by_one(name):
 
 @pytest.mark.parametrize("name", ["z_image", "mochi", "flux2_klein"])
 def test_gradients_reach_the_latents(family, name):
-    """Along a direction, against central differences; Z-Image's pipeline turns the sign, Mochi's noise levels rise."""
+    """Compared with central differences along a direction. Z-Image's pipeline changes the sign, Mochi's noise levels
+    rise."""
     pipe = load_pipeline(family(name), CPU, **shape(name))
     g = torch.Generator().manual_seed(0)
     x, w, h = draw_noise(pipe, 2, g).requires_grad_(), draw_noise(pipe, 2, g), 1e-2 * draw_noise(pipe, 2, g)
@@ -193,7 +195,7 @@ def test_gradients_reach_the_latents(family, name):
     *((train_nft, name) for name in ("qwen_image", "lumina2", "cogview4", "wan")),
     *((train_dpo, name) for name in ("flux2_klein", "chroma", "prx", "ernie_image"))])
 def test_short_training(family, tmp_path, script, name):
-    """Two epochs; then the pictures of sample.py with the LoRA are those of plain diffusers with it."""
+    """After two epochs, the pictures of sample.py with the LoRA are those of plain diffusers with it."""
     guidance = 3.0 if name in ("flux2_klein", "qwen_image") else None
     out, more = tmp_path / "run", {"pairs": 1} if script is train_dpo else {}
     script.main(script.Args(
@@ -211,7 +213,7 @@ def test_short_training(family, tmp_path, script, name):
 
 
 def test_rollouts_are_guided_and_training_is_conditional(tmp_path, monkeypatch):
-    """As in Flow-GRPO's train_sd3_dpo.py: with a gradient the transformer sees each sample once, in rollouts twice."""
+    """As in Flow-GRPO's train_sd3_dpo.py: the transformer sees each sample once in training, and twice in rollouts."""
     seen, honest = [], run.load_pipeline
 
     def watched(*args):
@@ -227,7 +229,7 @@ def test_rollouts_are_guided_and_training_is_conditional(tmp_path, monkeypatch):
     assert trained == [6] and rolled[-3:] == [12, 12, 12]
 
 
-def test_a_guidance_embedding_is_told_the_same_in_rollouts_and_training(tmp_path, monkeypatch):
+def test_a_guidance_embedding_gets_the_same_in_rollouts_and_training(tmp_path, monkeypatch):
     told, honest = set(), run.load_pipeline
 
     def watched(*args):
@@ -244,7 +246,7 @@ def test_a_guidance_embedding_is_told_the_same_in_rollouts_and_training(tmp_path
         told.clear()
 
 
-def test_what_is_no_such_pipeline_is_refused(family, tmp_path, capsys):
+def test_other_pipelines_are_refused(family, tmp_path, capsys):
     image_to_image = shutil.copytree("tiny/sd3", tmp_path / "img2img")
     index = json.loads((image_to_image / "model_index.json").read_text())
     changed = {**index, "_class_name": "StableDiffusion3Img2ImgPipeline"}
@@ -261,16 +263,15 @@ def test_what_is_no_such_pipeline_is_refused(family, tmp_path, capsys):
         refuses(capsys, lambda: load_pipeline(str(name), CPU), f"--model {name}", *words)
 
 
-def test_the_empty_loop_decodes_and_nothing_else(family):
-    """Decoding calls no transformer."""
+def test_decoding_calls_no_transformer(family):
     pipe = load_pipeline(family("flux2_klein"), CPU, 64)
     x0 = draw_noise(pipe, 3, torch.Generator().manual_seed(0))
     pipe.transformer.register_forward_pre_hook(lambda *args: pytest.fail("the transformer was called"))
     assert decode(pipe, x0).shape == (3, 3, 64, 64)
 
 
-def test_compiled_blocks_are_the_blocks_and_are_compiled_once():
-    """The velocities are the same, and a second epoch compiles nothing more."""
+def test_compiled_blocks_give_the_same_velocities_and_are_compiled_once():
+    """A second epoch compiles nothing more."""
     pipe = load_pipeline("tiny/sd3", CPU)
     pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[-2:]  # SD3's last one drops its text
     encode_prompts(pipe, PROMPTS)
@@ -289,7 +290,7 @@ def test_compiled_blocks_are_the_blocks_and_are_compiled_once():
 
     plain, graphs = epoch(), []
     torch._dynamo.reset()
-    run.compile_blocks(pipe.transformer, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    lora.compile_blocks(pipe.transformer, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for ours, theirs in zip(epoch(), plain):
         torch.testing.assert_close(ours, theirs)
     compiled = len(graphs)
@@ -298,9 +299,9 @@ def test_compiled_blocks_are_the_blocks_and_are_compiled_once():
     assert compiled == len(graphs) > 0
 
 
-def test_schedule_is_the_pipelines_own():
-    """FlowMatchEulerDiscreteScheduler shifts twice with shift = 3: its sigma_min is shifted, then the even schedule
-    down to it."""
+def test_schedule_is_the_pipelines():
+    """With shift = 3, FlowMatchEulerDiscreteScheduler shifts twice: first sigma_min, then the even schedule down to
+    it."""
     def shift(s):
         return 3 * s / (1 + 2 * s)
     expected = np.append(shift(np.linspace(1, shift(0.001), 8)), 0)
@@ -308,9 +309,9 @@ def test_schedule_is_the_pipelines_own():
 
 
 @pytest.mark.parametrize("model", ["tiny/sd3", "tiny/flux"])
-def test_dpo_trains_at_the_schedulers_own_levels(model):
-    """As officially: the levels and timesteps that the scheduler is made with, shifted once (sd3) or not at all (flux,
-    whose shift depends on the size); and it is these timesteps that the transformer is told."""
+def test_dpo_trains_at_the_schedulers_levels(model):
+    """As officially: the levels and timesteps that the scheduler starts with, shifted once (sd3) or not (flux, whose
+    shift depends on the size). And the transformer is given these timesteps."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
     pipe = load_pipeline(model, CPU)
     levels = training_levels(pipe)

@@ -17,7 +17,7 @@ def pipe(request):
     return load_pipeline(request.param, CPU)
 
 
-def test_prompts_that_are_cut_are_told_once_with_the_limit(pipe, capsys):
+def test_prompts_that_are_cut_are_reported_once_with_the_limit(pipe, capsys):
     warn_unsuitable(pipe, ["a red star"] * 3, None)
     assert capsys.readouterr().out == ""
     warn_unsuitable(pipe, ["a red star", LONG, LONG, LONG + " and a floor"], None)
@@ -32,7 +32,7 @@ def test_prompts_that_are_cut_are_told_once_with_the_limit(pipe, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_size_far_from_the_models_own_is_told(pipe, capsys):
+def test_a_size_far_from_the_models_is_reported(pipe, capsys):
     for size in (None, 32, 64, 128):
         warn_unsuitable(pipe, ["a red star"], size)
     assert capsys.readouterr().out == ""
@@ -48,7 +48,7 @@ def test_a_byte_order_mark_is_no_prompt(tmp_path):
 
 
 def test_prompts_are_encoded_once(family, monkeypatch):
-    """By the pipeline's own encoding, each prompt; with the encoders gone a prompt that was not encoded is told."""
+    """The pipeline encodes each prompt once. Without the encoders, a prompt that was not encoded is an error."""
     pipe, asked = load_pipeline(family("qwen_image"), CPU, 64), []
     pipe.flow.encoders["text_encoder"].register_forward_hook(lambda *args: asked.append(None))
     encode_prompts(pipe, PROMPTS * 3)
@@ -61,8 +61,9 @@ def test_prompts_are_encoded_once(family, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["tiny/sd3", "z_image", "qwen_image", "cogview4"])
-def test_kept_encodings_are_the_encoders_own(family, tmp_path, model):
-    """With a folder for them, guided and not, a second pipeline asks its encoders nothing and computes the same."""
+def test_kept_encodings_are_the_encoders_output(family, tmp_path, model):
+    """With a folder for the encodings, guided or not, a second pipeline does not call its encoders and computes the
+    same."""
     name = family(model)
     velocities = []
     for again in (False, True):

@@ -94,7 +94,7 @@ def test_reference_refuses_a_model_without_adapter():
 
 @pytest.fixture(params=["bare", "ddp", "compiled", "accelerate", "accelerate-bf16"])
 def wrap(request, tmp_path):
-    """What other people's trainers wrap a model in, as a function of the model."""
+    """A function that wraps a model as other people's trainers do."""
     wrappers = {
         "bare": lambda model: model,
         "ddp": torch.nn.parallel.DistributedDataParallel,
@@ -113,8 +113,8 @@ def wrap(request, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_reference_sees_through_wrappers(wrap, dtype):
-    """Between a trained forward and its backward, through DDP, torch.compile or accelerate, on a base in fp32 or bf16:
-    inside is the base, the gradient is as if nothing had been in between, and an exception inside changes nothing."""
+    """Between a forward pass and its backward pass, through DDP, torch.compile or accelerate, on a base in fp32 or
+    bf16: inside is the base, the gradient does not change, and an exception inside changes nothing."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4)).to(dtype)
     x = torch.randn(3, 4, dtype=dtype)
@@ -145,7 +145,7 @@ def test_reference_sees_through_wrappers(wrap, dtype):
 
 
 def test_reference_turns_off_whole_trained_copies_too():
-    """peft's modules_to_save: a layer trained in full beside its frozen original."""
+    """peft's modules_to_save: a layer that is trained whole beside its frozen original."""
     net, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)), torch.randn(3, 4)
     base = net(x)
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))

@@ -124,8 +124,8 @@ def test_rivals_in_a_training(tmp_path, script):
 
 
 def test_paired_differences_and_verdicts():
-    """Student's quantiles from a table; a seed counts once, whatever the cells; verdicts of both signs; the judge's
-    counts from either side."""
+    """Student's quantiles against a table; a seed counts once, however many cells it has; verdicts of both signs; the
+    judge's counts from either side."""
     for df, expected in ((1, 12.706), (2, 4.303), (11, 2.201), (35, 2.030)):
         assert paired.quantile(df) == pytest.approx(expected, rel=1e-3)
     g = np.random.default_rng(0)
@@ -206,15 +206,15 @@ def test_rivals_at_equal_reward(monkeypatch):
 
 
 def test_results_are_what_the_report_says(tmp_path):
-    """RESULTS.md and results.json are what report.py makes of tiny/results: nobody has edited them by hand."""
+    """RESULTS.md and results.json are what report.py makes of tiny/results; nobody has edited them."""
     report.write_report(*reproduce.gathered(Path("tiny/results")), reproduce.Size(), tmp_path, Path("assets"))
     text = (tmp_path / "RESULTS.md").read_text().replace(os.path.relpath("assets", tmp_path), "../assets")
     assert text.replace(str(tmp_path), "tiny") == Path("tiny/RESULTS.md").read_text()
     assert (tmp_path / "results.json").read_text() == Path("tiny/results.json").read_text()
 
 
-def test_the_texts_hold_no_numbers_of_their_own():
-    """What is said of the numbers is filled in from them, and each text is in RESULTS.md."""
+def test_the_texts_hold_no_numbers():
+    """The numbers in the texts are filled in from the results, and each text is in RESULTS.md."""
     names = r"\{\w+\}|sd3|claim 6|lam 0\.\d+|may lose 5 %|With 5 % less"
     comments = re.findall(r"^\[\d+ runs\] (.*)", report.TEMPLATE.read_text(), re.MULTILINE)
     assert len(comments) == len(reading.VALUES) == len(report.CLAIMS)

@@ -15,7 +15,7 @@ import flow.rewards
 import sample
 from flow.judge import local_judge, read_answer
 from flow.pictures import to_image
-from flow.rewards import VLM_QUESTION, load_reward
+from flow.rewards import VLM_QUESTION, load_reward, reward_model, short_reward, split_reward
 from tests.families import fast_tokenizer, vocab_size
 from tests.helpers import CPU, answer, refuses, renders, small_run
 
@@ -26,7 +26,8 @@ OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_jud
 
 @pytest.mark.parametrize("size", [64, 224, 512])
 def test_differentiable_rewards_are_the_rewards(size):
-    """torch's bicubic against PIL's, for pictures smaller than, as large as and larger than what the network takes."""
+    """torch's bicubic resizing against PIL's, for pictures smaller than, as large as and larger than the network's
+    input."""
     drawn = world.render(world.scene(torch.arange(8), torch.Generator().manual_seed(1)))
     pictures = torch.nn.functional.interpolate(drawn, size, mode="bicubic").clamp(0, 1)
     ours, theirs = (
@@ -102,7 +103,7 @@ class OpenClip(torch.nn.Module):
 
 @torch.no_grad()
 def test_hps_checkpoint_layout():
-    """Agreement with open_clip 3.3.0's own model was checked the same way, outside: 6e-16 in float64."""
+    """The same comparison with open_clip 3.3.0's model, made once outside the tests, agreed to 6e-16 in float64."""
     from transformers import CLIPConfig, CLIPModel
     torch.manual_seed(0)
     image, words = OpenClip(32, 2, 5), OpenClip(24, 3, 8, vocabulary=50)
@@ -129,7 +130,7 @@ def test_hps_checkpoint_layout():
 
 
 def test_hps_pixels():
-    """Longest side to 224, the rest zero (black) before normalisation, as HPSv2's own ResizeMaxSize."""
+    """As HPSv2's ResizeMaxSize: the longest side becomes 224, the rest is zero (black) before normalisation."""
     x = flow.rewards.hps_pixels(torch.ones(3, 32, 64))
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     black, white = (np.subtract(v, mean) / std for v in (0, 1))
@@ -140,8 +141,7 @@ def test_hps_pixels():
 
 
 def test_the_two_proxies_differ():
-    """Both follow the caption; one is blind to a dimmed or blurred picture, the other was tuned on preferences and is
-    not."""
+    """Both follow the caption. Only hps, which was tuned on preferences, sees that a picture is dimmed or blurred."""
     pictures = world.render(world.scene(torch.arange(64), torch.Generator().manual_seed(5)))
     dim = 0.65 * pictures
     blurred = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(pictures, 4), 64, mode="bilinear")
@@ -155,7 +155,7 @@ def test_the_two_proxies_differ():
 
 
 def test_a_siglip_reward_does_not_depend_on_the_other_prompts(tmp_path):
-    """SigLIP sees padding: each prompt is padded to the same length, whatever stands beside it."""
+    """SigLIP sees padding, so each prompt is padded to the same length in any batch."""
     from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipProcessor
 
     torch.manual_seed(0)
@@ -190,7 +190,7 @@ def test_reward_from_a_function(tmp_path):
 
 
 def test_a_reward_cannot_change_pictures_that_others_see(tmp_path):
-    """It may write into its own copy: neither the next part of a sum nor the file that is saved shows it."""
+    """It may write into its copy: neither the next part of a sum nor the saved file shows it."""
     (tmp_path / "rude.py").write_text("def rude(images, prompts):\n    images.mul_(255)\n    prompts.clear()\n"
                                       "    return images.mean((1, 2, 3))\n"
                                       "def after(images, prompts):\n    return images.amax((1, 2, 3)) + len(prompts)\n")
@@ -207,7 +207,7 @@ def test_a_reward_cannot_change_pictures_that_others_see(tmp_path):
 
 @pytest.mark.parametrize("size", [None, 32])
 def test_a_reward_is_tried_on_pictures_like_the_runs(tmp_path, size):
-    """Of the run's size, and not all of one colour."""
+    """The trial pictures have the run's size and more than one colour."""
     (tmp_path / "picky.py").write_text(f"def picky(images, prompts):\n    assert images.shape[1:] == (3, {size or 64}, "
                                        f"{size or 64})\n    return images.std((1, 2, 3)) / images.mean((1, 2, 3))\n")
     small_run(tmp_path / "run", reward=f"{tmp_path}/picky.py:picky", size=size, epochs=1, eval_every=0)
@@ -222,8 +222,12 @@ def test_a_videos_reward_is_the_mean_over_four_frames(tmp_path):
     np.testing.assert_allclose(reward(videos[:, :3], ["a", "b"]), videos[:, :3, 0].mean((1, 2, 3)), rtol=1e-6)
 
 
+def test_an_empty_reward_names_the_known_ones(capsys):
+    refuses(capsys, lambda: load_reward("", CPU), "--reward ''", "pickscore")
+
+
 def test_a_function_may_be_named_nan(tmp_path):
-    """It is no weight."""
+    """Its name is not read as a weight."""
     (tmp_path / "f.py").write_text("def nan(images, prompts):\n    return images.mean((1, 2, 3))\n")
     reward = load_reward(f"{tmp_path}/f.py:nan,{tmp_path}/f.py:nan:2", CPU)
     torch.testing.assert_close(reward(renders(), ["a"] * 3), 3 * renders().mean((1, 2, 3)))
@@ -232,33 +236,32 @@ def test_a_function_may_be_named_nan(tmp_path):
 # ---------------------------------------------------------------- a vision-language model
 
 def test_a_vlm_reward_is_the_judge(folders):
-    """P(yes) of each picture; in a sum, with a weight, on video frames."""
+    """The reward is P(yes) of each picture: alone, in a weighted sum, and on video frames."""
     x, prompts = renders(), world.CAPTIONS[:3]
     files = [[f"{folders[0]}/0000{i}.png"] for i in range(3)]
     answers = local_judge("tiny/judge", CPU)(OVERALL, files)
     p = torch.tensor([read_answer(top, "yes", "no") for top in answers]).sigmoid()
     assert 0 < p.min() and p.max() < 1 and p.std() > 0
-    spec = f"vlm:tiny/judge[{OVERALL}]"
-    torch.testing.assert_close(load_reward(spec, CPU)(x, prompts), p)
+    judge = load_reward("vlm:tiny/judge", CPU, question=OVERALL)
+    torch.testing.assert_close(judge(x, prompts), p)
     pick = load_reward("tiny/pickscore", CPU)(x, prompts)
-    both = load_reward(f"tiny/pickscore:0.5,{spec}:2", CPU)
+    both = load_reward("tiny/pickscore:0.5,vlm:tiny/judge:2", CPU, question=OVERALL)
     torch.testing.assert_close(both(x, prompts), 0.5 * pick + 2 * p)
-    torch.testing.assert_close(load_reward(spec, CPU)(x[None], prompts[:1]), p.mean()[None])
+    torch.testing.assert_close(judge(x[None], prompts[:1]), p.mean()[None])
 
 
-@pytest.mark.parametrize("own, question", [
-    ("", VLM_QUESTION),
-    ("[{prompt}: is it there, or not?]", "{prompt}: is it there, or not?"),
-])
-def test_a_vlm_reward_over_http(server, own, question):
-    """The model's name on the server may have a colon; the question has the prompt, whatever is in it."""
+@pytest.mark.parametrize("question", [None, "{prompt}: is it there, or not?"])
+def test_a_vlm_reward_over_http(server, question):
+    """The model's name on the server may contain a colon. The question contains the prompt, whatever characters it
+    has."""
     url, _, asked = server
     prompts = ["a red star", "a {blue} ring, 1:2", "50 % [moon]"]
-    reward = load_reward(f"vlm:qwen2.5vl:7b@{url}{own}:0.5", CPU)
+    reward = load_reward(f"vlm:qwen2.5vl:7b@{url}:0.5", CPU, question=question)
     torch.testing.assert_close(reward(renders(), prompts), torch.full((3,), 0.5 * 0.6 / 0.9))
     assert {request["model"] for _, request in asked} == {"qwen2.5vl:7b"}
     content = [request["messages"][0]["content"] for _, request in asked]
-    assert {parts[1]["text"] for parts in content} == {question.replace("{prompt}", prompt) for prompt in prompts}
+    asked_for = {(question or VLM_QUESTION).replace("{prompt}", prompt) for prompt in prompts}
+    assert {parts[1]["text"] for parts in content} == asked_for
     urls = {parts[0]["image_url"]["url"].partition("base64,")[2] for parts in content}
     sent = {Image.open(io.BytesIO(base64.b64decode(url))).convert("RGB").tobytes() for url in urls}
     assert sent == {to_image(picture).tobytes() for picture in renders()}
@@ -279,11 +282,25 @@ def test_vlm_specs_that_are_refused(capsys):
         ("vlm:http://localhost:8000/v1", ["vlm:MODEL@http://HOST:PORT/v1"]),
         ("vlm:m@localhost:8000/v1", ["vlm:MODEL@http://HOST:PORT/v1"]),
         ("vlm:m@http://localhost:8000", ["vlm:MODEL@http://HOST:PORT/v1"]),  # 8000 would be a weight
-        ("vlm:tiny/judge[", ["QUESTION"]),
-        ("vlm:tiny/judge[]", ["QUESTION"]),
-        ("vlm:tiny/judge[Good?]nan", ["QUESTION"]),
-        ("vlm:tiny/judge[Good?]:nan", ["weight"]),
+        ("vlm:tiny/judge[Good?]", ["--vlm-question"]),
+        ("tiny/hps,vlm:m@http://localhost:8000/v1[Good, or not?]:2", ["--vlm-question"]),
+        ("vlm:tiny/judge:nan", ["weight"]),
         ("vlm:no/such/model", ["no/such/model", "no such folder"]),
         ("vlm:tiny/hps", ["tiny/hps", "cannot be loaded"]),
     ]:
         refuses(capsys, lambda: load_reward(spec, CPU), "--reward", *words)
+
+
+@pytest.mark.parametrize("spec, parts, short", [
+    ("pickscore", [("pickscore", 1.0, "yuvalkirstain/PickScore_v1")], "pickscore"),
+    ("runs/clip/:0.5,a/b", [("runs/clip/", 0.5, "runs/clip/"), ("a/b", 1.0, "a/b")], "clip:0.5,b"),
+    ("dir/f.py:nan:-1e-1", [("dir/f.py:nan", -0.1, "dir/f.py")], "f.py:nan:-0.1"),
+    ("f.py:nan", [("f.py:nan", 1.0, "f.py")], "f.py:nan"),
+    ("vlm:a/b@http://h:8000/v1", [("vlm:a/b@http://h:8000/v1", 1.0, "a/b")], "b"),
+    ("vlm:q:7b@http://h:8000/v1:2", [("vlm:q:7b@http://h:8000/v1", 2.0, "q:7b")], "q:7b:2"),
+    ("vlm:m@http://h:8000", [("vlm:m@http://h:8000", 1.0, "m")], "m"),
+])
+def test_parts_and_short_name_of_a_reward(spec, parts, short):
+    """A port, or a function that is called like a number, is no weight."""
+    assert [(name, weight, reward_model(name)) for name, weight in split_reward(spec)] == parts
+    assert short_reward(spec) == short

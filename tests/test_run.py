@@ -26,25 +26,25 @@ SHORT = dict(epochs=2, group=2, updates=1, steps=3, eval_n=2, save_every=2)
 
 
 def train(out, script=train_awm, **changes) -> Path:
-    """A training shorter than small_run's."""
+    """A run that is shorter than small_run's."""
     return small_run(out, script, **SHORT | changes)
 
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Path:
-    """A finished run, not to be changed."""
+    """A finished run, which no test may change."""
     return train(tmp_path_factory.mktemp("runs") / "run", save_every=1)
 
 
 @pytest.fixture(scope="session")
 def longer(tmp_path_factory) -> Path:
-    """An uninterrupted run of one epoch more."""
+    """An uninterrupted run of one more epoch."""
     return train(tmp_path_factory.mktemp("runs") / "longer", epochs=3)
 
 
 @pytest.fixture()
 def trained(once, tmp_path) -> Path:
-    """A copy of it."""
+    """A copy of the finished run."""
     return shutil.copytree(once, tmp_path / "run")
 
 
@@ -70,7 +70,7 @@ def test_killed_runs_resume_bit_for_bit(run, tmp_path, capsys):
 
 
 def test_a_save_cut_short_anywhere_resumes_bit_for_bit(tmp_path, monkeypatch):
-    """save_checkpoint fails at each of its own steps in turn, at the end of some epoch; the next start goes on."""
+    """save_checkpoint is interrupted at each of its steps in turn; the next start goes on."""
     flags = dict(epochs=2, group=2, updates=1, steps=2, eval_every=0, save_every=1)
     whole = lora_bytes(small_run(tmp_path / "whole", **flags))
     for module, name in ((flow.run, "save_lora"), (flow.run, "plot_curves"), (torch, "save")):
@@ -113,7 +113,7 @@ def test_finished_run_says_so(run, capsys):
 
 
 def test_a_finished_run_is_extended_to_what_a_longer_one_gives(trained, longer, capsys):
-    """From state.pt alone: what else is in checkpoint/ may be lost."""
+    """Only state.pt is needed: all other files of checkpoint/ may be lost."""
     state = (trained / "checkpoint/state.pt").read_bytes()
     shutil.rmtree(trained / "checkpoint")
     (trained / "checkpoint").mkdir()
@@ -142,8 +142,8 @@ def test_a_run_killed_at_its_very_start_starts_again(tmp_path):
 
 
 def test_a_resume_on_another_machine_says_what_it_may_change(trained, capsys):
-    """Device, dtype, threads, processes, versions: equal to an uninterrupted run but for rounding. Also when it goes on
-    a third time: a part of it is of another machine for good."""
+    """Another device, dtype, number of threads or processes, or library version: equal to an uninterrupted run but for
+    rounding. A second resume says so again, because part of the run was made elsewhere."""
     args = json.loads((trained / "args.json").read_text())
     assert args["threads"] == torch.get_num_threads() and args["dtype"] == "float32" and args["processes"] == 1
     assert args["device"].startswith("cpu") and set(args["versions"]) == {"torch", "diffusers", "transformers", "peft"}
@@ -163,7 +163,7 @@ def test_a_resume_on_another_machine_says_what_it_may_change(trained, capsys):
 
 
 def test_two_runs_into_one_folder(trained, capsys):
-    """Another process holds it; its death frees it."""
+    """Another process holds the folder, and its death frees it."""
     read, write = os.pipe()
     holder = os.fork()
     if not holder:
@@ -198,7 +198,7 @@ def test_a_changed_input_is_named(tmp_path, capsys, flag):
 
 
 def test_a_run_of_an_earlier_version_is_not_resumed(trained, capsys):
-    """Its advantages were others: not a resume that no line tells of."""
+    """It computed advantages in another way."""
     args = json.loads((trained / "args.json").read_text())
     del args["format"]
     (trained / "args.json").write_text(json.dumps(args))
@@ -206,7 +206,7 @@ def test_a_run_of_an_earlier_version_is_not_resumed(trained, capsys):
 
 
 def test_another_revision_of_a_hub_model_is_refused(trained, tmp_path, monkeypatch, capsys):
-    """The revision is the cache's snapshot; what is not in the cache is not known."""
+    """The revision is the snapshot in the hub's cache. Without a cache it is not known."""
     def cache(commit: str):
         """The hub's main is this commit."""
         snapshot = tmp_path / f"models--some--model/snapshots/{commit}"
@@ -235,7 +235,7 @@ def test_another_revision_of_a_hub_model_is_refused(trained, tmp_path, monkeypat
     (0.05, "lam0.05"),
     (0, "lam0"),
     ("auto", "lamauto")])
-def test_the_default_folder_tells_lam(tmp_path, monkeypatch, lam, name):
+def test_the_default_folder_names_lam(tmp_path, monkeypatch, lam, name):
     monkeypatch.chdir(tmp_path)
     out, state = run.find_run("awm", train_awm.Args(lam=lam), CPU)
     assert (str(out), state) == (f"runs/awm-sd3-pickscore-{name}-s0", None)
@@ -259,7 +259,7 @@ def test_the_model_card_has_what_the_hub_wants(trained):
 
 @pytest.fixture()
 def wandb(monkeypatch):
-    """A wandb that remembers: [(how a run was begun, the numbers it was given)]."""
+    """A fake wandb that records each run as (the arguments of init, the numbers logged)."""
     started, fake = [], type(sys)("wandb")
 
     def init(**given):
@@ -286,8 +286,8 @@ def test_wandb_gets_the_numbers_and_the_grids(tmp_path, wandb):
     assert sum("samples" in numbers for numbers in logged) == 2
 
 
-def test_a_wandb_run_is_one_folders(tmp_path, wandb):
-    """Two folders of one name are two runs; a resumed run goes on with its own."""
+def test_a_wandb_run_belongs_to_one_folder(tmp_path, wandb):
+    """Two folders of the same name are two runs; a resumed run continues its own."""
     for out, epochs, project in (("a/run", 1, "one"), ("b/run", 1, "one"), ("a/run", 2, None), ("a/run", 3, "one")):
         train(tmp_path / out, wandb=project, epochs=epochs, eval_every=0)
     ids = [given["id"] for given, _ in wandb]
@@ -298,7 +298,7 @@ def test_a_wandb_run_is_one_folders(tmp_path, wandb):
 
 @contextmanager
 def full_beyond(size: int):
-    """No file takes more than so many bytes."""
+    """No file can be longer than `size` bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -315,8 +315,8 @@ def full_beyond(size: int):
     "checkpoint/prompts",
 ])
 def test_a_full_disk_costs_no_more_than_the_epoch(trained, longer, capsys, file):
-    """Full as soon as a file is to be what it is now: the line names it, what was there is whole, and with room again
-    the same command makes what an uninterrupted run makes."""
+    """The disk is full when the file is written. The error names the file, and earlier files are whole. With room
+    again, the same command gives what an uninterrupted run gives."""
     if file != "checkpoint/prompts":
         shutil.copytree(longer / "checkpoint/prompts", trained / "checkpoint/prompts", dirs_exist_ok=True)
     before = contents(trained)

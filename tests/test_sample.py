@@ -97,8 +97,7 @@ def test_norms_and_renorm(run):
     ("tiny/flux", None),
 ])
 def test_adjoint_is_autograd_through_the_whole_trajectory(model, guidance):
-    """dR/ds_k from one graph over all steps, in which every step's velocity is scaled by its own 1 + s_k; in
-    float64."""
+    """dR/ds_k in float64 from one graph over all steps, where the velocity of step k is scaled by 1 + s_k."""
     pipe, prompts = load_pipeline(model, CPU), ["a red star", "a blue ring"]
     for part in (pipe.transformer, pipe.vae, *pipe.flow.encoders.values()):
         part.double()

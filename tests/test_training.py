@@ -24,7 +24,8 @@ QUICK = dict(seed=5, epochs=2, group=2, steps=3, batch=3, lr=2e-2, eval_every=0,
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_rollouts_are_of_the_epochs_prompts_and_the_right_policy(tmp_path, monkeypatch, script):
-    """Each picture has its own noise, which no training row shares; NFT's old policy draws, elsewhere the current."""
+    """Each picture has its own noise, which no training row shares. NFT draws with its old policy, the others with the
+    current one."""
     rollouts, name = [], "old" if script is train_nft else "default"
 
     def watched(pipe, noise, prompts, sigmas, **kwargs):
@@ -74,14 +75,14 @@ def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path, monkeypatch, good, step
 def test_a_steps_means_are_over_the_rows_of_all_processes(monkeypatch, local, loss):
     """Of four rows; this process has two, or none."""
     theirs = {"loss": 5.0, "norm_ratio": 4.4, "ratio in bin 4": 3.3, "rows in bin 4": 3.0}
-    monkeypatch.setattr(flow.run, "all_gather", lambda own: [own, theirs])
-    means = flow.run.mean_over_rows(local, 4)
+    monkeypatch.setattr(flow.distributed, "all_gather", lambda own: [own, theirs])
+    means = flow.distributed.mean_over_rows(local, 4)
     assert [means["loss"], means["norm_ratio"]] == pytest.approx([loss, 1.1]) and means["active"] is None
     assert means["norm_ratio_by_t"] == [None] * 4 + [pytest.approx(1.1)]
 
 
 def same(a, b) -> bool:
-    """Nested dicts and lists of the same tensors and numbers."""
+    """Nested dicts and lists hold the same tensors and numbers."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -90,8 +91,8 @@ def same(a, b) -> bool:
 
 
 def test_a_resumed_run_has_kept_everything(tmp_path, monkeypatch):
-    """The LoRA, its average, the optimizer, NFT's old policy, the count of steps and of skipped ones: the checkpoints
-    are those of an uninterrupted run, and the log too, of which a killed epoch's line is gone."""
+    """The LoRA, its average, the optimizer, NFT's old policy, the counts of steps and of skipped ones: checkpoint and
+    log are those of an uninterrupted run. A line that a killed epoch has logged is gone."""
     honest, calls = train_nft.nft_loss, []
 
     def second_is_nan(*args):
@@ -156,8 +157,8 @@ def test_dpo_takes_a_small_group(tmp_path, monkeypatch, pairs, each):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_with_lam_0_no_guard_has_a_say(tmp_path, monkeypatch, script):
-    """To the bit, whatever the guard is."""
+def test_with_lam_0_the_guard_changes_nothing(tmp_path, monkeypatch, script):
+    """Runs with different guards are equal to the bit."""
     short = dict(epochs=1, groups=1, steps=2, eval_every=0)
     zero = lora_bytes(small_run(tmp_path / "zero", script, lam=0.0, **short))
     monkeypatch.setattr(script, "norm_hinge", lambda v, v_ref, margin: 1e3 * v.flatten(1).sum(1))
@@ -165,9 +166,9 @@ def test_with_lam_0_no_guard_has_a_say(tmp_path, monkeypatch, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_lam_auto_knows_no_scale_and_resumes_bit_for_bit(tmp_path, monkeypatch, script):
-    """base_loss times 1024, which rounds nothing, and interrupted: but for Adam's epsilon, the clipping and the KL, the
-    same run."""
+def test_lam_auto_does_not_depend_on_the_scale_of_the_loss(tmp_path, monkeypatch, script):
+    """A loss times 1024, which rounds nothing, gives the same run: without the KL, clipping and Adam's epsilon. The
+    second run is also interrupted and resumed."""
     name = script.__name__.replace("train_", "") + "_loss"
     monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-30))
     flags = dict(lam="auto", eval_every=0, kl=0.0, max_grad_norm=1e9, lr=1e-2)
@@ -184,7 +185,7 @@ def test_lam_auto_knows_no_scale_and_resumes_bit_for_bit(tmp_path, monkeypatch, 
         assert (a["guard"], a["norm_ratio"], a["active"]) == (b["guard"], b["norm_ratio"], b["active"])
 
 
-def test_dpo_with_lam_auto_also_trains_where_sampling_goes(tmp_path, monkeypatch):
+def test_dpo_with_lam_auto_also_trains_at_the_rollouts_noise_levels(tmp_path, monkeypatch):
     levels, honest = [], flow.draws.add_noise
 
     def capture(x0, noise, t):
@@ -217,7 +218,8 @@ SHORT = dict(group=8, groups=2, updates=1, batch=32, rank=8, steps=4, timesteps=
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_training_raises_a_reward_it_can_raise(tmp_path, script):
-    """Brightness: the sign of the advantage, its pairing with rows, the noising and the accumulation all count."""
+    """The reward is brightness. A wrong sign of the advantage, wrong pairing with rows, noising or accumulation would
+    fail."""
     (tmp_path / "bright.py").write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\n")
     out = small_run(tmp_path / "run", script, reward=f"{tmp_path}/bright.py:bright", lam=0.0, **SHORT)
     first, *_, last = metrics(out)
@@ -225,8 +227,7 @@ def test_training_raises_a_reward_it_can_raise(tmp_path, script):
 
 
 def test_guard_holds_the_norm(tmp_path):
-    """A reward that inflates the norm (contrast): with the guard the norm ends lower, and at most at the
-    reference's."""
+    """The reward, contrast, inflates the norm. With the guard the norm ends lower, at most at the reference's."""
     (tmp_path / "contrast.py").write_text("def contrast(images, prompts):\n    return images.std((1, 2, 3))\n")
     ratio = {}
     for lam in (0.0, 1.0):
@@ -235,7 +236,7 @@ def test_guard_holds_the_norm(tmp_path):
     assert ratio[0.0] > 1.02 and ratio[1.0] < 1.01
 
 
-def test_a_reward_that_cannot_teach_is_told(tmp_path, capsys):
+def test_a_reward_without_differences_is_reported(tmp_path, capsys):
     (tmp_path / "flat.py").write_text("def flat(images, prompts):\n    return images.new_ones(len(images))\n")
     small_run(tmp_path / "run", reward=f"{tmp_path}/flat.py:flat", epochs=1, eval_every=0)
     assert "note: all pictures of a prompt have the same reward (1, ...)" in capsys.readouterr().out
@@ -277,9 +278,9 @@ def test_what_a_script_adds_to_a_shared_block_is_added_lines():
 
 def test_shared_flags_have_one_default_and_one_help():
     """But for what the methods mean differently."""
-    fields = [dict(re.findall(r"^((?:    # .*\n)?    (\w+): .*)$", Path(f"train_{method}.py").read_text(), re.MULTILINE))
-              for method in ("nft", "awm", "dpo")]
-    fields = [{name: line for line, name in lines.items()} for lines in fields]
+    texts = [Path(f"train_{method}.py").read_text() for method in ("nft", "awm", "dpo")]
+    found = [re.findall(r"^((?:    # .*\n)?    (\w+): .*)$", text, re.MULTILINE) for text in texts]
+    fields = [{name: line for line, name in lines} for lines in found]
     own = {"lam", "lr", "kl", "updates", "timesteps", "batch", "out"}
     for name in set().union(*fields) - own:
         assert len({lines[name] for lines in fields if name in lines}) == 1, name

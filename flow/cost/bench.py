@@ -31,9 +31,8 @@ from flow.cost.count import (
     update,
 )
 from flow.cost.shapes import blank_lora, blank_pipeline, blank_reward, encode
-from flow.lora import merged
+from flow.lora import compile_blocks, merged
 from flow.pipeline import decode_size
-from flow.run import compile_blocks
 
 
 @dataclass
