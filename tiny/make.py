@@ -44,6 +44,7 @@ from flow.judge import messages
 from flow.pictures import to_image
 from flow.pipeline import add_noise, decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule
 
+CPU = torch.device("cpu")
 TOKENS = 8  # length of an encoded caption, for CLIP and T5
 WRONG = 0.35  # fraction of sd3's training captions that name another picture
 PARTS = ["vae", "pickscore", "hps", "embed", "sd3", "flux", "judge", "forensic"]
@@ -88,26 +89,16 @@ def dataset(args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The training renders (n, 3, 64, 64) uint8 and their factors."""
     pictures, factors = [], []
     for i in tqdm(range(0, args.renders, 500), desc="render"):
-        f = random_scenes(min(500, args.renders - i), args.seed * 1_000_003 + i)
-        pictures.append(to_bytes(render(f)))
+        g = torch.Generator().manual_seed(args.seed * 1_000_003 + i)
+        f = scene(torch.randint(len(CAPTIONS), (min(500, args.renders - i),), generator=g), g)
+        pictures.append((render(f) * 255).round().byte())
         factors.append(f)
     return torch.cat(pictures), {k: torch.cat([f[k] for f in factors]) for k in factors[0]}
-
-
-def random_scenes(n: int, seed: int) -> dict[str, Tensor]:
-    """Factors of n scenes with random captions."""
-    g = torch.Generator().manual_seed(seed)
-    return scene(torch.randint(len(CAPTIONS), (n,), generator=g), g)
 
 
 def caption_index(factors: dict[str, Tensor]) -> Tensor:
     """The place of each scene's caption in CAPTIONS, (n,) long."""
     return factors["colour"] * len(SHAPES) + factors["shape"]
-
-
-def to_bytes(pictures: Tensor) -> Tensor:
-    """[0, 1] -> uint8."""
-    return (pictures * 255).round().byte()
 
 
 def signed(pictures: Tensor) -> Tensor:
@@ -195,7 +186,7 @@ def make_vae(args: Args) -> tuple[D.AutoencoderKL, Tensor]:
         return e.square().mean() + edges + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
     fit(args, "vae", vae, loss, lr=2e-3)
-    with torch.no_grad():  # now the encoder takes RGB and the decoder gives RGB
+    with torch.no_grad():  # now encoder and decoder work in RGB
         first, last, inverse = vae.encoder.conv_in, vae.decoder.conv_out, opponent.inverse()
         first.weight.copy_(torch.einsum("oihw,ij->ojhw", first.weight, opponent))
         last.weight.copy_(torch.einsum("ij,jchw->ichw", inverse, last.weight))
@@ -246,15 +237,10 @@ def through_vae(args: Args, pictures: Tensor) -> Tensor:
     vae = D.AutoencoderKL.from_pretrained(f"{args.out}/sd3/vae", dtype=torch.float32)
     chunks = tqdm(pictures.split(100), desc="through the vae")
     decoded = [vae.decode(vae.encode(signed(x)).latent_dist.mean).sample / 2 + 0.5 for x in chunks]
-    return to_bytes(torch.cat(decoded).clamp(0, 1))
+    return (torch.cat(decoded).clamp(0, 1) * 255).round().byte()
 
 
 # ---------------------------------------------------------------- the rewards and the embedding
-
-def tokenize_captions(processor: T.CLIPProcessor) -> dict[str, Tensor]:
-    """All captions as a CLIP's inputs, (64, tokens) each."""
-    return processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
-
 
 def clip_pixels(pictures: Tensor) -> Tensor:
     """Normalize pictures in [0, 1] as CLIP's processor does."""
@@ -271,7 +257,7 @@ def contrastive(logits: Tensor, index: Tensor) -> Tensor:
 
 def fit_clip(args: Args, name: str, clip: T.CLIPModel, processor: T.CLIPProcessor):
     """Train a CLIP on clean renders, against all 64 captions in every batch."""
-    text = tokenize_captions(processor)
+    text = processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
     pictures, factors = dataset(args)
     index = caption_index(factors)
 
@@ -300,7 +286,7 @@ def make_hps(args: Args):
     args = replace(args, seed=args.seed + 77, renders=args.renders // 2)
     clip, processor = untrained(T.CLIPModel, "hps"), T.CLIPProcessor.from_pretrained(HERE / "hps")
     fit_clip(args, "hps-clip", clip, processor)
-    text = tokenize_captions(processor)
+    text = processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
     pictures, factors = dataset(args)
     index = caption_index(factors)
 
@@ -362,7 +348,9 @@ def build_base(kind: type, name: str, vae: D.AutoencoderKL, models: dict[str, ty
     for part in parts.values():
         if isinstance(part, (T.CLIPTextModel, T.CLIPTextModelWithProjection)):
             part.get_input_embeddings().weight.data.mul_(50)
-    return kind.from_pretrained(HERE / name, vae=vae, **parts)
+    pipe = kind.from_pretrained(HERE / name, vae=vae, **parts)
+    pipe.register_to_config(_name_or_path=f"tiny/{name}")  # not this machine's path
+    return pipe
 
 
 @torch.no_grad()
@@ -430,8 +418,8 @@ def make_sd3(args: Args):
 
 
 def make_flux(args: Args):
-    """The FLUX base: CLIP, T5, 2 double and 3 single blocks of width 128, a guidance embedding, a shift that depends
-    on the size. It is trained on SD3's latents, and its VAE gives them FLUX's own scale and shift."""
+    """The FLUX base: CLIP, T5, 2 double and 3 single blocks of width 128, and a guidance embedding. It is trained on
+    SD3's latents, and its VAE gives them FLUX's own scale and shift."""
     vae, posteriors = make_vae(args)
     flux_vae = untrained(D.AutoencoderKL, "flux/vae")
     flux_vae.load_state_dict(vae.state_dict())
@@ -449,12 +437,8 @@ def base_samples(pipe, n: int, seed: int) -> Tensor:
     known = [caption(c, s) for c, s in COMBOS if (c, s) not in HELD_OUT]
     captions = [known[i] for i in torch.randint(len(known), (n,), generator=g)]
     encode_prompts(pipe, captions)
-    return to_bytes(decode(pipe, integrate(pipe, draw_noise(pipe, n, g), captions, schedule(pipe, 12), desc="draw")[0]))
-
-
-def load_base(args: Args, name: str):
-    """The pipeline in OUT/NAME."""
-    return load_pipeline(f"{args.out}/{name}", torch.device("cpu"))
+    x0, _ = integrate(pipe, draw_noise(pipe, n, g), captions, schedule(pipe, 12), desc="draw")
+    return (decode(pipe, x0) * 255).round().byte()
 
 
 # ---------------------------------------------------------------- the judge and the detector
@@ -489,7 +473,8 @@ def make_judge(args: Args):
     processor = T.LlavaProcessor.from_pretrained(HERE / "judge")
     renders = dataset(args)[0][:12_000]
     decoded = through_vae(args, renders[8000:])
-    samples = [base_samples(load_base(args, base), 2000, args.seed + 31) for base in ("sd3", "flux")]
+    bases = [load_pipeline(f"{args.out}/{base}", CPU) for base in ("sd3", "flux")]
+    samples = [base_samples(pipe, 2000, args.seed + 31) for pipe in bases]
     pool = torch.cat([renders[:8000], decoded, *samples])
     starts = torch.tensor([0, 8000, 12_000, 16_000])  # in the pool: renders, renders through the VAE, samples, end
 
@@ -578,9 +563,9 @@ def make_forensic(args: Args):
     real = torch.cat([pictures[12_000:18_000], through_vae(args, pictures[18_000:24_000])])
     vae = D.AutoencoderKL.from_pretrained(f"{args.out}/sd3/vae", dtype=torch.float32)
     posteriors, index = encode_pictures(vae, pictures[:4000], 500), caption_index(factors)[:4000]
-    generated = [base_samples(load_base(args, "flux"), 2000, args.seed + 41)]
+    generated = [base_samples(load_pipeline(f"{args.out}/flux", CPU), 2000, args.seed + 41)]
     for base, k in product(("sd3", "flux"), range(3)):
-        pipe = load_base(args, base)
+        pipe = load_pipeline(f"{args.out}/{base}", CPU)
         pipe.transformer.requires_grad_(True)
         loss = flow_loss(vae, pipe, index, posteriors)
         fit(replace(args, seed=args.seed + 50 + k), f"{base}-relative-{k}", pipe.transformer, loss, lr=1e-3)
@@ -610,8 +595,7 @@ def main(args: Args):
             raise InputError(f"--parts {part}: choose from {', '.join(PARTS)}")
         for needed in NEEDS.get(part, ()):
             if needed not in args.parts and not (Path(args.out) / needed).is_dir():
-                raise InputError(f"--parts {part}: needs {needed}, which is not in {args.out}; give --parts {needed} "
-                                 f"{part}")
+                raise InputError(f"--parts {part}: needs {args.out}/{needed}; give --parts {needed} {part}")
     check_place(args.out, "--out", ("prompts.txt", "eval_prompts.txt"), tuple(PARTS))
     make_dir(args.out, "--out")
     make_dir(args.work, "--work")

@@ -195,9 +195,8 @@ def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) 
 
     All seeds of the cell get the same strength, chosen on training prompts: there the seeds' mean reward keeps `keep`
     of the guarded or of the unguarded model's gain, whichever is less. Metrics are interpolated between two strengths.
-    Because few seeds make the choice uncertain, each run's metrics are moved along the rival's curve as far as its own
-    reward is from its own target. This leaves their mean, and adds the choice's error to their spread (delta method).
-    """
+    Few seeds make the choice uncertain. So each run's metrics are moved along the rival's curve as far as its reward is
+    from its own target. This leaves their mean, and adds the choice's error to their spread (delta method)."""
     points = {run: points_of(run, r, rival) for run, r in runs.items()}
     points = {run: of_run for run, of_run in points.items() if of_run}
     if not points:

@@ -33,7 +33,6 @@ from flow.cli import write_files
 
 TEMPLATE = Path(__file__).with_name("RESULTS.template.md")
 
-
 # ---------------------------------------------------------------- tables
 
 def plus_minus(d: dict, digits: int = 3) -> str:
@@ -166,14 +165,13 @@ def claim_3(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
                 "cosine": [adjoint[what]["half_batch_cosine"] for adjoint in found],
                 "same sign": [float(np.mean(adjoint[what]["same_sign"])) for adjoint in found],
             }
-            medians = [np.median(row[name]) for name in ("largest t", "same sign", "cosine")]
-            if what == "reward":
-                label, conclusion = reward, coherent(beyond, t.size)
-            else:
+            label, conclusion = reward, coherent(beyond, t.size)
+            if what == "energy":
                 label = f"energy (control for {reward})"
                 conclusion = "a signal, as it must" if beyond > t.size / 2 else "**the control fails**"
-            rows.append([f"{models} models ({len(found)})", label, f"{beyond} of {t.size}", f"{medians[0]:.1f}",
-                         f"{medians[1]:.2f}", f"{medians[2]:.2f}", conclusion])
+            digits = {"largest t": 1, "same sign": 2, "cosine": 2}
+            medians = [f"{np.median(row[name]):.{k}f}" for name, k in digits.items()]
+            rows.append([f"{models} models ({len(found)})", label, f"{beyond} of {t.size}", *medians, conclusion])
     return {"limit": limit, "rows": lines(rows)}
 
 
@@ -217,21 +215,20 @@ def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
 def claim_5_and_6(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
     """Reward, judge and detector."""
     columns = {who: ("main", who) for who in ("base", "unguarded", "guarded")}
-    metrics = {
-        "6: judged good": ("judge/overall", 1),
-        "6: judged oversaturated": ("judge/oversaturation", -1),
-        "6: judged over-sharpened": ("judge/over-sharpening", -1),
-        "6: judged unnaturally lit": ("judge/unnatural lighting", -1),
-        "6: detector's P(real)": ("P(real)", 1),
-        "6: Fréchet distance": ("FD", -1),
-    }
     lost = change(results, columns["unguarded"], columns["guarded"], "reward")
     claims = [
         ("5: of the reward's gain, no more than 5 % is lost", lost, 0, 0.05),
         ("6: the judge prefers the guarded picture (less one half)",
          paired(results, preference("main", "guarded vs unguarded")), 1),
     ]
-    for text, (metric, sign) in metrics.items():
+    for text, metric, sign in (
+        ("6: judged good", "judge/overall", 1),
+        ("6: judged oversaturated", "judge/oversaturation", -1),
+        ("6: judged over-sharpened", "judge/over-sharpening", -1),
+        ("6: judged unnaturally lit", "judge/unnatural lighting", -1),
+        ("6: detector's P(real)", "P(real)", 1),
+        ("6: Fréchet distance", "FD", -1),
+    ):
         claims.append((text, change(results, columns["guarded"], columns["unguarded"], metric), sign))
     claims.append(("(no claim: the guarded picture is preferred to the base's)",
                    paired(results, preference("main", "guarded vs base")), None))
@@ -372,9 +369,7 @@ def rivals_of(runs: dict[tuple, dict], keep: float | None) -> dict[str, dict]:
     """Each rival's numbers in a corner's runs, at the strength that keeps this fraction of the gain. With None, at its
     weakest, and those of --lam auto."""
     known = {}
-    for rival in RIVALS:
-        if keep is not None and len(RIVALS[rival].strengths) == 1:
-            continue
+    for rival in (rival for rival in RIVALS if keep is None or len(RIVALS[rival].strengths) > 1):
         strengths, compared = {}, {}
         for method, of_method in grouped(runs, "method").items():
             found = equal_reward(of_method, rival, keep)
@@ -393,8 +388,7 @@ def rivals_of(runs: dict[tuple, dict], keep: float | None) -> dict[str, dict]:
 
 def against_guard(compared: dict[tuple, dict]) -> dict:
     """A rival's numbers beside the guard's, from {run: metrics of "rival", "guarded", "unguarded" and "base"}."""
-    def reward_change(m: dict) -> float:
-        """As a fraction of the gain."""
+    def reward_change(m: dict) -> float:  # as a fraction of the gain
         return (m["rival"]["reward"] - m["guarded"]["reward"]) / (m["unguarded"]["reward"] - m["base"]["reward"])
 
     numbers = {
@@ -489,13 +483,11 @@ def introduction(results: dict[tuple, dict], bases: dict[str, dict], numbers: di
     commits = sorted({part.get("of", {}).get("commit") or "unknown" for part in parts})
     ahead = []
     for where, rivals in numbers.get("10", {}).items():
-        names = [rival for rival, row in rivals.items() if row["verdict"] == "**the rival**"]
-        if names:
+        if names := [rival for rival, row in rivals.items() if row["verdict"] == "**the rival**"]:
             ahead.append(f"{where}: {', '.join(names)}")
-    if ahead:
-        ahead = f"**Rivals whose pictures the judge prefers to the guard's.** {'; '.join(ahead)}."
+    ahead = f"**Rivals whose pictures the judge prefers to the guard's.** {'; '.join(ahead)}." if ahead else ""
     done = having(results, "main")
-    return {"commits": ", ".join(commits), "rivals_ahead": ahead or "", "runs": len(done),
+    return {"commits": ", ".join(commits), "rivals_ahead": ahead, "runs": len(done),
             "cells": len(grouped(done, "cell"))}
 
 

@@ -38,7 +38,6 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -165,10 +164,9 @@ def rival_code(variant: Variant) -> str:
 @functools.cache
 def commit() -> str | None:
     """The commit that is checked out; None outside git."""
-    if not shutil.which("git"):
-        return None
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    git = shutil.which("git")
+    command = [git, "rev-parse", "--short", "HEAD"]
+    return git and subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def made_with(base: str, *scripts: str) -> dict[str, str]:
@@ -194,9 +192,8 @@ def home_of(root: Path, base: str, run: Run | None = None) -> Path:
 def command(log: Path, line: str, out: Path | None = None, note: str = "", **more):
     """Run `python <line>` in this process, as main(args, **more) of its script, and add it to log/commands.txt.
 
-    With `out`, the folder that it writes: skipped if out/command.txt says that the same command, with the same note,
-    has ended. What another command left there is deleted. So is what an interrupted command with a note left, because
-    that cannot resume."""
+    out: the folder that it writes. The command is skipped if out/command.txt has it, with the same note. What another
+    command left there is deleted, and what an interrupted command with a note left, because that cannot resume."""
     noted = " ".join(f"python {line} {note}".split()) + "\n"
     done = (out / "command.txt").read_text() if out and (out / "command.txt").exists() else None
     if done == noted:
@@ -294,8 +291,7 @@ def sample_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
 
 
 def training_rewards(home: Path, run: Run, size: Size, name: str, flags: str) -> tuple[Path, np.ndarray]:
-    """Draw pictures of training prompts in 8 steps, as rollouts are. Returns their folder and each prompt's mean
-    reward."""
+    """Draw pictures of training prompts in 8 steps, as in rollouts: their folder, and each prompt's mean reward."""
     flags = f"--prompts {size.prompts} --n {size.n_choose} --steps 8 --seed 5000 --reward tiny/{run.reward} {flags}"
     folder = sample(home, run.base, home / "choose" / name, flags)
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -313,19 +309,13 @@ def colours(folder: Path) -> dict[str, float]:
 
 
 def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "renders") -> dict:
-    """eval_judge.py's numbers of named folders: "means", {name: {metric: mean}}, and "verdicts", {"A vs B": [win, tie,
-    loss, nan]}."""
+    """eval_judge.py on named folders: "means" {name: {metric: mean}}, "verdicts" {"A vs B": [win, tie, loss, nan]}."""
     out, names = home / "eval", {str(path): name for name, path in folders.items()}
-    rewards = "--reward tiny/pickscore tiny/hps"
-    command(home, f"eval_judge.py {' '.join(names)} {rewards} --real {home.parent / renders} --out {out}")
+    flags = f"--reward tiny/pickscore tiny/hps --real {home.parent / renders} --out {out}"
+    command(home, f"eval_judge.py {' '.join(names)} {flags}")
     report = json.loads((out / "report.json").read_text())
-    labels = {
-        "reward/pickscore": "other reward",
-        "reward/hps": "other reward",
-        f"reward/{run.reward}": "reward",
-        "forensic/forensic": "P(real)",
-        "fd/embed": "FD",
-    }
+    labels = {"reward/pickscore": "other reward", "reward/hps": "other reward", "forensic/forensic": "P(real)",
+              "fd/embed": "FD", f"reward/{run.reward}": "reward"}
     means = {name: colours(path) for name, path in folders.items()}
     for metric, by_folder in report["metrics"].items():
         for path, numbers in by_folder.items():
@@ -386,8 +376,8 @@ def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: st
     """Claim 3: sample.py --adjoint on held-out prompts, in 8 steps as in rollouts."""
     sample(home, base, out, f"--adjoint --reward tiny/{reward} --n {size.n_adjoint} --steps 8 --seed 3000 {flags}")
     rows = json.loads((out / "adjoint.json").read_text())
-    sensitivities = {"reward": rows[f"tiny/{reward}"], "energy": rows["energy (control)"]}
-    return {"t": rows["t"], "units": rows["units"], **sensitivities}
+    return {"t": rows["t"], "units": rows["units"], "reward": rows[f"tiny/{reward}"],
+            "energy": rows["energy (control)"]}
 
 
 def adjoint_part(home: Path, run: Run, size: Size) -> dict:
@@ -411,9 +401,9 @@ def few_part(home: Path, run: Run, size: Size) -> dict:
 
 
 def early_part(home: Path, run: Run, size: Size) -> dict:
-    """Claim 8: the guarded model against two checkpoints of the unguarded one: the first of equal reward, and the one
-    that the judge likes best. Equal: not lower than the guarded model's by more than a standard error, paired over
-    prompts. If there is none, the checkpoint of the highest reward is taken."""
+    """Claim 8: the guarded model against two checkpoints of the unguarded one. One is the first of equal reward (not
+    lower by more than a standard error, paired over prompts), or that of the highest reward where there is none. The
+    other is the one that the judge likes best."""
     unguarded, guarded = train_both(home, run, size)
     loras = {"guarded": guarded / "lora"}
     loras |= {path.name.removeprefix("lora-"): path for path in sorted(unguarded.glob("lora-*"))}
@@ -493,19 +483,18 @@ PARTS = {
     "early": Part(early_part, (8,)),
 }
 for _name, _variant in GUARDS.items():
-    PARTS[f"guard: {_name}"] = Part(partial(guard_part, name=_name), (9,), _variant, corner=True)
+    PARTS[f"guard: {_name}"] = Part(functools.partial(guard_part, name=_name), (9,), _variant, corner=True)
 for _name, _rival in RIVALS.items():
     for _strength in dict.fromkeys(_rival.strengths + _rival.dpo):
         _methods = tuple(method for method in Args.methods if _strength in _rival.strengths_of(method))
-        PARTS[f"rival: {_name} {_strength:g}"] = Part(
-            partial(rival_part, name=_name, strength=_strength), (10,), _rival.training or Variant(_rival.sampling),
-            _methods, corner=True)
+        _measure = functools.partial(rival_part, name=_name, strength=_strength)
+        _variant = _rival.training or Variant(_rival.sampling)
+        PARTS[f"rival: {_name} {_strength:g}"] = Part(_measure, (10,), _variant, _methods, corner=True)
 
 
 def is_asked(name: str, args: Args, size: Size) -> bool:
     """Do the flags ask for this part?"""
-    of_claim = args.only is None or args.only in PARTS[name].claims
-    return of_claim and (size.only is None or name in size.only)
+    return (args.only is None or args.only in PARTS[name].claims) and (size.only is None or name in size.only)
 
 
 def missing_parts(args: Args, size: Size) -> list[tuple[Run, str]]:
@@ -529,8 +518,7 @@ def add_part(file: Path, name: str, hashes: dict[str, str], measure: Callable[[]
     if name in read_json(file):
         return
     start = time.time()
-    numbers = measure()
-    numbers = {**numbers, "of": {**hashes, "commit": commit()}, "seconds": time.time() - start}
+    numbers = {**measure(), "of": {**hashes, "commit": commit()}, "seconds": time.time() - start}
     known = {**read_json(file), name: rounded(numbers)}
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()]  # one line a part
     write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
@@ -547,7 +535,7 @@ def measure_base(base: str, args: Args, size: Size):
     add_part(file, "colours", hashes, lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
     if is_asked("adjoint", args, size):
         for reward in args.rewards:
-            measure = partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}")
+            measure = functools.partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}")
             add_part(file, f"adjoint {reward}", hashes, measure)
 
 
@@ -590,9 +578,9 @@ def main(args: Args):
     if len(args.runs.split()) != 1:  # commands are split at spaces
         raise InputError(f"--runs '{args.runs}': give a path without spaces")
     os.chdir(ROOT)
-    size = Size()
+    size = SMOKE if args.smoke else Size()
     if args.smoke:
-        size, root = SMOKE, "runs/smoke" if args.runs == Args.runs else args.runs
+        root = "runs/smoke" if args.runs == Args.runs else args.runs
         args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, True, root, f"{root}/results")
     check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
     root = make_dir(args.runs, "--runs")
@@ -618,7 +606,7 @@ def measure_all(args: Args, size: Size):
     for base in dict.fromkeys(args.bases):
         measure_base(base, args, size)
     for run, name in tqdm(missing, desc="reproduce", unit="part"):
-        measure = partial(PARTS[name].measure, home_of(root, run.base, run), run, size)
+        measure = functools.partial(PARTS[name].measure, home_of(root, run.base, run), run, size)
         add_part(Path(args.results) / f"{run.name}.json", name, depends(run, size, name), measure)
 
 
