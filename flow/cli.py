@@ -8,14 +8,11 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
-
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # full, over quota, file too large, read-only
 
 # Larger values are typing errors: they would take all memory, or days.
 MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, "steps": 1_000, "timesteps": 1_000,
@@ -47,21 +44,55 @@ def exit_with(message):
     sys.exit(2)
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].partition("\x1b")[0][:150]
 
 
 @contextlib.contextmanager
-def reading(file: Path, advice: str = "restore it, or give another --out"):
-    """Inside, any error becomes an InputError: the file cannot be read."""
+def on_error(problem: str, advice: str = ""):
+    """Inside, any error becomes an InputError: the problem, the error in brackets, the advice."""
     try:
         yield
     except InputError:
         raise
-    except Exception as e:  # each library's reader raises its own
-        why = reason(e) if isinstance(e, (OSError, ValueError)) else type(e).__name__  # torch's has many lines
-        raise InputError(f"{file}: cannot be read ({why}); {advice}")
+    except (Exception, SystemExit) as e:  # each library raises its own; the user's code may even exit
+        raise InputError(f"{problem} ({type(e).__name__}: {reason(e)}){advice}")
+
+
+def reading(file: Path, advice: str = "restore it, or give another --out"):
+    """Inside, any error becomes an InputError: the file cannot be read."""
+    return on_error(f"{file}: cannot be read", f"; {advice}")
+
+
+@contextlib.contextmanager
+def loading(flag: str, name: str, or_else: str = "", needs: tuple[str, ...] = ()):
+    """Inside, any error becomes an InputError: the model `name` cannot be loaded, and what to do. The name is checked
+    first (check_model), but not that of a short name, which needs the hub ids `needs`."""
+    if not needs:
+        check_model(flag, name, or_else)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:  # no network, a gated repository, another model class, a broken file
+        offline = f"`hf download {name} --local-dir DIR` elsewhere and give {flag} DIR"
+        if needs:
+            offline = "copy $HF_HOME from a machine that has them"
+        advice = (f"it needs {' and '.join(dict.fromkeys(needs or (name,)))} from huggingface.co: if gated, accept the "
+                  f"licence there and `hf auth login`; if offline, {offline}")
+        if isinstance(e, ImportError):  # Qwen-VL's processor needs torchvision, because it also reads videos
+            advice = "install the package that it names (for torch 2.13: pip install torchvision==0.28.0)"
+        elif Path(name).is_dir():
+            advice = "the folder is broken, or holds another kind of model"
+        why = f"{type(e).__name__}: {reason(e.__cause__ or e)[:90]}"
+        raise InputError(f"{flag} {name}: cannot be loaded ({why}); {advice}")
+
+
+def cannot_load(flag: str, name: str, error: Exception):
+    """Raise the InputError of `loading`. To be removed once pipeline.py and shapes.py use `loading`."""
+    with loading(flag, name):
+        raise error
 
 
 # ---------------------------------------------------------------- flags
@@ -80,10 +111,9 @@ def excepthook(kind, error, trace):
         tqdm.write(f"interrupted{resume}", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)  # so that a shell sees exit code 130
-    elif issubclass(kind, OSError) and error.errno in DISK_ERRORS:
+    if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         exit_with(f"{error.filename or 'a file'}: cannot be written ({error.strerror}); files saved before are intact")
-    else:
-        sys.__excepthook__(kind, error, trace)
+    sys.__excepthook__(kind, error, trace)
     if kind.__name__ == "OutOfMemoryError":
         flags = "--batch or --rollout-batch" if training else "--batch or --size"
         tqdm.write(f"error: the GPU is out of memory; lower {flags}{resume}", file=sys.stderr)
@@ -96,10 +126,9 @@ def progress(items=None, **options) -> tqdm:
 
 def quiet_libraries():
     """Turn off the warnings and progress bars of diffusers and transformers, where they are imported."""
-    for name in ("diffusers", "transformers"):
-        if library := sys.modules.get(name):
-            library.utils.logging.set_verbosity_error()
-            library.utils.logging.disable_progress_bar()
+    for name in {"diffusers", "transformers"} & sys.modules.keys():
+        sys.modules[name].utils.logging.set_verbosity_error()
+        sys.modules[name].utils.logging.disable_progress_bar()
 
 
 def check_flags(args, least: dict[str, float]):
@@ -108,14 +137,9 @@ def check_flags(args, least: dict[str, float]):
         flag = f"--{field.replace('_', '-')}"
         if value == "" or isinstance(value, tuple) and "" in value:
             raise InputError(f"{flag} '': is empty; give a value, or leave the flag out")
-        if not isinstance(value, (int, float)):
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{flag} {value}: must be a finite number")
-        if value < least.get(field, value):
-            raise InputError(f"{flag} {value}: must be at least {least[field]:g}")
-        if value > MOST.get(field, value):
-            raise InputError(f"{flag} {value}: must be at most {MOST[field]}")
+        low, high = least.get(field, -math.inf), MOST.get(field, math.inf)
+        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
+            raise InputError(f"{flag} {value}: must be a finite number, at least {low:g} and at most {high}")
 
 
 def check_model(flag: str, name: str, or_else: str = ""):
@@ -126,50 +150,28 @@ def check_model(flag: str, name: str, or_else: str = ""):
         raise InputError(f"{flag} {name or repr('')}: there is no such folder; give {or_else}a folder or a hub id")
 
 
-def cannot_load(flag: str, name: str, error: Exception, needs: tuple[str, ...] = ()):
-    """Raise InputError: why a model cannot be loaded and what to do. `needs`: the hub ids behind a short name."""
-    if isinstance(error, ImportError):  # Qwen-VL's processor needs torchvision, because it also reads videos
-        raise InputError(f"{flag} {name}: needs a package that is not installed: {str(error).strip()[:200]} (for "
-                         "torch 2.13: pip install torchvision==0.28.0)")
-    why = f"{flag} {name}: cannot be loaded ({type(error).__name__}: {reason(error.__cause__ or error)[:90]})"
-    if Path(name).is_dir():
-        raise InputError(f"{why}; the folder is broken, or holds another kind of model")
-    offline = f"`hf download {name} --local-dir DIR` elsewhere and give {flag} DIR"
-    if needs:
-        offline = "copy $HF_HOME from a machine that has them"
-    raise InputError(f"{why}; it needs {' and '.join(dict.fromkeys(needs or (name,)))} from huggingface.co: if "
-                     f"gated, accept the licence there and `hf auth login`; if offline, {offline}")
-
-
 # ---------------------------------------------------------------- folders and files
 
 def check_place(path: str | Path, flag: str, files: tuple = (), folders: tuple = ()):
     """Raise InputError if the folder `path` cannot be made or written to, or if one of `files` in it is no file, or one
     of `folders` no folder. Makes nothing: it is for a script's start, before hours of work."""
     place = Path(path)
-    try:
+    with on_error(f"{flag} {path}: cannot be written to"):  # for example a name that is too long
         nearest = next(part for part in (place, *place.absolute().parents) if part.exists() or part.is_symlink())
-        if not nearest.is_dir():
-            raise InputError(f"{flag} {path}: {nearest} is no folder; give another {flag}")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise InputError(f"{flag} {path}: {nearest} cannot be written to; give another {flag}")
-        for name in (*files, *folders):
-            part, kind = place / name, "file" if name in files else "folder"
-            right = part.is_file() if kind == "file" else part.is_dir()
-            if not right and (part.exists() or part.is_symlink()):
-                raise InputError(f"{flag} {path}: {part} is no {kind}; move it, or give another {flag}")
-    except OSError as e:  # for example a name that is too long
-        raise InputError(f"{flag} {path}: cannot be written to ({e.strerror})")
+    parts = {nearest: "folder", **{place / name: "folder" for name in folders}}
+    parts |= {place / name: "file" for name in files}
+    for part, kind in parts.items():
+        if os.path.lexists(part) and not (part.is_dir() if kind == "folder" else part.is_file()):
+            raise InputError(f"{flag} {path}: {part} is no {kind}; move it, or give another {flag}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{flag} {path}: {nearest} cannot be written to; give another {flag}")
 
 
 def make_dir(path: str | Path, flag: str) -> Path:
-    """Make a folder and check that it can be written to. Raises InputError that names `flag`."""
+    """Make a folder. Raises InputError, naming `flag`, if it cannot be made or written to."""
     check_place(path, flag)
-    try:
+    with on_error(f"{flag} {path}: cannot be written to"):
         Path(path).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as e:
-        raise InputError(f"{flag} {path}: cannot be written to ({e.strerror})")
     return Path(path)
 
 
@@ -191,8 +193,7 @@ def write_files(contents: dict[Path, bytes | str]):
             temporary[file].replace(file)
     except OSError as e:
         for left in temporary.values():
-            with contextlib.suppress(OSError):
-                left.unlink()
+            left.unlink(missing_ok=True)
         raise InputError(f"{file}: cannot be written ({e.strerror}); make room and run the same command again")
 
 

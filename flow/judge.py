@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.cli import InputError, cannot_load, check_model, reason
+from flow.cli import InputError, loading, on_error, reason
 from flow.distributed import base_dtype
 from flow.pictures import to_image
 
@@ -49,12 +49,9 @@ def read_answer(top: Answer, first: str, second: str) -> float:
 
 def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Callable:
     """A judge in this process, which answers a batch in one forward pass. An InputError names `flag`."""
-    check_model(flag, name, "http://HOST:PORT/v1, " if flag == "--judge" else "")
-    try:
+    with loading(flag, name, "http://HOST:PORT/v1, " if flag == "--judge" else ""):
         processor = transformers.AutoProcessor.from_pretrained(name)
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=base_dtype(device))
-    except Exception as e:  # no network, another model class, a broken file: each raises a different error
-        cannot_load(flag, name, e)
     if not processor.chat_template:
         raise InputError(f"{flag} {name}: has no chat template; give an instruction-tuned model")
     model.eval().to(device)
@@ -82,14 +79,13 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
     the server cannot be reached, refuses the key or the model, or answers nothing in the first batch."""
     try:
         import openai  # half a second that only this needs
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # a local server needs none
-        client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
     except ImportError as e:
         raise InputError(f"{flag} {url}: {reason(e)}; pip install openai")
-    except Exception as e:  # of its HTTP library
-        raise InputError(f"{flag} {url}: is no URL ({reason(e)})")
+    key = os.environ.get("OPENAI_API_KEY") or "none"  # a local server needs none
+    with on_error(f"{flag} {url}: is no URL"):
+        client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
     options = dict(model=model, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20)
-    errors, batches_answered = [], []
+    errors, answered = [], False
 
     def request(question: str, files: list[str]) -> Answer:
         images = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
@@ -100,8 +96,11 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
                 return [(choice.message.content.split()[0], 0.0)]
             return [(t.token, float(t.logprob)) for t in choice.logprobs.content[0].top_logprobs]
         except Exception as e:  # no reply, half a reply, or not a reply of this kind
-            if getattr(e, "status_code", 0) in (401, 403, 404) or type(e.__cause__).__name__ == "ConnectError":
-                raise
+            if getattr(e, "status_code", 0) in (401, 403, 404):
+                raise InputError(f"{flag} {url}: {e.status_code} {str(e)[:200]}; is its model {model}, and the key in "
+                                 "OPENAI_API_KEY?")
+            if type(e.__cause__).__name__ == "ConnectError":
+                raise InputError(f"{flag} {url}: cannot be reached ({reason(e.__cause__)})")
             error = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
         if error not in errors:
             tqdm.write(f"warning: {flag} {url}: {error}", file=sys.stderr)
@@ -109,17 +108,12 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
         return []
 
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
+        nonlocal answered
         questions = [question] * len(pictures) if isinstance(question, str) else question
-        try:
-            with ThreadPoolExecutor(concurrency) as pool:  # if a request raises, `map` cancels those not yet begun
-                answers = list(pool.map(request, questions, pictures))
-        except openai.APIStatusError as e:
-            raise InputError(f"{flag} {url}: {e.status_code} {str(e)[:200]}; is its model {model}, and the key in "
-                             "OPENAI_API_KEY?")
-        except openai.APIConnectionError as e:
-            raise InputError(f"{flag} {url}: cannot be reached ({reason(e.__cause__)})")
-        batches_answered.append(any(answers))
-        if not any(batches_answered):
+        with ThreadPoolExecutor(concurrency) as pool:  # if a request raises, `map` cancels those not yet begun
+            answers = list(pool.map(request, questions, pictures))
+        answered = answered or any(answers)
+        if not answered:
             raise InputError(f"{flag} {url}: no request has succeeded; the last error: {errors[-1]}")
         return answers
     return ask
@@ -133,50 +127,41 @@ FAKE = {"fake", "artificial", "ai", "generated", "synthetic"}
 
 def load_forensic(name: str, real_label: str | None, device: torch.device) -> Callable[[list[str]], Tensor]:
     """A detector of generated pictures (any image classifier): a function of files -> P(real), (b,)."""
-    check_model("--forensic", name)
-    try:
+    with loading("--forensic", name):
         try:
             processor = transformers.AutoImageProcessor.from_pretrained(name)
         except ValueError:  # detectors of 2022 name a class that transformers 5 no longer has
             processor = transformers.ViTImageProcessorPil.from_pretrained(name)
         net = transformers.AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval().to(device)
-    except Exception as e:  # no network, another model class, a broken file: each raises a different error
-        cannot_load("--forensic", name, e)
     real = real_labels(name, net.config.id2label, real_label)
 
     @torch.no_grad()
     def score(files: list[str]) -> Tensor:
         inputs = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt").to(device)
         return net(**inputs).logits.softmax(1)[:, real].sum(1).cpu()
-
     return score
 
 
 def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> list[int]:
     """The indices of a detector's labels that mean "real": that of `real_label`, or told by the words of all labels."""
-    listed = ", ".join([*labels.values()][:8]) + (", ..." if len(labels) > 8 else "")
+    words = {i: set(re.findall("[a-z]+", label.lower())) for i, label in labels.items()}
+    real = [i for i in labels if words[i] & REAL and not words[i] & FAKE]
+    fake = [i for i in labels if words[i] & FAKE and not words[i] & REAL]
+    problem = f"--forensic {name}: which of its labels means a real picture? Give it as --real-label"
     if real_label is not None:
         real = [i for i, label in labels.items() if label == real_label]
-        if not real:
-            raise InputError(f"--real-label {real_label}: {name} has no such label; its labels are {listed}")
-        return real
-    words = {i: set(re.findall("[a-z]+", label.lower())) for i, label in labels.items()}
-    real = [i for i, w in words.items() if w & REAL and not w & FAKE]
-    fake = [i for i, w in words.items() if w & FAKE and not w & REAL]
+        fake = [i for i in labels if i not in real]
+        problem = f"--real-label {real_label}: {name} has no such label"
     if not real or not fake or len(real) + len(fake) < len(labels):
-        raise InputError(f"--forensic {name}: which of its labels ({listed}) means a real picture? Give it as "
-                         "--real-label")
+        raise InputError(f"{problem}; its labels are {', '.join([*labels.values()][:8])}")
     return real
 
 
 def load_embed(model: str, device: torch.device):
     """(network, processor) of a CLIPModel, or of a vision model with a pooler_output (ResNet, DINOv2, ...)."""
-    check_model("--embed", model)
-    try:
+    with loading("--embed", model):
         net = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device)
         return net, transformers.AutoImageProcessor.from_pretrained(model)
-    except Exception as e:  # no network, another model class, a broken file: each raises a different error
-        cannot_load("--embed", model, e)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from flow.cli import InputError, json_text, make_dir, progress, reading, reason, write_files
+from flow.cli import InputError, json_text, make_dir, on_error, progress, reading, write_files
+from flow.distributed import BINS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # files that are read as pictures
 
@@ -74,12 +75,9 @@ def earlier_samples(out: str) -> list[Path]:
     """The pictures that sample.py wrote to a folder earlier. Raises InputError if there are other pictures with such
     names, for example a training run's: they would be overwritten."""
     folder, listed = Path(out), Path(out) / "samples.jsonl"
-    try:
+    with on_error(f"--out {out}: its samples.jsonl is not as sample.py writes it", "; give another --out"):
         rows = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
         names = {Path(row["file"]).stem for row in rows if isinstance(row["prompt"], str)}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError(f"--out {out}: its samples.jsonl is not as sample.py writes it ({reason(e)}); give another "
-                         "--out")
     pictures = list(folder.glob("[0-9]" * 5 + ".*"))
     others = [file.name for file in pictures if file.stem not in names]
     if not listed.exists():
@@ -108,29 +106,26 @@ def read_folder(folder: str, plain: bool = False) -> list[dict]:
     """A row per picture: prompt, file, size, hash of its content, and a key that pairs it with other folders' pictures.
 
     Reads samples.jsonl. With `plain` a folder without one is read too: all its pictures, with empty prompts."""
-    rows, row = [], {}
-    listed = Path(folder) / "samples.jsonl"
+    rows, seen, listed = [], Counter(), Path(folder) / "samples.jsonl"
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: there is no such folder")
-    try:
+    with reading(listed, "give a folder that sample.py wrote"):
         if plain and not listed.exists():
-            found = sorted(p.name for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES)
-            lines = [{"prompt": "", "seed": i, "file": name} for i, name in enumerate(found)]
+            found = sorted(file.name for file in Path(folder).iterdir() if file.suffix.lower() in SUFFIXES)
+            lines = [("", i, name) for i, name in enumerate(found)]
         else:
             lines = [json.loads(line) for line in listed.read_text().splitlines()]
-            if not all(isinstance(line, dict) and isinstance(line.get("prompt"), str) for line in lines):
-                raise ValueError("a line is no JSON object with a prompt")
-        seen = Counter()
-        for row in lines:
-            prompt, seed = row["prompt"], row["seed"]
-            content = (Path(folder) / row["file"]).read_bytes()
+            lines = [(line["prompt"], line["seed"], line["file"]) for line in lines]
+        if not all(isinstance(prompt, str) for prompt, _, _ in lines):
+            raise ValueError("a prompt is no text")
+    for prompt, seed, name in lines:
+        file = f"{folder}/{name}"
+        with reading(file, "restore it"):
+            content = Path(file).read_bytes()
             size = Image.open(io.BytesIO(content)).convert("RGB").size  # decodes it, to find a broken file now
-            seen[prompt, seed] += 1  # a prompt and seed that come again are told apart by their order
-            rows.append({"key": (prompt, seed, seen[prompt, seed]), "prompt": prompt, "file": f"{folder}/{row['file']}",
-                         "size": size, "hash": hashlib.sha256(content).hexdigest()})
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError) as e:  # PIL raises SyntaxError for a broken PNG
-        name = f"{folder}/{row.get('file', 'samples.jsonl')}"
-        raise InputError(f"{name}: cannot be read, as sample.py writes it ({type(e).__name__}: {reason(e)})")
+        seen[prompt, seed] += 1  # a prompt and seed that come again are told apart by their order
+        rows.append({"key": (prompt, seed, seen[prompt, seed]), "prompt": prompt, "file": file, "size": size,
+                     "hash": hashlib.sha256(content).hexdigest()})
     if not rows:
         raise InputError(f"{folder}: holds no picture")
     return rows
@@ -188,42 +183,37 @@ def plot_curves(out: Path, guidance: float | None = None):
     in evaluations."""
     lines = read_log(out / "metrics.jsonl")
     trained, evaluated = ("", "") if guidance is None else (" (conditional)", f" (guidance {guidance:g})")
-    panels = {"reward": {"reward": "", "eval_reward": ""},
-              "norm ratio to the reference": {"norm_ratio": trained, "eval_norm_ratio": evaluated,
-                                              "eval_norm_ratio_max": evaluated},
-              "guard: share of samples over the reference": {"active": ""}}
+
+    def values(key: str) -> list[tuple]:
+        return [(line["step"], line.get(key)) for line in lines]
+
+    panels = {  # title: {label: [(x, y or None), ...]}
+        "reward": {key: values(key) for key in ("reward", "eval_reward")},
+        "norm ratio to the reference": {
+            "norm_ratio" + trained: values("norm_ratio"),
+            **{key + evaluated: values(key) for key in ("eval_norm_ratio", "eval_norm_ratio_max")}},
+        "guard: share of samples over the reference": {"active": values("active")},
+        "norm ratio by noise level, training": {
+            f"t {k / BINS:.1f} to {(k + 1) / BINS:.1f}": [
+                (line["step"], line["norm_ratio_by_t"][k]) for line in lines if "norm_ratio_by_t" in line]
+            for k in range(BINS)},
+        "norm ratio along the trajectory": {
+            f"epoch {line['epoch']}": enumerate(line["eval_norm_ratio_steps"])
+            for line in lines if "eval_norm_ratio_steps" in line}}
     figure = Figure(figsize=(21, 3.4))
-    axes = figure.subplots(1, 5)
     figure.subplots_adjust(0.025, 0.14, 0.995, 0.91, 0.18)  # a computed layout takes as long as the drawing
-    for axis, (title, keys) in zip(axes, panels.items()):
-        for key, suffix in keys.items():
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            x, y = zip(*points) if points else ([], [])
-            marker = "o" if key.startswith("eval") else None
-            axis.plot(x, y, label=key + suffix, marker=marker, markersize=3, linewidth=1)
-        axis.set_title(title, y=1)  # y=1 is its default place, but matplotlib takes long to find it
-        axis.legend(fontsize=8)
-    steps = [line for line in lines if "norm_ratio_by_t" in line]
-    bins = len(steps[0]["norm_ratio_by_t"]) if steps else 0
-    for k in range(bins):
-        seen = [line for line in steps if line["norm_ratio_by_t"][k] is not None]
-        x, y = [line["step"] for line in seen], [line["norm_ratio_by_t"][k] for line in seen]
-        label, colour = f"t {k / bins:.1f} to {(k + 1) / bins:.1f}", matplotlib.colormaps["plasma"](k / bins)
-        if seen:
-            axes[3].plot(x, y, color=colour, label=label, linewidth=1)
-    axes[3].set_title("norm ratio by noise level, training", y=1)
-    evals = [line for line in lines if "eval_norm_ratio_steps" in line]
-    for i, line in enumerate(evals):
-        colour = matplotlib.colormaps["viridis"](i / max(len(evals) - 1, 1))
-        axes[4].plot(line["eval_norm_ratio_steps"], color=colour, label=f"epoch {line['epoch']}", linewidth=1)
-    axes[4].set_title("norm ratio along the trajectory", y=1)
-    for axis in axes[3:]:
+    for axis, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for i, (label, curve) in enumerate(curves.items()):
+            colour, marker = matplotlib.colormaps["viridis"](i / len(curves)), "o" if label.startswith("eval") else None
+            if curve := [(x, y) for x, y in curve if y is not None]:
+                axis.plot(*zip(*curve), color=colour, label=label, marker=marker, markersize=3, linewidth=1)
         if axis.lines:
-            axis.legend(fontsize=7)
-    for axis in axes:
-        axis.set_xlabel("sampling step (0 is noise)" if axis is axes[4] else "optimizer step")
+            axis.legend(fontsize=8)
+        axis.set_title(title, y=1)  # y=1 is its default place, but matplotlib takes long to find it
+        axis.set_xlabel("optimizer step")
         axis.locator_params(nbins=5)  # fewer ticks are faster to draw
         axis.grid(alpha=0.3)
+    axis.set_xlabel("sampling step (0 is noise)")  # of the last one
     write_files({out / "curves.png": png(figure)})
 
 

@@ -9,12 +9,12 @@ A reward is given as text:
 
 A model that was the reward cannot be the judge: training has fitted the pictures to it.
 """
-import importlib.util
 import math
+import re
+import runpy
 import tempfile
 import traceback
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from flow.cli import InputError, cannot_load, check_model, quiet_libraries, reason
-from flow.judge import http_judge, local_judge, read_answer
+from flow.cli import InputError, loading, on_error, quiet_libraries, reason
 from flow.pictures import to_image
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and HPSv2 use its processor
@@ -44,10 +43,9 @@ def split_reward(spec: str) -> list[tuple[str, float]]:
     parts = []
     for part in spec.split(","):
         name, _, weight = part.rpartition(":")
-        is_function = name.endswith(".py")  # file.py:function, even if the function is called nan
-        is_port = "://" in name and "/" not in name.partition("://")[2]  # http://HOST:PORT
+        is_weight = not re.search(r"\.py$|://[^/]*$", name)  # but a function, which may be called nan, or a port
         try:
-            weight = float("" if is_function or is_port else weight)
+            weight = float(weight if is_weight else "")
         except ValueError:
             name, weight = part, 1.0
         if not name:
@@ -64,15 +62,14 @@ def reward_model(name: str) -> str:
         return name.removeprefix("vlm:").partition("@")[0]
     if ".py:" in name:
         return name.rpartition(":")[0]
-    return HUB[name][0] if name in HUB else name
+    return HUB.get(name, [name])[0]
 
 
 def short_reward(spec: str) -> str:
     """The reward's text with only the last piece of each path or id: "DIR/clip:0.5,vlm:ORG/M@URL" -> "clip:0.5,M"."""
     short = []
     for name, weight in split_reward(spec):
-        name = reward_model(name) if name.startswith("vlm:") else name
-        name = name.rstrip("/").rpartition("/")[2]
+        name = (reward_model(name) if name.startswith("vlm:") else name).rstrip("/").rpartition("/")[2]
         short.append(name if weight == 1 else f"{name}:{weight:g}")
     return ",".join(short)
 
@@ -106,32 +103,21 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
         return torch.stack(rows)
 
     def weighted(scores: Tensor) -> Tensor:
-        total = torch.zeros(scores.shape[1])
-        for (_, weight, _), score in zip(parts, scores):
-            total = total + weight * score
-        return total
+        return sum(weight * score for (_, weight, _), score in zip(parts, scores))
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         return weighted(scores_of(images, prompts))
 
-    for name, _, score in parts if differentiable else ():
-        check_gradient(name, score, device)
     names = [name for name, _, _ in parts]
     short = [short_reward(name) for name in names]
     reward.names = short if len(set(short)) == len(short) else names
     reward.models, reward.scores_of, reward.weighted = models, scores_of, weighted
+    if differentiable:
+        images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        for name, (score,) in zip(names, scores_of(images, ["a picture"])):  # NumPy code has no gradient
+            if not torch.autograd.grad(score + 0 * images.sum(), images, retain_graph=True)[0].any():
+                raise InputError(f"--adjoint: --reward {name} has no gradient")
     return reward
-
-
-def check_gradient(name: str, score: Callable, device: torch.device):
-    """Raise InputError if a reward's score has no gradient to the picture (NumPy code has none)."""
-    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    if hasattr(score, "model"):
-        score.model.to(device)
-    with torch.enable_grad():
-        value = call_part(name, score, images, ["a picture"]).sum()
-    if not value.requires_grad or torch.autograd.grad(value, images, allow_unused=True)[0] is None:
-        raise InputError(f"--adjoint: --reward {name} has no gradient")
 
 
 def call_part(name: str, score: Callable, images: Tensor, prompts: list[str]) -> Tensor:
@@ -145,9 +131,9 @@ def call_part(name: str, score: Callable, images: Tensor, prompts: list[str]) ->
         at = [frame for frame in frames if frame.filename == reward_model(name)] or frames
         why = f"{type(e).__name__}: {reason(e)}; {at[-1].filename}:{at[-1].lineno}"
         raise InputError(f"--reward {name}: failed on {tuple(images.shape)} pictures ({why})")
-    n, shape = len(images), tuple(values.shape)
-    if shape != (n,):
-        raise InputError(f"--reward {name}: returned shape {shape} for {n} pictures; it must be ({n},)")
+    n = len(images)
+    if values.shape != (n,):
+        raise InputError(f"--reward {name}: returned shape {tuple(values.shape)} for {n} pictures; it must be ({n},)")
     for value, prompt in zip(values.tolist(), prompts):
         if not math.isfinite(value):
             raise InputError(f"--reward {name}: returned {value} for the prompt {prompt!r}")
@@ -160,57 +146,45 @@ def load_part(name: str, device: torch.device, differentiable: bool, question: s
         if differentiable:
             raise InputError(f"--adjoint: --reward {name} has no gradient")
         return load_vlm(name, device, question or VLM_QUESTION)
-    if ".py:" in name:
-        return load_function(name)
     if name.endswith(".py"):
         raise InputError(f"--reward {name}: which function of it? Give {name}:FUNCTION")
-    if name not in HUB:
-        check_model("--reward", name, KNOWN)
-    try:
+    if ".py:" in name:
+        path, _, function = name.rpartition(":")
+        with on_error(f"--reward {name}: cannot be imported"):
+            functions = runpy.run_path(path)
+        if not callable(functions.get(function)):
+            raise InputError(f"--reward {name}: there is no function {function} in {path}")
+        return functions[function]
+    with loading("--reward", name, KNOWN, needs=HUB.get(name, ())):
         return load_clip(name, device, differentiable)
-    except Exception as e:  # no network, another model class, a broken file: each raises a different error
-        cannot_load("--reward", name, e, needs=HUB.get(name, ()))
-
-
-def load_function(name: str) -> Callable:
-    """`file.py:function`, imported from its path."""
-    path, _, function = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location("reward_function", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:  # the user's code
-        raise InputError(f"--reward {name}: cannot be imported ({type(e).__name__}: {reason(e)})")
-    if not callable(getattr(module, function, None)):
-        raise InputError(f"--reward {name}: there is no function {function} in {path}")
-    return getattr(module, function)
 
 
 def load_vlm(name: str, device: torch.device, question: str) -> Callable:
     """P(yes) of a vision-language model's answer to `question`, in which {prompt} is the picture's prompt."""
-    model, at, url = name.removeprefix("vlm:").partition("@")
-    address = urlsplit(url)
-    is_url = address.scheme in ("http", "https") and address.netloc and address.path
-    if not model or model.startswith(("http://", "https://")) or at and not is_url:
+    from flow.judge import http_judge, local_judge, read_answer  # here, so that other rewards run without that file
+
+    match = re.fullmatch(r"vlm:(?!https?://)([^@]+)(?:@(https?://[^/]+/.*))?", name)
+    if not match:
         raise InputError(f"--reward {name}: give vlm:MODEL, or vlm:MODEL@http://HOST:PORT/v1 for a server")
-    ask = http_judge(url, model, flag="--reward vlm:") if at else local_judge(model, device, "--reward vlm:")
+    model, url = match.groups()
+    ask = http_judge(url, model, flag="--reward vlm:") if url else local_judge(model, device, "--reward vlm:")
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         questions = [question.replace("{prompt}", prompt) for prompt in prompts]
-        answers = []
+        margins = []
         with tempfile.TemporaryDirectory() as folder:  # a judge reads files
             files = [[f"{folder}/{i}.png"] for i in range(len(images))]
             for image, (file,) in zip(images, files):
                 to_image(image).save(file)
             for i in range(0, len(files), 16):  # 16 at once, for the memory of a large model
-                answers += ask(questions[i:i + 16], files[i:i + 16])
-        margins = [read_answer(answer, "yes", "no") for answer in answers]
+                answers = ask(questions[i:i + 16], files[i:i + 16])
+                margins += [read_answer(answer, "yes", "no") for answer in answers]
         for asked, margin in zip(questions, margins):
             if math.isnan(margin):
                 raise InputError(f"--reward {name}: no answer, or neither yes nor no, to the question {asked!r}")
         return torch.tensor(margins).sigmoid()
 
-    if not at:
+    if not url:
         score.model = ask.model
     return score
 
@@ -219,7 +193,12 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
     """PickScore's formula (arXiv 2305.01569) for any CLIPModel: exp(logit_scale) cos(image, text) / 26. For clipscore
     and hpsv2.1 the cosine alone."""
     model, processor = HUB.get(name, (name, name))
-    clip = load_hps(model) if name == "hpsv2.1" else AutoModel.from_pretrained(model, dtype=torch.float32)
+    if name == "hpsv2.1":  # arXiv 2306.09341, github.com/tgxs002/HPSv2
+        state = torch.load(hf_hub_download(model, "HPS_v2.1_compressed.pt"), map_location="cpu", weights_only=True)
+        clip = CLIPModel(CLIPConfig(**VIT_H_CONFIG))
+        clip.load_state_dict(from_open_clip(state["state_dict"]))
+    else:
+        clip = AutoModel.from_pretrained(model, dtype=torch.float32)
     clip.eval().requires_grad_(False)
     scale = 1.0 if name in ("clipscore", "hpsv2.1") else clip.logit_scale.exp().item() / 26
     processor = AutoProcessor.from_pretrained(processor)
@@ -264,14 +243,6 @@ def torch_pixels(images: Tensor, side: int, mean: list[float], std: list[float])
     return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
 
 
-def load_hps(model: str) -> CLIPModel:
-    """HPSv2.1 (arXiv 2306.09341, github.com/tgxs002/HPSv2), an open_clip ViT-H-14, as transformers' CLIPModel."""
-    state = torch.load(hf_hub_download(model, "HPS_v2.1_compressed.pt"), map_location="cpu", weights_only=True)
-    clip = CLIPModel(CLIPConfig(**VIT_H_CONFIG))
-    clip.load_state_dict(from_open_clip(state["state_dict"]))
-    return clip
-
-
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An open_clip CLIP's state dict with the names of transformers' CLIPModel, in fp32."""
     names = {"transformer.resblocks": "encoder.layers", ".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.",
@@ -287,10 +258,8 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         key = f"vision_model.{key.removeprefix('visual.')}" if key.startswith("visual.") else f"text_model.{key}"
         for theirs, ours in names.items():
             key = key.replace(theirs, ours)
-        if "in_proj_" in key:  # q, k and v in one
-            out |= {key.replace("in_proj_", f"{n}_proj."): part for n, part in zip("qkv", value.chunk(3))}
-        else:
-            out[key] = value
+        parts = zip("qkv", value.chunk(3)) if "in_proj_" in key else [("", value)]  # q, k and v in one
+        out |= {key.replace("in_proj_", f"{letter}_proj."): part for letter, part in parts}
     return out
 
 
