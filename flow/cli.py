@@ -45,7 +45,7 @@ def exit_with(message):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has no message."""
+    """The first line of an error's message, at most 150 characters, without colours; its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].partition("\x1b")[0][:150]
 
 
