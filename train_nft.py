@@ -189,7 +189,8 @@ def main(args: Args, rival=None):
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` noise levels
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)  # (rows,)
-        t = sigmas[draws.random_steps(n, args.timesteps, args.steps, g).flatten()]  # (rows,)
+        shuffled_steps = torch.rand(n, args.steps, generator=g).argsort(1)  # of each picture's own
+        t = sigmas[shuffled_steps[:, :args.timesteps].flatten()]  # (rows,)
         updates = torch.arange(len(t)).split(len(t) // args.updates)  # the rows of each update
 
         for u, update in enumerate(updates):

@@ -1,1 +1,1 @@
-"""What the scripts share: the command line, the pipeline, rewards, the judge, pictures, the run."""
+"""Functions that the scripts use: a room a job, listed in README.md."""

@@ -45,8 +45,9 @@ def exit_with(message):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has no message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, at most 150 characters, without colours; its type if it has no message."""
+    message = getattr(error, "strerror", None) or str(error)  # of a file: without its name
+    return (message.strip().splitlines() or [type(error).__name__])[0].partition("\x1b")[0][:150]
 
 
 @contextlib.contextmanager
@@ -126,8 +127,8 @@ def check_flags(args, least: dict[str, float]):
         if value == "" or isinstance(value, tuple) and "" in value:
             raise InputError(f"{flag} '': is empty; give a value, or leave the flag out")
         low, high = least.get(field, -math.inf), MOST.get(field, math.inf)
-        if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
-            raise InputError(f"{flag} {value}: must be a finite number, at least {low:g} and at most {high}")
+        if isinstance(value, (int, float)) and not (low <= value <= high and -math.inf < value < math.inf):
+            raise InputError(f"{flag} {value}: must be a finite number, at least {low:g} and at most {high:g}")
 
 
 def check_model(flag: str, name: str, or_else: str = ""):

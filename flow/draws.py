@@ -45,11 +45,6 @@ def stratified_steps(n: int, strata: int, usable: int, g: torch.Generator) -> Te
     return bounds[:-1] + (torch.rand(n, strata, generator=g) * (bounds[1:] - bounds[:-1])).long()
 
 
-def random_steps(n: int, k: int, steps: int, g: torch.Generator) -> Tensor:
-    """For each of n pictures k different steps of the schedule, all equally likely: (n, k) long."""
-    return torch.rand(n, steps, generator=g).argsort(1)[:, :k]
-
-
 def local_batches(rows: Tensor, picture: Tensor, n: int, batch: int) -> list[Tensor]:
     """Split the rows of an update that belong to this process into micro-batches of `batch` rows. rows: indices into
     picture, which holds each row's picture, one of n."""

@@ -2,6 +2,7 @@
 import hashlib
 import io
 import json
+import math
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -135,10 +136,51 @@ def load_pictures(files: list[str]) -> Tensor:
     return torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
 
 
+def read_log(log: Path, size: int | None = None) -> list[dict]:
+    """The lines in the first `size` bytes of metrics.jsonl. Raises InputError if they are not there or no JSON."""
+    with reading(log):
+        content = log.read_bytes()
+        lines = []
+        for line in content[:size].splitlines():
+            lines.append(json.loads(line))
+            if not isinstance(lines[-1], dict):
+                raise ValueError("a line is no JSON object")
+        if len(content) < (size or 0):
+            raise ValueError("it is shorter than the checkpoint says")
+    return lines
+
+
+def epochs_logged(log: Path) -> int:
+    """The number of the last epoch that metrics.jsonl has a training step of, 0 if there is none."""
+    try:
+        return max((line["epoch"] for line in read_log(log) if "loss" in line), default=0)
+    except (InputError, KeyError):  # cut short in its first epoch
+        return 0
+
+
+def digits(value: float, spread: float) -> str:
+    """A number with as many decimals as show a change of `spread`, at least 3."""
+    decimals = 2 - math.floor(math.log10(max(spread, 1e-6 * abs(value)))) if 0 < spread < math.inf else 3
+    return f"{value:.{min(max(decimals, 3), 15)}f}"
+
+
+def summarize(out: Path) -> str:
+    """A run's first and last reward and norm ratio, of held-out prompts if they were evaluated."""
+    lines, parts = read_log(out / "metrics.jsonl"), []
+    prefix, prompts = ("eval_", "held-out") if any("eval_reward" in line for line in lines) else ("", "training")
+    for name in ("reward", "norm_ratio"):
+        values = [line[prefix + name] for line in lines if line.get(prefix + name) is not None]
+        if values:
+            change = abs(values[-1] - values[0]) if name == "reward" else 0.1
+            first, last = digits(values[0], change), digits(values[-1], change)
+            parts.append(f"{prompts} {name.replace('_', ' ')} {first} -> {last}")
+    return ", ".join(parts)
+
+
 def plot_curves(out: Path, guidance: float | None = None):
     """Draw curves.png from metrics.jsonl. Norm ratios are of the conditional velocity in training, and with `guidance`
     in evaluations."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = read_log(out / "metrics.jsonl")
     trained, evaluated = ("", "") if guidance is None else (" (conditional)", f" (guidance {guidance:g})")
 
     def values(key: str) -> list[tuple]:

@@ -1,4 +1,4 @@
-"""Prompts: read from a file, each encoded once, the encodings kept in memory and on disk, and put into batches."""
+"""Prompts: read them from a file, encode each once, keep the encodings in memory and on disk, make batches of them."""
 import functools
 import hashlib
 import inspect
@@ -19,7 +19,7 @@ from flow.cli import InputError, progress, write_files
 from flow.intercept import Captured, call_parameters, capture, patched, run_text_encoders
 
 CHUNK = 16  # prompts per call of the text encoders; always that many, since another number can change the last bits
-PROBE_PAIR = ["a grey cat", "a grey dog"]  # prompts of one length, to try out a pipeline
+PROBE_PAIR = ["a grey cat", "a grey dog"]  # prompts of the same length, to try a pipeline
 PROBE_PROMPTS = [*PROBE_PAIR, "", "a grey cat asleep beside a grey dog by the fire"] * (CHUNK // 4)
 
 
@@ -41,7 +41,7 @@ def read_prompts(path: str, flag: str) -> list[str]:
 def tokenizers_of(pipe) -> list:
     """The pipeline's tokenizers in the order of their names: tokenizer, tokenizer_2, ..."""
     parts = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer")]
-    return [getattr(part, "tokenizer", part) for part in parts if part is not None]  # a processor holds one
+    return [getattr(part, "tokenizer", part) for part in parts if part is not None]  # a processor has one
 
 
 def sizes_of(pipe) -> tuple[int, int]:
@@ -54,8 +54,8 @@ def sizes_of(pipe) -> tuple[int, int]:
 
 
 def call_settings(pipe, size: int | None, frames: int | None) -> dict:
-    """The pipeline's arguments besides steps and guidance. If size and text length are left to the pipeline, but its
-    VAE is made for smaller pictures or its last tokenizer reads less text, these are set to what those can do."""
+    """The pipeline's arguments besides steps and guidance. If no size is given and the VAE is made for less than the
+    pipeline's default, the VAE's size. The text length is at most what the last tokenizer reads."""
     parameters, tokenizers, (default, vae_size) = call_parameters(pipe), tokenizers_of(pipe), sizes_of(pipe)
     length = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
     if length and tokenizers:
@@ -69,7 +69,7 @@ def call_settings(pipe, size: int | None, frames: int | None) -> dict:
 
 
 def warn_unsuitable(pipe, prompts: list[str], size: int | None):
-    """Print a note if prompts are longer than every tokenizer reads, and one if `size` is far from the model's own."""
+    """Print a note if prompts are longer than any tokenizer can read, and one if `size` is far from the model's."""
     tokenizers, unique, made_for = tokenizers_of(pipe), list(dict.fromkeys(prompts)), min(sizes_of(pipe))
     limits = [tokenizer.model_max_length for tokenizer in tokenizers]
     limits[-1:] = [pipe.flow.settings.get("max_sequence_length", limit) for limit in limits[-1:]]

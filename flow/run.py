@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from flow.cli import (
     InputError,
@@ -29,7 +29,7 @@ from flow.cli import (
 )
 from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, move_to_cpu, shutdown
 from flow.lora import model_card, quantization, save_lora, swapped
-from flow.pictures import plot_curves
+from flow.pictures import digits, epochs_logged, plot_curves, read_log, summarize
 from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import warn_unsuitable
 from flow.rewards import load_reward, reward_model, short_reward, split_reward
@@ -108,9 +108,11 @@ def encode_local_prompts(out: Path, args, pipe, prompts: list[str], eval_prompts
 def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None]:
     """The run's folder, and the checkpoint to resume from (None: a new run). A finished run exits with code 0. Raises
     InputError if the folder holds anything but an unfinished run of this command. Writes nothing but the lock."""
-    out = Path(args.out or default_folder(method, args))
-    samples = tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*"))
-    check_place(out, "--out", FILES + samples, FOLDERS)
+    reward = short_reward(args.reward).replace(".py:", "-").replace(":", "").replace(",", "+")
+    lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
+    out = Path(args.out or f"runs/{method}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}")
+    check_place(out, "--out", FILES, FOLDERS)
+    check_place(out, "--out", tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*")))
     files = [path for part in (*FILES, *FOLDERS, "samples.jsonl") for path in (out / part, *(out / part).rglob("*"))]
     files = {path.relative_to(out).parts[0] for path in files if path.is_file() and path.name != "lock"}
     if not files:
@@ -154,13 +156,6 @@ def differences(before: dict, now: dict, names) -> list[str]:
     """The names whose values differ, as "--lr (0.1 there, 0.2 here)", in the order of `now`."""
     return [f"{name} ({before[name]} there, {value} here)" for name, value in now.items()
             if name in names and before[name] != value]
-
-
-def default_folder(method: str, args) -> str:
-    """runs/METHOD-MODEL-REWARD-lamLAM-sSEED."""
-    reward = short_reward(args.reward).replace(".py:", "-").replace(":", "").replace(",", "+")
-    lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
-    return f"runs/{method}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}"
 
 
 def read_args(out: Path, method: str, files: set[str]) -> dict:
@@ -262,22 +257,13 @@ def unlock():
 
 
 def finish_run(out: Path, skipped: int):
-    """Let go of the folder, and print what came of the run: reward and norm ratio, first and last, of held-out prompts
-    if they were evaluated."""
+    """Let go of the folder, and print what came of the run."""
     unlock()
     shutdown()
     WANDB.pop(out, None)
-    if RANK > 0:
-        return
-    lines, parts = read_log(out / "metrics.jsonl"), [f"{skipped} steps skipped"] if skipped else []
-    prefix, prompts = ("eval_", "held-out") if any("eval_reward" in line for line in lines) else ("", "training")
-    for name, decimals in (("reward", None), ("norm_ratio", 3)):
-        values = [line[prefix + name] for line in lines if line.get(prefix + name) is not None]
-        if values:
-            change = abs(values[-1] - values[0]) if decimals is None else 0.1
-            first, last = digits(values[0], change), digits(values[-1], change)
-            parts.append(f"{prompts} {name.replace('_', ' ')} {first} -> {last}")
-    print(f"done: {', '.join(parts)}; {out}/ holds lora/, samples/, curves.png and metrics.jsonl")
+    if RANK == 0:
+        steps = f"{skipped} steps skipped, " if skipped else ""
+        print(f"done: {steps}{summarize(out)}; {out}/ holds lora/, samples/, curves.png and metrics.jsonl")
 
 
 # ---------------------------------------------------------------- log
@@ -301,12 +287,6 @@ def log_line(out: Path, line: dict, picture: Path | None = None):
         import wandb  # open_run has imported it
         numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
         WANDB[out].log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=line["step"])
-
-
-def digits(value: float, spread: float) -> str:
-    """A number with as many decimals as show a change of `spread`, at least 3."""
-    decimals = 2 - math.floor(math.log10(max(spread, 1e-6 * abs(value)))) if 0 < spread < math.inf else 3
-    return f"{value:.{min(max(decimals, 3), 15)}f}"
 
 
 # ---------------------------------------------------------------- checkpoint
@@ -367,31 +347,6 @@ def read_state(file: Path, more: dict[str, type]) -> dict:
         state = torch.load(file, weights_only=True, map_location="cpu")
         if lacks := sorted(name for name, kind in kinds.items() if not isinstance(state.get(name), kind)):
             raise ValueError(f"it lacks {', '.join(lacks)}")
-        if not all(x.isfinite().all() for x in float_tensors(state)):
+        if not all(x.isfinite().all() for x in tree_leaves(state) if torch.is_tensor(x)):
             raise ValueError("it holds numbers that are not finite")
     return state
-
-
-def float_tensors(value) -> list[Tensor]:
-    """All floating-point tensors in nested dicts and lists."""
-    if isinstance(value, (dict, list)):
-        return [x for part in (value.values() if isinstance(value, dict) else value) for x in float_tensors(part)]
-    return [value] if torch.is_tensor(value) and value.is_floating_point() else []
-
-
-def read_log(log: Path, size: int | None = None) -> list[dict]:
-    """The lines in the first `size` bytes of metrics.jsonl. Raises InputError if they are not there or no JSON."""
-    with reading(log):
-        content = log.read_bytes()
-        lines = [json.loads(line) for line in content[:size].splitlines()]
-        if len(content) < (size or 0) or not all(isinstance(line, dict) for line in lines):
-            raise ValueError("it is shorter than the checkpoint says, or a line is no JSON object")
-    return lines
-
-
-def epochs_logged(log: Path) -> int:
-    """The number of the last epoch that metrics.jsonl has a training step of, 0 if there is none."""
-    try:
-        return max((line["epoch"] for line in read_log(log) if "loss" in line), default=0)
-    except (InputError, KeyError):  # cut short in its first epoch
-        return 0

@@ -309,12 +309,9 @@ eval_judge | a b --out evals/scores-garbage | scores.jsonl
 make | --parts vea | --parts vea sd3
 make | --parts sd3 vea | --parts vea
 make | --parts judge --out odd/folder | --parts judge sd3
-make | --sd3-steps 0 | --sd3-steps 0
-make | --vae-steps -1 | --vae-steps -1
+make | --divide 0 | --divide 0
 make | --renders 0 | --renders 0
 make | --renders {BIG} | --renders {BIG} most
-make | --wrong 1.5 | --wrong 1.5
-make | --wrong nan | --wrong nan
 make | --seed -1 | --seed -1
 make | --seed {2**70} | --seed 2^32
 make | --out odd/empty.txt | --out odd/empty.txt no folder
@@ -332,9 +329,6 @@ world | --out run/samples | --out run/samples
 flow.cost.budget | --model no/such/folder | --model no/such/folder
 flow.cost.budget | --batch 0 | --batch 0 positive
 flow.cost.budget | --tflops -1 | --tflops -1.0
-reproduce | --bases sdxl | --bases sdxl flux
-reproduce | --methods grpo | --methods grpo
-reproduce | --rewards clip | --rewards clip
 reproduce | --seeds -1 | --seeds -1
 reproduce | --seeds | --seeds
 reproduce | --only 0 | --only 0

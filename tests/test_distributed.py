@@ -204,4 +204,4 @@ def test_another_number_of_processes_is_reported(two, monkeypatch, capsys):
     run_here("awm", flags, monkeypatch)
     assert "processes (2 there, 1 here)" in capsys.readouterr().out
     monkeypatch.setattr(flow.run, "PROCESSES", 3)
-    refuses(capsys, lambda: flow.run.check_numbers(train_awm.Args(groups=4)), "--groups 4")
+    refuses(capsys, lambda: flow.run.check_args(train_awm.Args(groups=4)), "--groups 4")

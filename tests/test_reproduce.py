@@ -27,7 +27,7 @@ import flow.rewards
 import train_awm
 import train_dpo
 from normguard import norm_hinge, reference
-from tests.helpers import CPU, lora_bytes, pixels, random_pair, refuses, sample_rows
+from tests.helpers import CPU, lora_bytes, pixels, random_pair, sample_rows
 
 
 def test_other_guards():
@@ -223,9 +223,9 @@ def test_the_texts_hold_no_numbers():
         assert text.partition("{")[0] in Path("tiny/RESULTS.md").read_text()
 
 
-def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
-    """Results record the weights, code and flags that they come from; comments do not count. Results of other weights
-    or code are not used again. Files that reproduce.py did not write are not deleted."""
+def test_stale_numbers_are_seen(tmp_path, monkeypatch):
+    """Numbers know the weights, the code and the flags they come from; a comment changes none of it. What other weights
+    or code made is in other folders."""
     run, size = reproduce.Run("sd3", "awm", "hps", 0), reproduce.Size()
     numbers = {part: {"of": reproduce.depends(run, size, part)} for part in ("main", "guard: per token")}
     assert reproduce.stale_parts({run: numbers}, {}, size) == {}
@@ -253,15 +253,9 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch, capsys):
         Path(file).write_text(text.replace("1", "2"))
         assert (code("train_awm.py") != before) is (file in counted)
 
-    (tmp_path / "home").mkdir()
-    home = reproduce.fresh_folder(tmp_path / "home", {"code": "a"})
-    (home / "commands.txt").touch()
-    assert reproduce.fresh_folder(home, {"code": "a"}).joinpath("commands.txt").exists()
-    assert not reproduce.fresh_folder(home, {"code": "b"}).joinpath("commands.txt").exists()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis").touch()
-    refuses(capsys, lambda: reproduce.fresh_folder(tmp_path / "mine", {"code": "a"}), "--runs", "mine")
-    assert (tmp_path / "mine" / "thesis").exists()
+    monkeypatch.setattr(reproduce, "made_with", lambda base, *scripts: {"weights": base, "code": "".join(scripts)})
+    assert reproduce.home_of(Path("runs"), "sd3") == Path("runs/sd3-sd3-")
+    assert reproduce.home_of(Path("runs"), "sd3", run) == Path("runs/sd3-awm-hps-s0-sd3-train_awm.py")
 
 
 def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
@@ -269,7 +263,9 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     computed again, and the report is of its own pictures. A rival and another guard are really in place."""
     command = [sys.executable, "tiny/reproduce.py", "--smoke", "--runs", str(tmp_path)]
     parts = "main", "rival: EMA-KL 0.3"
-    home, state = tmp_path / "sd3-awm-hps-s0", tmp_path / "sd3-awm-hps-s0" / "lam0" / "checkpoint" / "state.pt"
+    run = reproduce.Run("sd3", "awm", "hps", 0)
+    home = reproduce.home_of(tmp_path, "sd3", run)
+    state = home / "lam0" / "checkpoint" / "state.pt"
     process = subprocess.Popen([*command, "--only", "10"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (home / "commands.txt").exists() or "--lam 0.05" not in (home / "commands.txt").read_text():
         assert process.poll() is None
@@ -295,7 +291,7 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         pictures = torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
         score = hps(pictures, [row["prompt"] for row in rows])
         assert done["main"]["means"][name]["reward"] == pytest.approx(score.mean().item(), rel=1e-4)
-    guarded = reproduce.train_with_guard(home, reproduce.Run("sd3", "awm", "hps", 0), reproduce.SMOKE, "per token")
+    guarded = reproduce.train_variant(home, run, reproduce.SMOKE, "guards/per-token", guards.GUARDS["per token"])
     assert lora_bytes(guarded) != lora_bytes(home / "lam0.05")  # the other hinge was in place
     assert lora_bytes(home / "rivals" / "EMA-KL-0.3") != lora_bytes(home / "lam0")
     text = (tmp_path / "RESULTS.md").read_text()

@@ -25,8 +25,7 @@ def save(figure, path: Path, dpi: int = 110):
 
 
 def draw_inflation(results: dict[tuple, dict], path: Path):
-    """The norm ratio and the saturation over training, and the norm ratio over t at its end. A column is a method, a
-    line is a run."""
+    """Norm ratio and saturation over training, and norm ratio over t at its end. A column a method, a line a run."""
     methods = grouped(results, "method")
     figure, axes = plt.subplots(3, len(methods), figsize=(4 * len(methods), 8), layout="constrained", squeeze=False,
                                 sharey="row")
@@ -43,8 +42,7 @@ def draw_inflation(results: dict[tuple, dict], path: Path):
         column[2].set(xlabel="t (1 is noise), at the end of training", xlim=(1.02, -0.02))
         for axis in column[::2]:
             axis.axhline(1, color="black", linewidth=0.8)
-    labels = ("norm ratio to the reference", "saturation", "norm ratio to the reference")
-    for axis, label in zip(axes[:, 0], labels):
+    for axis, label in zip(axes[:, 0], ("norm ratio to the reference", "saturation", "norm ratio to the reference")):
         axis.set_ylabel(label)
     handles = [plt.Line2D([], [], color=COLOUR[who], label=who) for who in ("unguarded", "guarded")]
     for base, linestyle in (("sd3", "-"), ("flux", ":")):
@@ -78,8 +76,7 @@ def draw_differences(results: dict[tuple, dict], path: Path):
 
 
 def draw_early(results: dict[tuple, dict], path: Path):
-    """Reward against the judge's P(good). A line is an unguarded run's checkpoints, a star is the guarded model at the
-    end of training."""
+    """Reward against the judge's P(good): a line an unguarded run's checkpoints, a star the guarded model's end."""
     cells = grouped(results, "cell")
     wide = min(3, len(cells))
     high = math.ceil(len(cells) / wide)
@@ -103,8 +100,7 @@ def draw_early(results: dict[tuple, dict], path: Path):
 
 
 def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path):
-    """The t statistic of the batch's mean sensitivity at each step: of the rewards above, of the control below. Lines
-    are means over models, bands their range."""
+    """The sensitivities' t statistic at each step: rewards above, control below. Lines: means; bands: ranges."""
     of_bases, of_runs = {}, {}  # {(base, reward): [adjoint, ...]}
     for base, b in bases.items():
         for part in (part for part in b if part.startswith("adjoint")):

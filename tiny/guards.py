@@ -1,8 +1,8 @@
 """What NormGuard's hinge is compared with: other forms of it (claim 9) and rival methods (claim 10).
 
-Most of them are a function that takes the place of `norm_hinge` in a training script: `script.main(args, rival)`. The
-script calls rival(v, v_ref, pipe, batch) -> (b,), and weights the result with --lam. Here each function has a fifth
-argument, `state`: a dict, empty at the start of a training, in which it keeps what it needs from step to step.
+Most of them are a function that a training script calls instead of `norm_hinge`, and whose result (b,) it weights with
+--lam: rival(v, v_ref, pipe, batch), given to `script.main(args, rival)`. The functions here have one more argument,
+`state`: a dict, empty at the start of a training, in which they keep what they need from step to step.
 
 v and v_ref: velocities (b, ...) of the policy and of the base. `batch` is a dict: x0, noise, xt (b, ...); t (b,);
 prompts, a list of b; picture (b,), the place of each row's picture among the epoch's n pictures; scores (rewards, n) of
@@ -20,7 +20,6 @@ from flow.pipeline import velocity
 from normguard import norm_ratio, velocity_norm
 
 LAM = 0.05  # the scripts' default, which is compared with the others
-
 
 # ---------------------------------------------------------------- claim 9: other forms of the hinge
 
@@ -51,9 +50,8 @@ def two_sided(v: Tensor, v_ref: Tensor, *_) -> Tensor:
 
 
 def ema_kl(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict, decay: float = 0.9) -> Tensor:
-    """Velocity KL to an exponential moving average of the policy. AWM's official script has this term beside its KL to
-    the base. There the decay is 0.001 times the step, so that the average is nearly the policy itself; here it is 0.9.
-    """
+    """Velocity KL to an exponential moving average of the policy, which AWM's official script has beside its KL to the
+    base. There the decay is 0.001 times the step, so that the average is nearly the policy itself; here it is 0.9."""
     params = trained_parameters(pipe)
     if "average" not in state:
         state["average"] = [p.detach().clone() for p in params]
@@ -71,29 +69,25 @@ def gardo(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict, fraction: fl
 
     The KL acts on the `fraction` of pictures whose rank by the first reward lies furthest above their rank by the
     second one. Its reference becomes the policy where the KL's mean exceeded `max_kl` in the last epoch, and after
-    `max_epochs`. Unlike the official code: that gates pictures which the reward ranks lower than the other rewards do,
-    and adapts fraction and threshold; no bonus for diversity; a batch without a gated row has no KL."""
-    if batch["epoch"] > state.get("epoch", -1):
-        begin_epoch_of_gardo(pipe, batch, state, fraction, max_kl, max_epochs)
+    `max_epochs`. The official code differs: it gates pictures that the reward ranks lower than the other rewards do,
+    adapts fraction and threshold, and has a bonus for diversity."""
+    if batch["epoch"] > state.get("epoch", -1):  # choose the epoch's gated pictures, and perhaps a new reference
+        kls = state.get("kls", [])
+        too_far = sum(kls) > max_kl * len(kls)
+        if "reference" not in state or too_far or batch["epoch"] - state["reference epoch"] >= max_epochs:
+            state["reference"] = [p.detach().clone() for p in trained_parameters(pipe)]
+            state["reference epoch"] = batch["epoch"]
+        rank, other_rank = (scores.argsort().argsort() for scores in batch["scores"][:2])
+        rank_gap = (rank - other_rank).float()
+        state["gate"] = rank_gap >= rank_gap.quantile(1 - fraction)  # (n,)
+        state["epoch"], state["kls"] = batch["epoch"], []
     gate = of_rows(state["gate"], batch, v).float()
     if not gate.any():
         return torch.zeros_like(gate)
-    kl = gate / gate.mean() * squared_error(v, velocity_with(state["anchor"], pipe, batch))  # its mean: of gated rows
+    # scaled, so that its mean over all rows is the KL's over the gated ones
+    kl = gate / gate.mean() * squared_error(v, velocity_with(state["reference"], pipe, batch))
     state["kls"].append(kl.mean().item())
     return kl
-
-
-def begin_epoch_of_gardo(pipe, batch: dict, state: dict, fraction: float, max_kl: float, max_epochs: int):
-    """Choose the epoch's gated pictures, and move the reference ("anchor") to the policy if it is time to."""
-    kls = state.get("kls", [])
-    too_far = sum(kls) > max_kl * len(kls)
-    if "anchor" not in state or too_far or batch["epoch"] - state["anchor epoch"] >= max_epochs:
-        state["anchor"] = [p.detach().clone() for p in trained_parameters(pipe)]
-        state["anchor epoch"] = batch["epoch"]
-    rank, other_rank = (scores.argsort().argsort() for scores in batch["scores"][:2])
-    rank_gap = (rank - other_rank).float()
-    state["gate"] = rank_gap >= rank_gap.quantile(1 - fraction)  # (n,)
-    state["epoch"], state["kls"] = batch["epoch"], []
 
 
 def crd(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict, least: float = 0.1) -> Tensor:

@@ -2,13 +2,10 @@
 
     python tiny/make.py                 # all parts, in order; a part that is trained is not trained again
     python tiny/make.py --parts sd3     # one part, which needs those before it
-    python tiny/make.py --parts         # no part: only the report of how good the parts are
 
-    vae        AutoencoderKL with 8x8x16 latents like SD3's, trained on renders. Latents have mean 0 and deviation 1 in
-               each channel (folded into its 1x1 convolutions). Then its decoder alone is trained for longer, because it
-               limits how sharp an edge can be
-    pickscore  CLIPModel + CLIPProcessor, contrastive on clean captioned renders: the reward
-    hps        a smaller CLIPModel of other data, fine-tuned on preference pairs: the other reward
+    vae        AutoencoderKL with 8x8x16 latents like SD3's, trained on renders
+    pickscore  CLIPModel, contrastive on clean captioned renders: the reward
+    hps        CLIPModel of other data, fine-tuned on preference pairs: the other reward
     embed      ResNetForImageClassification that reads the factors of a render; the Fréchet distance uses its features
     sd3        StableDiffusion3Pipeline, trained by flow matching on latents. A fraction of its captions is wrong, so
                that it follows its caption weakly, as SD3.5 does without guidance. This leaves room for RL
@@ -23,7 +20,6 @@ fp16.
 import functools
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,10 +40,11 @@ from world import CAPTIONS, COLOURS, COMBOS, FLAWS, HELD_OUT, SHAPES, SIZE, capt
 
 from eval_judge import PAIR, SINGLE
 from flow.cli import InputError, check_flags, check_place, make_dir, one_line_errors, parse
-from flow.judge import embed_images, frechet_distance, load_embed, load_forensic, local_judge, messages, read_answer
+from flow.judge import messages
 from flow.pictures import to_image
 from flow.pipeline import add_noise, decode, draw_noise, encode_prompts, integrate, load_pipeline, schedule
 
+CPU = torch.device("cpu")
 TOKENS = 8  # length of an encoded caption, for CLIP and T5
 WRONG = 0.35  # fraction of sd3's training captions that name another picture
 PARTS = ["vae", "pickscore", "hps", "embed", "sd3", "flux", "judge", "forensic"]
@@ -92,32 +89,16 @@ def dataset(args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The training renders (n, 3, 64, 64) uint8 and their factors."""
     pictures, factors = [], []
     for i in tqdm(range(0, args.renders, 500), desc="render"):
-        f = random_scenes(min(500, args.renders - i), args.seed * 1_000_003 + i)
-        pictures.append(to_bytes(render(f)))
+        g = torch.Generator().manual_seed(args.seed * 1_000_003 + i)
+        f = scene(torch.randint(len(CAPTIONS), (min(500, args.renders - i),), generator=g), g)
+        pictures.append((render(f) * 255).round().byte())
         factors.append(f)
     return torch.cat(pictures), {k: torch.cat([f[k] for f in factors]) for k in factors[0]}
-
-
-def random_scenes(n: int, seed: int) -> dict[str, Tensor]:
-    """Factors of n scenes with random captions."""
-    g = torch.Generator().manual_seed(seed)
-    return scene(torch.randint(len(CAPTIONS), (n,), generator=g), g)
-
-
-def held_out(args: Args, n: int = 512) -> tuple[Tensor, dict[str, Tensor]]:
-    """Renders (n, 3, 64, 64) in [0, 1] that no part was trained on, and their factors."""
-    f = random_scenes(n, args.seed + 999_999_937)
-    return render(f), f
 
 
 def caption_index(factors: dict[str, Tensor]) -> Tensor:
     """The place of each scene's caption in CAPTIONS, (n,) long."""
     return factors["colour"] * len(SHAPES) + factors["shape"]
-
-
-def to_bytes(pictures: Tensor) -> Tensor:
-    """[0, 1] -> uint8."""
-    return (pictures * 255).round().byte()
 
 
 def signed(pictures: Tensor) -> Tensor:
@@ -205,7 +186,7 @@ def make_vae(args: Args) -> tuple[D.AutoencoderKL, Tensor]:
         return e.square().mean() + edges + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
     fit(args, "vae", vae, loss, lr=2e-3)
-    with torch.no_grad():  # now the encoder takes RGB and the decoder gives RGB
+    with torch.no_grad():  # now encoder and decoder work in RGB
         first, last, inverse = vae.encoder.conv_in, vae.decoder.conv_out, opponent.inverse()
         first.weight.copy_(torch.einsum("oihw,ij->ojhw", first.weight, opponent))
         last.weight.copy_(torch.einsum("ij,jchw->ichw", inverse, last.weight))
@@ -250,25 +231,16 @@ def fold_statistics(vae: D.AutoencoderKL, pictures: Tensor):
     dec.weight.mul_(std.view(1, -1, 1, 1))
 
 
+@torch.no_grad()
 def through_vae(args: Args, pictures: Tensor) -> Tensor:
     """Encode and decode pictures (n, 3, 64, 64) uint8."""
     vae = D.AutoencoderKL.from_pretrained(f"{args.out}/sd3/vae", dtype=torch.float32)
     chunks = tqdm(pictures.split(100), desc="through the vae")
-    return to_bytes(torch.cat([reconstruct(vae, signed(x)) for x in chunks]))
-
-
-@torch.no_grad()
-def reconstruct(vae: D.AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Encode pictures in [-1, 1] and decode them, to [0, 1]."""
-    return (vae.decode(vae.encode(pictures).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
+    decoded = [vae.decode(vae.encode(signed(x)).latent_dist.mean).sample / 2 + 0.5 for x in chunks]
+    return (torch.cat(decoded).clamp(0, 1) * 255).round().byte()
 
 
 # ---------------------------------------------------------------- the rewards and the embedding
-
-def tokenize_captions(processor: T.CLIPProcessor) -> dict[str, Tensor]:
-    """All captions as a CLIP's inputs, (64, tokens) each."""
-    return processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
-
 
 def clip_pixels(pictures: Tensor) -> Tensor:
     """Normalize pictures in [0, 1] as CLIP's processor does."""
@@ -285,7 +257,7 @@ def contrastive(logits: Tensor, index: Tensor) -> Tensor:
 
 def fit_clip(args: Args, name: str, clip: T.CLIPModel, processor: T.CLIPProcessor):
     """Train a CLIP on clean renders, against all 64 captions in every batch."""
-    text = tokenize_captions(processor)
+    text = processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
     pictures, factors = dataset(args)
     index = caption_index(factors)
 
@@ -314,7 +286,7 @@ def make_hps(args: Args):
     args = replace(args, seed=args.seed + 77, renders=args.renders // 2)
     clip, processor = untrained(T.CLIPModel, "hps"), T.CLIPProcessor.from_pretrained(HERE / "hps")
     fit_clip(args, "hps-clip", clip, processor)
-    text = tokenize_captions(processor)
+    text = processor.tokenizer(CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
     pictures, factors = dataset(args)
     index = caption_index(factors)
 
@@ -376,7 +348,9 @@ def build_base(kind: type, name: str, vae: D.AutoencoderKL, models: dict[str, ty
     for part in parts.values():
         if isinstance(part, (T.CLIPTextModel, T.CLIPTextModelWithProjection)):
             part.get_input_embeddings().weight.data.mul_(50)
-    return kind.from_pretrained(HERE / name, vae=vae, **parts)
+    pipe = kind.from_pretrained(HERE / name, vae=vae, **parts)
+    pipe.register_to_config(_name_or_path=f"tiny/{name}")  # not this machine's path
+    return pipe
 
 
 @torch.no_grad()
@@ -444,8 +418,8 @@ def make_sd3(args: Args):
 
 
 def make_flux(args: Args):
-    """The FLUX base: CLIP, T5, 2 double and 3 single blocks of width 128, a guidance embedding, a shift that depends
-    on the size. It is trained on SD3's latents, and its VAE gives them FLUX's own scale and shift."""
+    """The FLUX base: CLIP, T5, 2 double and 3 single blocks of width 128, and a guidance embedding. It is trained on
+    SD3's latents, and its VAE gives them FLUX's own scale and shift."""
     vae, posteriors = make_vae(args)
     flux_vae = untrained(D.AutoencoderKL, "flux/vae")
     flux_vae.load_state_dict(vae.state_dict())
@@ -456,24 +430,15 @@ def make_flux(args: Args):
     train_base(args, "flux", pipe, vae, posteriors)
 
 
+@torch.no_grad()
 def base_samples(pipe, n: int, seed: int) -> Tensor:
     """Pictures (n, 3, 64, 64) uint8 that a base draws in 12 steps for random training captions."""
     g = torch.Generator().manual_seed(seed)
     known = [caption(c, s) for c, s in COMBOS if (c, s) not in HELD_OUT]
     captions = [known[i] for i in torch.randint(len(known), (n,), generator=g)]
-    return to_bytes(draw(pipe, captions, draw_noise(pipe, n, g), 12))
-
-
-@torch.no_grad()
-def draw(pipe, captions: list[str], noise: Tensor, steps: int) -> Tensor:
-    """A base's pictures of captions, in [0, 1]."""
     encode_prompts(pipe, captions)
-    return decode(pipe, integrate(pipe, noise, captions, schedule(pipe, steps), desc="draw")[0])
-
-
-def load_base(args: Args, name: str):
-    """The pipeline in OUT/NAME."""
-    return load_pipeline(f"{args.out}/{name}", torch.device("cpu"))
+    x0, _ = integrate(pipe, draw_noise(pipe, n, g), captions, schedule(pipe, 12), desc="draw")
+    return (decode(pipe, x0) * 255).round().byte()
 
 
 # ---------------------------------------------------------------- the judge and the detector
@@ -508,7 +473,8 @@ def make_judge(args: Args):
     processor = T.LlavaProcessor.from_pretrained(HERE / "judge")
     renders = dataset(args)[0][:12_000]
     decoded = through_vae(args, renders[8000:])
-    samples = [base_samples(load_base(args, base), 2000, args.seed + 31) for base in ("sd3", "flux")]
+    bases = [load_pipeline(f"{args.out}/{base}", CPU) for base in ("sd3", "flux")]
+    samples = [base_samples(pipe, 2000, args.seed + 31) for pipe in bases]
     pool = torch.cat([renders[:8000], decoded, *samples])
     starts = torch.tensor([0, 8000, 12_000, 16_000])  # in the pool: renders, renders through the VAE, samples, end
 
@@ -597,9 +563,9 @@ def make_forensic(args: Args):
     real = torch.cat([pictures[12_000:18_000], through_vae(args, pictures[18_000:24_000])])
     vae = D.AutoencoderKL.from_pretrained(f"{args.out}/sd3/vae", dtype=torch.float32)
     posteriors, index = encode_pictures(vae, pictures[:4000], 500), caption_index(factors)[:4000]
-    generated = [base_samples(load_base(args, "flux"), 2000, args.seed + 41)]
+    generated = [base_samples(load_pipeline(f"{args.out}/flux", CPU), 2000, args.seed + 41)]
     for base, k in product(("sd3", "flux"), range(3)):
-        pipe = load_base(args, base)
+        pipe = load_pipeline(f"{args.out}/{base}", CPU)
         pipe.transformer.requires_grad_(True)
         loss = flow_loss(vae, pipe, index, posteriors)
         fit(replace(args, seed=args.seed + 50 + k), f"{base}-relative-{k}", pipe.transformer, loss, lr=1e-3)
@@ -618,85 +584,9 @@ def make_forensic(args: Args):
     save_part(args, "forensic", net, T.CLIPImageProcessorPil.from_pretrained(HERE / "forensic"))
 
 
-# ---------------------------------------------------------------- how good the parts are
-
-def draw_captions(pipe, captions: list[str]) -> Tensor:
-    """A base's picture of each caption in 28 steps, with seeds 0, 1, ..."""
-    generators = [torch.Generator().manual_seed(i) for i in range(len(captions))]
-    return draw(pipe, captions, draw_noise(pipe, len(captions), generators), 28)
-
-
-def save_pngs(pictures: Tensor, folder: str, name: str) -> list[str]:
-    """Write pictures as PNGs, which the judge and the detector read."""
-    paths = [f"{folder}/{name}-{i}.png" for i in range(len(pictures))]
-    for picture, path in zip(pictures, paths):
-        to_image(picture).save(path)
-    return paths
-
-
-def right_captions(args: Args, reward: str, pictures: Tensor, index: Tensor) -> float:
-    """The fraction of pictures for which a reward ranks their own caption first of the 64."""
-    clip = T.CLIPModel.from_pretrained(f"{args.out}/{reward}", dtype=torch.float32)
-    processor = T.CLIPProcessor.from_pretrained(f"{args.out}/{reward}")
-    inputs = processor(text=CAPTIONS, images=list(pictures), do_rescale=False, padding=True, return_tensors="pt")
-    return (clip(**inputs).logits_per_image.argmax(1) == index).float().mean().item()
-
-
-@torch.no_grad()
-def report(args: Args):
-    """Print how good the saved parts are, on renders that no part has seen."""
-    def say(what: str, value: float):
-        print(f"{what:56s} {value:.3f}")
-
-    cpu, (pictures, factors) = torch.device("cpu"), held_out(args)
-    index = caption_index(factors)
-    have = {part for part in PARTS if (Path(args.out) / part).exists()}
-    rewards = sorted(have & {"pickscore", "hps"}, reverse=True)
-    for reward in rewards:
-        say(f"{reward}: right caption of 64, renders", right_captions(args, reward, pictures, index))
-    if "embed" in have:
-        embed = load_embed(f"{args.out}/embed", cpu)
-        real = embed_images(embed, held_out(args, 1024)[0][512:])
-        classifier = T.ResNetForImageClassification.from_pretrained(f"{args.out}/embed", dtype=torch.float32).eval()
-        logits = classifier(pixel_values=pictures * 2 - 1).logits
-        say("embed: right colour", (logits[:, :8].argmax(1) == factors["colour"]).float().mean())
-        say("embed: right shape", (logits[:, 8:16].argmax(1) == factors["shape"]).float().mean())
-        say("Fréchet distance: fresh renders", frechet_distance(embed_images(embed, pictures), real))
-    with tempfile.TemporaryDirectory() as folder:
-        if "judge" in have:
-            ask, clean = local_judge(f"{args.out}/judge", cpu), save_pngs(pictures[:128], folder, "clean")
-            for flaw, strength in product(FLAWS, (0.4, 0.7, 1.0)):
-                g = torch.Generator().manual_seed(args.seed)
-                worse = degrade(pictures[:128], flaw, torch.full((128,), strength), g)
-                worse = save_pngs(worse, folder, "worse")
-                right = torch.ones(128, dtype=torch.bool)
-                for pairs, sign in ((zip(clean, worse), 1), (zip(worse, clean), -1)):
-                    right &= torch.tensor([sign * read_answer(top, "A", "B") > 0 for top in ask(PAIR, [*pairs])])
-                say(f"judge: prefers a render to itself with {flaw} {strength}", right.float().mean())
-        if {"forensic", "sd3"} <= have:
-            score = load_forensic(f"{args.out}/forensic", None, cpu)
-            drawn = draw_captions(load_base(args, "sd3"), [caption(c, s) for c, s in HELD_OUT] * 16)
-            rendered, sampled = (score(save_pngs(x, folder, "scored")) for x in (pictures, drawn))
-            auc = (rendered[:, None] > sampled[None]).float().mean()
-            say("forensic: AUC, renders against sd3 on held-out captions", auc)
-            say("forensic: mean P(real), renders", rendered.mean())
-            say("forensic: mean P(real), sd3", sampled.mean())
-    for base in sorted(have & {"sd3", "flux"}, reverse=True):
-        pipe = load_base(args, base)
-        decoded = reconstruct(pipe.vae, pictures * 2 - 1)
-        error = (decoded - pictures).square().mean((1, 2, 3))
-        say(f"{base}: PSNR of its vae, dB", -10 * error.log10().mean())
-        drawn = draw_captions(pipe, [CAPTIONS[i] for i in index.tolist()])
-        if "embed" in have:
-            say(f"Fréchet distance: renders through {base}'s vae", frechet_distance(embed_images(embed, decoded), real))
-            say(f"Fréchet distance: {base}, 28 steps", frechet_distance(embed_images(embed, drawn), real))
-        for reward in rewards:
-            say(f"{reward}: right caption of 64, {base}", right_captions(args, reward, drawn, index))
-
-
 @one_line_errors()
 def main(args: Args):
-    """Make the parts, write the prompt files, report."""
+    """Make the parts and write the prompt files."""
     check_flags(args, {"renders": 1, "divide": 1, "seed": 0})
     if args.seed >= 2**32:
         raise InputError(f"--seed {args.seed}: must be below 2^32")
@@ -705,8 +595,7 @@ def main(args: Args):
             raise InputError(f"--parts {part}: choose from {', '.join(PARTS)}")
         for needed in NEEDS.get(part, ()):
             if needed not in args.parts and not (Path(args.out) / needed).is_dir():
-                raise InputError(f"--parts {part}: needs {needed}, which is not in {args.out}; give --parts {needed} "
-                                 f"{part}")
+                raise InputError(f"--parts {part}: needs {args.out}/{needed}; give --parts {needed} {part}")
     check_place(args.out, "--out", ("prompts.txt", "eval_prompts.txt"), tuple(PARTS))
     make_dir(args.out, "--out")
     make_dir(args.work, "--work")
@@ -717,7 +606,6 @@ def main(args: Args):
     for file, is_held_out in (("prompts.txt", False), ("eval_prompts.txt", True)):
         captions = [caption(*combo) for combo in COMBOS if (combo in HELD_OUT) == is_held_out]
         (Path(args.out) / file).write_text("\n".join(captions) + "\n")
-    report(args)
 
 
 if __name__ == "__main__":

@@ -195,9 +195,8 @@ def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) 
 
     All seeds of the cell get the same strength, chosen on training prompts: there the seeds' mean reward keeps `keep`
     of the guarded or of the unguarded model's gain, whichever is less. Metrics are interpolated between two strengths.
-    Because few seeds make the choice uncertain, each run's metrics are moved along the rival's curve as far as its own
-    reward is from its own target. This leaves their mean, and adds the choice's error to their spread (delta method).
-    """
+    Few seeds make the choice uncertain. So each run's metrics are moved along the rival's curve as far as its reward is
+    from its own target. This leaves their mean, and adds the choice's error to their spread (delta method)."""
     points = {run: points_of(run, r, rival) for run, r in runs.items()}
     points = {run: of_run for run, of_run in points.items() if of_run}
     if not points:
@@ -210,7 +209,9 @@ def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) 
     if keep is None:
         strength, chosen = strengths[1], {metric: curve[:, 1] for metric, curve in curves.items()}
     else:
-        targets = target_rewards([runs[run]["main"]["training reward"] for run in points], keep)
+        measured = [runs[run]["main"]["training reward"] for run in points]
+        base, unguarded, guarded = (np.array([r[who] for r in measured]) for who in ("base", "unguarded", "guarded"))
+        targets = base + keep * (min(unguarded, guarded, key=np.mean) - base)  # (runs,)
         rewards = curves["training reward"]
         found = crossing(rewards.mean(0), targets.mean())
         if found is None:
@@ -229,12 +230,6 @@ def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) 
         compared[run] = {who: means[who] for who in ("base", "unguarded", "guarded")}
         compared[run]["rival"] = {metric: float(values[k]) for metric, values in chosen.items()}
     return compared, strength
-
-
-def target_rewards(rewards: list[dict], keep: float) -> np.ndarray:
-    """The reward that each run of a cell must keep, from its rewards on training prompts."""
-    base, unguarded, guarded = (np.array([r[who] for r in rewards]) for who in ("base", "unguarded", "guarded"))
-    return base + keep * (min(unguarded, guarded, key=np.mean) - base)
 
 
 def mean_points(runs: dict[tuple, dict], rival: str, metric: str) -> tuple[np.ndarray, np.ndarray]:

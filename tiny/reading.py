@@ -33,11 +33,6 @@ def runs_of(results: dict[tuple, dict], words: str) -> dict[tuple, dict]:
     return {run: r for run, r in results.items() if set(words.split()) <= set(run.cell.split())}
 
 
-def runs_but(results: dict[tuple, dict], words: str) -> dict[tuple, dict]:
-    """The other runs."""
-    return {run: r for run, r in results.items() if run not in runs_of(results, words)}
-
-
 def each(results: dict[tuple, dict], read: Callable[[dict], float]) -> np.ndarray:
     """A number of each run, (runs,)."""
     return np.array([read(r) for r in results.values()])
@@ -56,14 +51,12 @@ def values_1(results: dict[tuple, dict], numbers: dict) -> dict:
 
 def values_2(results: dict[tuple, dict], numbers: dict) -> dict:
     """The fractions of RL's damage, and of its gain, that rescaling takes back."""
-    lost = {label: -numbers["2"][f"match - unguarded: {label}"]["difference"]
-            for label in ("judged good", "Fréchet distance", "reward, fraction of the gain")}
+    def lost(label: str, of: float = 1.0) -> str:
+        return percent(-numbers["2"][f"match - unguarded: {label}"]["difference"] / of)
+
     by_rl = {label: numbers["1"]["checks"][label]["difference"] for label in ("judged good", "Fréchet distance")}
-    return {
-        "good": percent(lost["judged good"] / by_rl["judged good"]),
-        "distance": percent(lost["Fréchet distance"] / by_rl["Fréchet distance"]),
-        "reward": percent(lost["reward, fraction of the gain"]),
-    }
+    return {"reward": lost("reward, fraction of the gain"), "good": lost("judged good", by_rl["judged good"]),
+            "distance": lost("Fréchet distance", by_rl["Fréchet distance"])}
 
 
 def values_3(results: dict[tuple, dict], numbers: dict) -> dict:
@@ -138,13 +131,13 @@ def values_9(results: dict[tuple, dict], numbers: dict) -> dict:
         return percent(0.5 + np.concatenate(rates))
 
     forms = "squared, lam 0.5", "margin 0.02", "per token"
-    sd3, flux = runs_of(results, "sd3"), runs_of(results, "flux")
+    sd3, flux = {**runs_of(results, "sd3 nft"), **runs_of(results, "sd3 awm")}, runs_of(results, "flux")
     steps = each(results, ratio("variant", "highest", "guard: lam 0.5"))
     return {
         "held": f"{(steps <= 0).sum()} of {len(steps)}",
-        "sd3": lost(runs_but(sd3, "dpo")),
+        "sd3": lost(sd3),
         "flux": lost(flux),
-        "liked": liked(runs_but(results, "sd3 dpo"), "lam 0.5"),
+        "liked": liked({**sd3, **flux}, "lam 0.5"),
         "below": percent(-cell_means(flux, ratio("guarded", "overall", "guard: lam 0.5")).min()),
         "forms_liked": liked(flux, *forms),
         "auto_liked": liked(flux, "auto"),

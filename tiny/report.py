@@ -33,7 +33,6 @@ from flow.cli import write_files
 
 TEMPLATE = Path(__file__).with_name("RESULTS.template.md")
 
-
 # ---------------------------------------------------------------- tables
 
 def plus_minus(d: dict, digits: int = 3) -> str:
@@ -42,9 +41,14 @@ def plus_minus(d: dict, digits: int = 3) -> str:
     return f"{mean:+.{digits}f}" + ("" if math.isnan(d["half"]) else f" ± {d['half']:.{digits}f}")
 
 
+def lines(rows: list[list[str]]) -> str:
+    """Lines of a Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    return "\n".join(["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)])
+    return lines([header, ["---"] * len(header), *rows])
 
 
 def checks(numbers: dict, claims: list[tuple]) -> str:
@@ -92,33 +96,30 @@ def arrows(runs: dict[tuple, dict], a: str, b: str, digits: dict[str, int]) -> l
 
 def claim_1(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
     """Inflation of the norm, and damage to pictures."""
-    metrics = {
-        "colours oversaturate: judged so": ("judge/oversaturation", 1),
-        "saturation": ("saturation", 1),
-        "pictures over-sharpen: judged so": ("judge/over-sharpening", 1),
-        "sharpness": ("sharpness", 1),
-        "light is unnatural: judged so": ("judge/unnatural lighting", 1),
-        "judged good": ("judge/overall", -1),
-        "Fréchet distance": ("FD", 1),
-    }
-    claims = [("the norm exceeds the reference's", paired(results, ratio("unguarded", "overall")), 1)]
-    for text, (metric, sign) in metrics.items():
+    whole, highest = ratio("unguarded", "overall"), ratio("unguarded", "highest")
+    claims = [("the norm exceeds the reference's", paired(results, whole), 1)]
+    for text, metric, sign in (
+        ("colours oversaturate: judged so", "judge/oversaturation", 1),
+        ("saturation", "saturation", 1),
+        ("pictures over-sharpen: judged so", "judge/over-sharpening", 1),
+        ("sharpness", "sharpness", 1),
+        ("light is unnatural: judged so", "judge/unnatural lighting", 1),
+        ("judged good", "judge/overall", -1),
+        ("Fréchet distance", "FD", 1),
+    ):
         claims.append((text, change(results, ("main", "unguarded"), ("main", "base"), metric, mean_of), sign))
     table = checks(numbers, claims)
-    whole, highest = ratio("unguarded", "overall"), ratio("unguarded", "highest")
     numbers["cells"], rows = {}, []
     digits = {"reward": 2, "saturation": 2, "sharpness": 4, "FD": 1, "judge/overall": 2}
     for cell, runs in grouped(results, "cell").items():
         numbers["cells"][cell] = {"ratio": [1 + whole(r) for r in runs.values()],
                                   "highest step": [1 + highest(r) for r in runs.values()]}
         rows.append([cell, each(runs, whole, 1), each(runs, highest, 1), *arrows(runs, "base", "unguarded", digits)])
-    header = ["cell", "norm ratio, each seed", "its highest step", "reward", "saturation", "sharpness",
-              "Fréchet distance", "judged good"]
     excesses = [whole(r) for r in results.values()]
     within, above = sum(0.05 <= x <= 0.15 for x in excesses), sum(x > 0.15 for x in excesses)
     renders = next(iter(bases.values()))["colours"]["renders"]
     return {"within": within, "runs": len(excesses), "beyond": above, "checks": table, **renders,
-            "table": markdown(header, rows)}
+            "rows": lines(rows)}
 
 
 def claim_2(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
@@ -164,17 +165,14 @@ def claim_3(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
                 "cosine": [adjoint[what]["half_batch_cosine"] for adjoint in found],
                 "same sign": [float(np.mean(adjoint[what]["same_sign"])) for adjoint in found],
             }
-            medians = [np.median(row[name]) for name in ("largest t", "same sign", "cosine")]
-            if what == "reward":
-                label, conclusion = reward, coherent(beyond, t.size)
-            else:
+            label, conclusion = reward, coherent(beyond, t.size)
+            if what == "energy":
                 label = f"energy (control for {reward})"
                 conclusion = "a signal, as it must" if beyond > t.size / 2 else "**the control fails**"
-            rows.append([f"{models} models ({len(found)})", label, f"{beyond} of {t.size}", f"{medians[0]:.1f}",
-                         f"{medians[1]:.2f}", f"{medians[2]:.2f}", conclusion])
-    header = ["models", "dR/ds of", "steps beyond", "largest \\|t\\|", "same sign", "cosine of half batches",
-              "no coherent signal?"]
-    return {"limit": limit, "table": markdown(header, rows)}
+            digits = {"largest t": 1, "same sign": 2, "cosine": 2}
+            medians = [f"{np.median(row[name]):.{k}f}" for name, k in digits.items()]
+            rows.append([f"{models} models ({len(found)})", label, f"{beyond} of {t.size}", *medians, conclusion])
+    return {"limit": limit, "rows": lines(rows)}
 
 
 def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
@@ -202,7 +200,6 @@ def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         autos = having(runs, "auto")
         rows.append([cell, each(runs, whole, 1), each(runs, highest, 1), each(runs, ratio("guarded", "lowest"), 1),
                      each(autos, auto_whole, 1), each(autos, auto_highest, 1)])
-    header = ["cell", "norm ratio, each seed", "highest step", "lowest step", "with auto", "highest step"]
 
     def above(runs: dict[tuple, dict], read: Callable[[dict], float], limit: float) -> str:
         return f"{sum(read(r) > limit for r in runs.values())} of {len(runs)}"
@@ -212,27 +209,26 @@ def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         said = (f" With `--lam auto` by more than 1 % in {above(with_auto, auto_highest, 0.01)}, by more than 1.5 % in "
                 f"{above(with_auto, auto_highest, 0.015)}.")
     return {"checks": table, "above_2": above(results, highest, 0.02), "above_5": above(results, highest, 0.05),
-            "auto": said, "table": markdown(header, rows)}
+            "auto": said, "rows": lines(rows)}
 
 
 def claim_5_and_6(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
     """Reward, judge and detector."""
     columns = {who: ("main", who) for who in ("base", "unguarded", "guarded")}
-    metrics = {
-        "6: judged good": ("judge/overall", 1),
-        "6: judged oversaturated": ("judge/oversaturation", -1),
-        "6: judged over-sharpened": ("judge/over-sharpening", -1),
-        "6: judged unnaturally lit": ("judge/unnatural lighting", -1),
-        "6: detector's P(real)": ("P(real)", 1),
-        "6: Fréchet distance": ("FD", -1),
-    }
     lost = change(results, columns["unguarded"], columns["guarded"], "reward")
     claims = [
         ("5: of the reward's gain, no more than 5 % is lost", lost, 0, 0.05),
         ("6: the judge prefers the guarded picture (less one half)",
          paired(results, preference("main", "guarded vs unguarded")), 1),
     ]
-    for text, (metric, sign) in metrics.items():
+    for text, metric, sign in (
+        ("6: judged good", "judge/overall", 1),
+        ("6: judged oversaturated", "judge/oversaturation", -1),
+        ("6: judged over-sharpened", "judge/over-sharpening", -1),
+        ("6: judged unnaturally lit", "judge/unnatural lighting", -1),
+        ("6: detector's P(real)", "P(real)", 1),
+        ("6: Fréchet distance", "FD", -1),
+    ):
         claims.append((text, change(results, columns["guarded"], columns["unguarded"], metric), sign))
     claims.append(("(no claim: the guarded picture is preferred to the base's)",
                    paired(results, preference("main", "guarded vs base")), None))
@@ -246,10 +242,8 @@ def claim_5_and_6(results: dict[tuple, dict], bases: dict[str, dict], numbers: d
         loss, tie, win, _ = np.sum(counts, axis=0).tolist()
         numbers[cell]["guarded preferred, tie, unguarded preferred"] = [win, tie, loss]
         rows.append([cell, *arrows(runs, "unguarded", "guarded", digits), f"{win} / {tie} / {loss}"])
-    header = ["cell", "reward", "judged good", "judged oversaturated", "P(real)", "Fréchet distance",
-              "judge prefers: guarded / tie / unguarded"]
     return {"checks": table, "levels": levels(results, columns, "guarded", "unguarded", numbers),
-            "table": markdown(header, rows)}
+            "rows": lines(rows)}
 
 
 def claim_7(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
@@ -315,32 +309,28 @@ def claim_8(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
 
 # ---------------------------------------------------------------- claim 9: other guards
 
-def guards(results: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
-    """{guard: {run: its metrics, norm ratio, and how often it is preferred to the default}}; the values of lam first.
-    {} if no other guard was measured."""
-    found = {"lam 0": {}, f"lam {LAM}": {}}
-    for run, r in results.items():
-        for name in (name for name in r if name.startswith("guard: ")):
-            part = r[name]
-            shown = {"lam 0": "unguarded", f"lam {LAM}": "guarded", name.removeprefix("guard: "): "variant"}
-            for guard, who in shown.items():
-                found.setdefault(guard, {})[run] = {
-                    **part["means"][who],
-                    "ratio": part["ratio"][who]["overall"],
-                    "highest": NORMS["highest"](part["ratio"][who]),
-                    "default": {**part["means"]["guarded"], "highest": NORMS["highest"](part["ratio"]["guarded"])},
-                    "preferred": 0.0 if who == "guarded" else preference(name, f"{who} vs guarded")(r),
-                }
-    if not all(found.values()):
-        return {}
-    lams = sorted((name for name in found if name.startswith("lam")), key=lambda name: float(name.split()[1]))
-    return {name: found[name] for name in dict.fromkeys((*lams, *GUARDS)) if name in found}
-
-
 def guards_by_corner(results: dict[tuple, dict]) -> dict[str, dict[str, dict[tuple, dict]]]:
-    """`guards` of each corner that has any."""
-    found = {corner: guards(runs) for corner, runs in grouped(results, "corner").items()}
-    return {corner: by_guard for corner, by_guard in found.items() if by_guard}
+    """{corner: {guard: {run: metrics, norm ratio, and how often it is preferred to the default}}}; lam's values first.
+    """
+    corners = {}
+    for corner, runs in grouped(having(results, "guard: "), "corner").items():
+        found = {}
+        for run, r in runs.items():
+            for name in (name for name in r if name.startswith("guard: ")):
+                part = r[name]
+                default = {**part["means"]["guarded"], "highest": NORMS["highest"](part["ratio"]["guarded"])}
+                shown = {"lam 0": "unguarded", f"lam {LAM}": "guarded", name.removeprefix("guard: "): "variant"}
+                for guard, who in shown.items():
+                    found.setdefault(guard, {})[run] = {
+                        **part["means"][who],
+                        "ratio": part["ratio"][who]["overall"],
+                        "highest": NORMS["highest"](part["ratio"][who]),
+                        "default": default,
+                        "preferred": 0.0 if who == "guarded" else preference(name, f"{who} vs guarded")(r),
+                    }
+        lams = sorted((name for name in found if name.startswith("lam")), key=lambda name: float(name.split()[1]))
+        corners[corner] = {name: found[name] for name in dict.fromkeys((*lams, *GUARDS)) if name in found}
+    return corners
 
 
 def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
@@ -379,9 +369,7 @@ def rivals_of(runs: dict[tuple, dict], keep: float | None) -> dict[str, dict]:
     """Each rival's numbers in a corner's runs, at the strength that keeps this fraction of the gain. With None, at its
     weakest, and those of --lam auto."""
     known = {}
-    for rival in RIVALS:
-        if keep is not None and len(RIVALS[rival].strengths) == 1:
-            continue
+    for rival in (rival for rival in RIVALS if keep is None or len(RIVALS[rival].strengths) > 1):
         strengths, compared = {}, {}
         for method, of_method in grouped(runs, "method").items():
             found = equal_reward(of_method, rival, keep)
@@ -400,19 +388,17 @@ def rivals_of(runs: dict[tuple, dict], keep: float | None) -> dict[str, dict]:
 
 def against_guard(compared: dict[tuple, dict]) -> dict:
     """A rival's numbers beside the guard's, from {run: metrics of "rival", "guarded", "unguarded" and "base"}."""
+    def reward_change(m: dict) -> float:  # as a fraction of the gain
+        return (m["rival"]["reward"] - m["guarded"]["reward"]) / (m["unguarded"]["reward"] - m["base"]["reward"])
+
     numbers = {
         "preferred": paired(compared, lambda m: m["rival"]["preferred"]),
-        "reward": paired(compared, reward_lost),
+        "reward": paired(compared, reward_change),
         "highest step": paired(compared, lambda m: m["rival"]["highest"])["a"],
     }
     for metric in BESIDE:
         numbers[metric] = paired(compared, lambda m, k=metric: m["rival"][k], lambda m, k=metric: m["guarded"][k])
     return {**numbers, "verdict": preferred_side(numbers["preferred"])}
-
-
-def reward_lost(m: dict) -> float:
-    """The rival's reward minus the guarded model's, as a fraction of the unguarded model's gain."""
-    return (m["rival"]["reward"] - m["guarded"]["reward"]) / (m["unguarded"]["reward"] - m["base"]["reward"])
 
 
 def preferred_side(preferred: dict) -> str:
@@ -497,13 +483,11 @@ def introduction(results: dict[tuple, dict], bases: dict[str, dict], numbers: di
     commits = sorted({part.get("of", {}).get("commit") or "unknown" for part in parts})
     ahead = []
     for where, rivals in numbers.get("10", {}).items():
-        names = [rival for rival, row in rivals.items() if row["verdict"] == "**the rival**"]
-        if names:
+        if names := [rival for rival, row in rivals.items() if row["verdict"] == "**the rival**"]:
             ahead.append(f"{where}: {', '.join(names)}")
-    if ahead:
-        ahead = f"**Rivals whose pictures the judge prefers to the guard's.** {'; '.join(ahead)}."
+    ahead = f"**Rivals whose pictures the judge prefers to the guard's.** {'; '.join(ahead)}." if ahead else ""
     done = having(results, "main")
-    return {"commits": ", ".join(commits), "rivals_ahead": ahead or "", "runs": len(done),
+    return {"commits": ", ".join(commits), "rivals_ahead": ahead, "runs": len(done),
             "cells": len(grouped(done, "cell"))}
 
 

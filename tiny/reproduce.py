@@ -7,7 +7,7 @@
 
 A run is a base, a method, a reward and a seed. Each run is trained with --lam 0 ("unguarded") and with --lam 0.05
 ("guarded"), and with the scripts' defaults otherwise. The project's own scripts train, sample and judge. They are
-called in this process; RUNS/<run>/commands.txt lists the commands.
+called in this process; RUNS/<run>-<hashes>/commands.txt lists the commands.
 
 What is measured on a run comes in parts (`PARTS`). Each part is saved in RESULTS/<run>.json as soon as it is measured,
 with its commit and with hashes of the weights, code and flags that it depends on, and is not measured again. The last
@@ -38,7 +38,6 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -165,11 +164,9 @@ def rival_code(variant: Variant) -> str:
 @functools.cache
 def commit() -> str | None:
     """The commit that is checked out; None outside git."""
-    try:
-        text = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, stderr=subprocess.DEVNULL)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return text.strip()
+    git = shutil.which("git")
+    command = [git, "rev-parse", "--short", "HEAD"]
+    return git and subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def made_with(base: str, *scripts: str) -> dict[str, str]:
@@ -184,18 +181,10 @@ def depends(run: Run, size: Size, part: str) -> dict[str, str]:
     return {**made_with(run.base, f"train_{run.method}.py"), "flags": f"{flags:08x}"}
 
 
-def fresh_folder(home: Path, hashes: dict[str, str]) -> Path:
-    """A folder for what is made with these weights and code. What other weights or code made there is deleted."""
-    file, old = home / "of.json", home.with_name(f"{home.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # from a deletion that was killed
-    if home.exists() and read_json(file) != hashes:
-        if not file.exists() and not (home / "commands.txt").exists() and any(home.iterdir()):
-            raise InputError(f"--runs {home.parent}: {home} was not made by reproduce.py; give another folder")
-        home.rename(old)
-        shutil.rmtree(old)
-    if not file.exists():
-        write_text(file, json.dumps(hashes))
-    return home
+def home_of(root: Path, base: str, run: Run | None = None) -> Path:
+    """The folder of a base or of one of its runs. What other weights or code made is in other folders."""
+    hashes = made_with(base, f"train_{run.method}.py") if run else made_with(base)
+    return root / f"{run.name if run else base}-{hashes['weights']}-{hashes['code']}"
 
 
 # ---------------------------------------------------------------- commands
@@ -203,9 +192,8 @@ def fresh_folder(home: Path, hashes: dict[str, str]) -> Path:
 def command(log: Path, line: str, out: Path | None = None, note: str = "", **more):
     """Run `python <line>` in this process, as main(args, **more) of its script, and add it to log/commands.txt.
 
-    With `out`, the folder that it writes: skipped if out/command.txt says that the same command, with the same note,
-    has ended. What another command left there is deleted. So is what an interrupted command with a note left, because
-    that cannot resume."""
+    out: the folder that it writes. The command is skipped if out/command.txt has it, with the same note. What another
+    command left there is deleted, and what an interrupted command with a note left, because that cannot resume."""
     noted = " ".join(f"python {line} {note}".split()) + "\n"
     done = (out / "command.txt").read_text() if out and (out / "command.txt").exists() else None
     if done == noted:
@@ -251,9 +239,9 @@ def train_unguarded(home: Path, run: Run, size: Size) -> Path:
 
 def train_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
     """The folders of the unguarded and of the guarded training."""
-    guarded = home / f"lam{LAM}"
+    unguarded, guarded = train_unguarded(home, run, size), home / f"lam{LAM}"
     command(home, training_line(run, size, guarded, f"--lam {LAM}"), guarded)
-    return train_unguarded(home, run, size), guarded
+    return unguarded, guarded
 
 
 def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant, strength: float = 1.0) -> Path:
@@ -263,16 +251,12 @@ def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant,
     flags = variant.flags.format(s=strength, lr=script.Args.lr * strength, reward=run.reward, other=other)
     line = training_line(run, size, out, f"{flags} --eval-every 0")
     if variant.rival:
-        note = f"# rival: guards.{variant.rival.__name__}, {rival_code(variant)}"  # a checkpoint has not its state
-        command(home, line, out, note, rival=partial(variant.rival, state={}))
+        state = {}  # it is not in checkpoints, so that an interrupted training begins anew: it has a note
+        note = f"# rival: guards.{variant.rival.__name__}, {rival_code(variant)}"
+        command(home, line, out, note, rival=lambda *given: variant.rival(*given, state))
     else:
         command(home, line, out)
     return out
-
-
-def train_with_guard(home: Path, run: Run, size: Size, name: str) -> Path:
-    """The folder of the training with another guard."""
-    return train_variant(home, run, size, f"guards/{slug(name)}", GUARDS[name])
 
 
 def slug(name: str) -> str:
@@ -307,8 +291,7 @@ def sample_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
 
 
 def training_rewards(home: Path, run: Run, size: Size, name: str, flags: str) -> tuple[Path, np.ndarray]:
-    """Draw pictures of training prompts in 8 steps, as rollouts are. Returns their folder and each prompt's mean
-    reward."""
+    """Draw pictures of training prompts in 8 steps, as in rollouts: their folder, and each prompt's mean reward."""
     flags = f"--prompts {size.prompts} --n {size.n_choose} --steps 8 --seed 5000 --reward tiny/{run.reward} {flags}"
     folder = sample(home, run.base, home / "choose" / name, flags)
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -326,19 +309,13 @@ def colours(folder: Path) -> dict[str, float]:
 
 
 def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "renders") -> dict:
-    """eval_judge.py's numbers of named folders: "means", {name: {metric: mean}}, and "verdicts", {"A vs B": [win, tie,
-    loss, nan]}."""
+    """eval_judge.py on named folders: "means" {name: {metric: mean}}, "verdicts" {"A vs B": [win, tie, loss, nan]}."""
     out, names = home / "eval", {str(path): name for name, path in folders.items()}
-    rewards = "--reward tiny/pickscore tiny/hps"
-    command(home, f"eval_judge.py {' '.join(names)} {rewards} --real {home.parent / renders} --out {out}")
+    flags = f"--reward tiny/pickscore tiny/hps --real {home.parent / renders} --out {out}"
+    command(home, f"eval_judge.py {' '.join(names)} {flags}")
     report = json.loads((out / "report.json").read_text())
-    labels = {
-        "reward/pickscore": "other reward",
-        "reward/hps": "other reward",
-        f"reward/{run.reward}": "reward",
-        "forensic/forensic": "P(real)",
-        "fd/embed": "FD",
-    }
+    labels = {"reward/pickscore": "other reward", "reward/hps": "other reward", "forensic/forensic": "P(real)",
+              "fd/embed": "FD", f"reward/{run.reward}": "reward"}
     means = {name: colours(path) for name, path in folders.items()}
     for metric, by_folder in report["metrics"].items():
         for path, numbers in by_folder.items():
@@ -371,7 +348,7 @@ def main_part(home: Path, run: Run, size: Size) -> dict:
         training[name] = rewards.mean()
     unguarded, guarded = sample_both(home, run, size)
     ratios = {"unguarded": ratio_of(unguarded), "guarded": ratio_of(guarded)}
-    folders = {"base": home.parent / run.base / "base", "unguarded": unguarded, "guarded": guarded}
+    folders = {"base": home_of(home.parent, run.base) / "base", "unguarded": unguarded, "guarded": guarded}
     judged = judge(home, run, folders)
     return {"curves": curves, "ratio": ratios, "training reward": training, **judged}
 
@@ -379,7 +356,8 @@ def main_part(home: Path, run: Run, size: Size) -> dict:
 def auto_part(home: Path, run: Run, size: Size) -> dict:
     """Claims 4, 5 and 6 for --lam auto."""
     unguarded, guarded = sample_both(home, run, size)
-    auto = sample_held_out(home, run, size, f"{run.method}+auto", train_with_guard(home, run, size, "auto") / "lora")
+    trained = train_variant(home, run, size, "guards/auto", GUARDS["auto"])
+    auto = sample_held_out(home, run, size, f"{run.method}+auto", trained / "lora")
     judged = judge(home, run, {"unguarded": unguarded, "guarded": guarded, "auto": auto})
     return {"ratio": {"auto": ratio_of(auto)}, **judged}
 
@@ -398,8 +376,8 @@ def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: st
     """Claim 3: sample.py --adjoint on held-out prompts, in 8 steps as in rollouts."""
     sample(home, base, out, f"--adjoint --reward tiny/{reward} --n {size.n_adjoint} --steps 8 --seed 3000 {flags}")
     rows = json.loads((out / "adjoint.json").read_text())
-    sensitivities = {"reward": rows[f"tiny/{reward}"], "energy": rows["energy (control)"]}
-    return {"t": rows["t"], "units": rows["units"], **sensitivities}
+    return {"t": rows["t"], "units": rows["units"], "reward": rows[f"tiny/{reward}"],
+            "energy": rows["energy (control)"]}
 
 
 def adjoint_part(home: Path, run: Run, size: Size) -> dict:
@@ -412,9 +390,10 @@ def few_part(home: Path, run: Run, size: Size) -> dict:
     """Claim 7: the same models, sampled in few steps."""
     numbers = {}
     unguarded, guarded = train_both(home, run, size)
-    trained = {"unguarded": unguarded, "guarded": guarded, "auto": train_with_guard(home, run, size, "auto")}
+    auto = train_variant(home, run, size, "guards/auto", GUARDS["auto"])
+    trained = {"unguarded": unguarded, "guarded": guarded, "auto": auto}
     for steps in size.few:
-        folders = {"base": home.parent / run.base / f"base-{steps}"}
+        folders = {"base": home_of(home.parent, run.base) / f"base-{steps}"}
         for name, out in trained.items():
             folders[name] = sample_held_out(home, run, size, f"{name}-{steps}", out / "lora", steps, flags="")
         numbers[str(steps)] = judge(home, run, folders)
@@ -422,9 +401,9 @@ def few_part(home: Path, run: Run, size: Size) -> dict:
 
 
 def early_part(home: Path, run: Run, size: Size) -> dict:
-    """Claim 8: the guarded model against two checkpoints of the unguarded one: the first of equal reward, and the one
-    that the judge likes best. Equal: not lower than the guarded model's by more than a standard error, paired over
-    prompts. If there is none, the checkpoint of the highest reward is taken."""
+    """Claim 8: the guarded model against two checkpoints of the unguarded one. One is the first of equal reward (not
+    lower by more than a standard error, paired over prompts), or that of the highest reward where there is none. The
+    other is the one that the judge likes best."""
     unguarded, guarded = train_both(home, run, size)
     loras = {"guarded": guarded / "lora"}
     loras |= {path.name.removeprefix("lora-"): path for path in sorted(unguarded.glob("lora-*"))}
@@ -463,7 +442,7 @@ def judged_good(ask: Callable, folder: Path) -> float:
 def guard_part(home: Path, run: Run, size: Size, name: str) -> dict:
     """Claim 9: another guard. On training prompts, because a guard is a matter of choice."""
     trained = dict(zip(("unguarded", "guarded"), train_both(home, run, size)))
-    trained["variant"] = train_with_guard(home, run, size, name)
+    trained["variant"] = train_variant(home, run, size, f"guards/{slug(name)}", GUARDS[name])
     flags = f"--prompts {size.prompts} --n {size.n_guard} --steps {size.steps} --seed 5000 --norms"
     pictures = {}
     for who, out in trained.items():
@@ -504,19 +483,18 @@ PARTS = {
     "early": Part(early_part, (8,)),
 }
 for _name, _variant in GUARDS.items():
-    PARTS[f"guard: {_name}"] = Part(partial(guard_part, name=_name), (9,), _variant, corner=True)
+    PARTS[f"guard: {_name}"] = Part(functools.partial(guard_part, name=_name), (9,), _variant, corner=True)
 for _name, _rival in RIVALS.items():
     for _strength in dict.fromkeys(_rival.strengths + _rival.dpo):
         _methods = tuple(method for method in Args.methods if _strength in _rival.strengths_of(method))
-        PARTS[f"rival: {_name} {_strength:g}"] = Part(
-            partial(rival_part, name=_name, strength=_strength), (10,), _rival.training or Variant(_rival.sampling),
-            _methods, corner=True)
+        _measure = functools.partial(rival_part, name=_name, strength=_strength)
+        _variant = _rival.training or Variant(_rival.sampling)
+        PARTS[f"rival: {_name} {_strength:g}"] = Part(_measure, (10,), _variant, _methods, corner=True)
 
 
 def is_asked(name: str, args: Args, size: Size) -> bool:
     """Do the flags ask for this part?"""
-    of_claim = args.only is None or args.only in PARTS[name].claims
-    return of_claim and (size.only is None or name in size.only)
+    return (args.only is None or args.only in PARTS[name].claims) and (size.only is None or name in size.only)
 
 
 def missing_parts(args: Args, size: Size) -> list[tuple[Run, str]]:
@@ -540,8 +518,7 @@ def add_part(file: Path, name: str, hashes: dict[str, str], measure: Callable[[]
     if name in read_json(file):
         return
     start = time.time()
-    numbers = measure()
-    numbers = {**numbers, "of": {**hashes, "commit": commit()}, "seconds": time.time() - start}
+    numbers = {**measure(), "of": {**hashes, "commit": commit()}, "seconds": time.time() - start}
     known = {**read_json(file), name: rounded(numbers)}
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()]  # one line a part
     write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
@@ -550,7 +527,7 @@ def add_part(file: Path, name: str, hashes: dict[str, str], measure: Callable[[]
 def measure_base(base: str, args: Args, size: Size):
     """Draw the base's pictures, which all its runs use, and measure them and its sensitivities."""
     root, file, hashes = Path(args.runs), Path(args.results) / f"{base}.json", made_with(base)
-    home = fresh_folder(root / base, hashes)
+    home = home_of(root, base)
     sample(home, base, home / "base", held_out_flags(size, size.steps))
     if is_asked("few", args, size):
         for steps in size.few:
@@ -558,7 +535,7 @@ def measure_base(base: str, args: Args, size: Size):
     add_part(file, "colours", hashes, lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
     if is_asked("adjoint", args, size):
         for reward in args.rewards:
-            measure = partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}")
+            measure = functools.partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}")
             add_part(file, f"adjoint {reward}", hashes, measure)
 
 
@@ -601,9 +578,9 @@ def main(args: Args):
     if len(args.runs.split()) != 1:  # commands are split at spaces
         raise InputError(f"--runs '{args.runs}': give a path without spaces")
     os.chdir(ROOT)
-    size = Size()
+    size = SMOKE if args.smoke else Size()
     if args.smoke:
-        size, root = SMOKE, "runs/smoke" if args.runs == Args.runs else args.runs
+        root = "runs/smoke" if args.runs == Args.runs else args.runs
         args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, True, root, f"{root}/results")
     check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
     root = make_dir(args.runs, "--runs")
@@ -629,9 +606,8 @@ def measure_all(args: Args, size: Size):
     for base in dict.fromkeys(args.bases):
         measure_base(base, args, size)
     for run, name in tqdm(missing, desc="reproduce", unit="part"):
-        hashes = depends(run, size, name)
-        home = fresh_folder(root / run.name, made_with(run.base, f"train_{run.method}.py"))
-        add_part(Path(args.results) / f"{run.name}.json", name, hashes, partial(PARTS[name].measure, home, run, size))
+        measure = functools.partial(PARTS[name].measure, home_of(root, run.base, run), run, size)
+        add_part(Path(args.results) / f"{run.name}.json", name, depends(run, size, name), measure)
 
 
 def report_all(args: Args, size: Size):
@@ -643,9 +619,10 @@ def report_all(args: Args, size: Size):
     draw_all(runs, bases, assets)
     front = next((run for run in runs if run.method == "awm"), None)
     if front:
-        home = root / front.name
-        folders = {"base": root / front.base / "base", "unguarded": home / "awm", "guarded": home / "awm+normguard"}
-        if all(folder.exists() for folder in folders.values()):
+        home = home_of(root, front.base, front)
+        folders = {"base": home_of(root, front.base) / "base"}
+        folders |= {"unguarded": home / "awm", "guarded": home / "awm+normguard"}
+        if all(map(Path.exists, folders.values())):
             draw_front(runs[front], folders, assets / "front.png")
     for what, parts in stale_parts(runs, bases, size).items():
         print(f"note: {len(parts)} parts were measured with other {what} than today's ({parts[0]}, ...); to measure "

@@ -1,10 +1,10 @@
-"""The miniature world: captioned 64x64 still lifes, rendered from nothing but a seed.
+"""The miniature world: captioned 64x64 pictures, rendered from a seed.
 
-One coloured shape stands before a wall and a floor, under soft light, with a soft shadow and film grain; colours are
-muted, as in a photograph. The caption names the colour and the shape. Everything else (place, size, angle, light,
-backdrop, texture, grain) varies freely and is what a reward that knows only captions cannot see.
+A coloured shape stands before a wall and a floor, under soft light, with a soft shadow and film grain. Colours are
+muted, as in a photograph. The caption names the colour and the shape. All else (place, size, angle, light, backdrop,
+texture, grain) varies at random, and a reward that knows only captions cannot see it.
 
-    python tiny/world.py --n 64 --seed 0 --out runs/renders        # PNGs + samples.jsonl, as sample.py writes them
+    python tiny/world.py --n 64 --seed 0 --out runs/renders        # PNGs and samples.jsonl, as sample.py writes them
 """
 import math
 import sys
@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from flow.cli import InputError, one_line_errors, parse  # isort: skip - first, for Ctrl-C and --help
-
 import torch
 import torch.nn.functional as F
 
-from flow.cli import check_flags, check_place
+from flow.cli import InputError, check_flags, check_place, one_line_errors, parse
 from flow.pictures import earlier_samples, save_samples
 from flow.prompts import read_prompts
 
@@ -39,7 +37,8 @@ CAPTIONS = [caption(c, s) for c, s in COMBOS]
 
 
 def scene(index: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Draw all that varies. index (n,) long: the caption's place in CAPTIONS. Returns factors, each (n,) or (n, k)."""
+    """Draw what varies in scenes. index (n,) long: their captions' places in CAPTIONS. Returns factors, each (n,) or
+    (n, k)."""
     n = len(index)
 
     def uniform(lo, hi, *shape):
@@ -61,15 +60,14 @@ def scene(index: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Te
 
 
 def hsv_to_rgb(hsv: torch.Tensor) -> torch.Tensor:
-    """(n, 3) in [0, 1] -> (n, 3) in [0, 1]."""
+    """HSV (n, 3) in [0, 1] -> RGB (n, 3) in [0, 1]."""
     h, s, v = hsv.unbind(1)
     k = (torch.tensor([5.0, 3.0, 1.0]) + h[:, None] * 6) % 6
     return v[:, None] * (1 - s[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
 def signed_distance(p: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-    """Approximate signed distance, negative inside, to unit-sized shapes. p (n, 2, h, w), y down; shape (n,)
-    -> (n, h, w)."""
+    """Approximate signed distances of points p (n, 2, h, w) to shapes (n,) of unit size: (n, h, w), negative inside."""
     out = torch.empty(p.shape[0], *p.shape[2:])
     for i, name in enumerate(SHAPES):
         rows = (shape == i).nonzero()[:, 0]
@@ -103,7 +101,7 @@ def signed_distance(p: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
 
 
 def render(f: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Factors from `scene` -> pictures (n, 3, 64, 64) in [0, 1], linear alpha, antialiased by the distance field."""
+    """Factors from `scene` -> pictures (n, 3, 64, 64) in [0, 1]. Edges are smoothed by the distance to the shape."""
     n, axis = len(f["x"]), (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))[None]  # (1, 2, h, w): x, y in [-1, 1]
 
@@ -116,7 +114,7 @@ def render(f: dict[str, torch.Tensor]) -> torch.Tensor:
     generators = [torch.Generator().manual_seed(int(s)) for s in f["noise"]]
     noise = torch.stack([torch.randn(2, SIZE, SIZE, generator=g) for g in generators])
     texture = F.interpolate(noise[:, :1, ::8, ::8], SIZE, mode="bicubic", align_corners=False)
-    grain = F.avg_pool2d(noise[:, 1:], 3, 1, 1, count_include_pad=False) * 3  # grain has a size: white noise is no film
+    grain = F.avg_pool2d(noise[:, 1:], 3, 1, 1, count_include_pad=False) * 3  # blurred: film grain has a size
 
     # backdrop: a wall and a floor that meet at a soft horizon, lit from one side
     floor = smooth(col("horizon") - grid[:, 1], 0.02)[:, None]
@@ -157,7 +155,7 @@ FLAWS = ["sharpening", "saturation", "light", "contrast", "blur", "noise", "bloc
 
 
 def degrade(pictures: torch.Tensor, flaw: str, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pictures (n, 3, 64, 64) in [0, 1] with one of FLAWS; strength (n,), 0 (none: the picture itself) to 1 (gross)."""
+    """Give pictures (n, 3, 64, 64) in [0, 1] one of FLAWS, at strengths (n,) from 0 (unchanged) to 1 (gross)."""
     n, s = len(pictures), strength.view(-1, 1, 1, 1)
     small = torch.randn(n, 2, 6, 6, generator=generator)
     angle = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
@@ -169,7 +167,7 @@ def degrade(pictures: torch.Tensor, flaw: str, strength: torch.Tensor, generator
         out = pictures + 5 * s * (pictures - soften(pictures, 1.0))
     elif flaw == "saturation":
         out = grey + (1 + 2 * s) * (pictures - grey)
-    elif flaw == "light":  # a hard light from one side that has no place in the scene
+    elif flaw == "light":  # a hard light from one side
         out = pictures * (1 + s * torch.tanh(2.5 * (angle.cos() * x + angle.sin() * y))[:, None])
     elif flaw == "contrast":
         middle = pictures.mean((1, 2, 3), keepdim=True)
@@ -180,7 +178,7 @@ def degrade(pictures: torch.Tensor, flaw: str, strength: torch.Tensor, generator
         out = pictures + 0.10 * s * noise
     elif flaw == "blocks":
         out = torch.lerp(pictures, F.interpolate(F.avg_pool2d(pictures, 8), SIZE), 0.8 * s)
-    else:  # shapes: bent out of shape
+    else:  # shapes: bent
         bend = 0.18 * s * F.interpolate(small, SIZE, mode="bicubic", align_corners=False)
         grid = (torch.stack([x, y])[None] + bend).permute(0, 2, 3, 1)
         out = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
@@ -188,7 +186,7 @@ def degrade(pictures: torch.Tensor, flaw: str, strength: torch.Tensor, generator
 
 
 def soften(pictures: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian blur, edges repeated: (n, 3, h, w) -> (n, 3, h, w)."""
+    """Gaussian blur of (n, 3, h, w), with edges repeated."""
     radius = math.ceil(3 * sigma)
     k = torch.exp(-torch.arange(-radius, radius + 1) ** 2 / (2 * sigma**2))
     k = (k / k.sum()).expand(3, 1, -1)
@@ -210,7 +208,7 @@ class Args:
 
 @one_line_errors()
 def main(args: Args):
-    """Write n captioned renders in sample.py's folder format."""
+    """Write n captioned renders, as sample.py writes its pictures."""
     check_flags(args, {"n": 1, "seed": 0})
     if args.seed >= 2**63:
         raise InputError(f"--seed {args.seed}: must be below 2^63")

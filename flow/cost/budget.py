@@ -1,7 +1,7 @@
 """What a training run will take, before a weight is downloaded: memory, FLOPs, hours, and the cards that it fits on.
 
     python -m flow.cost.budget --model black-forest-labs/FLUX.1-dev --size 512 --batch 4 --quantize nf4
-    python -m flow.cost.budget --table                      # the README's table, in Markdown; a quarter of an hour
+    python -m flow.cost.budget --table                      # the table of docs/machines.md; a quarter of an hour
 
 From the model's configs alone (shapes.py) the project's own functions run on fake tensors, which have shapes and no
 numbers. Every number is estimated: bytes of tensors that live at once, not what an allocator makes of them. A GB is
@@ -36,7 +36,7 @@ class Args:
     steps: int = 14
     """Euler steps of a rollout"""
     timesteps: int = 6
-    """moments t a picture (DPO: a pair) is trained at"""
+    """noise levels at which a picture (DPO: a pair) is trained"""
     group: int = 24
     """pictures a prompt"""
     groups: int = 24
@@ -60,9 +60,9 @@ class Args:
     tflops: float = 200.0
     """TFLOP/s that a GPU sustains. An assumption, not a measurement: a fifth of an H100's bf16 peak; see bench.py"""
     gpus: int = 1
-    """GPUs that share the pictures"""
+    """GPUs among which the pictures are divided"""
     table: bool = False
-    """all five models at 512 and 1024, as Markdown"""
+    """all five models at 512 and 1024, as Markdown (docs/machines.md)"""
 
 
 # ---------------------------------------------------------------- what follows from it
@@ -166,7 +166,7 @@ def report(args: Args, found: dict) -> str:
 
 
 def row_of_table(args: Args, found: dict) -> str:
-    """A model's row of the README's table."""
+    """A model's row of the table in docs/machines.md."""
     each = [(at(found[f"update {on}"], 2) - at(found[f"update {on}"], 1)) / GB for on in (True, False)]
     cells = [args.model.split("/")[-1], f"{found['parameters'] / 1e9:.2f}", args.size,
              f"{found['base']['none'][0] / GB:.1f}", f"{each[0]:.2f} / {each[1]:.1f}",
