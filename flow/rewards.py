@@ -6,8 +6,6 @@ A reward is given as text:
   file.py:function                 your own function
   vlm:MODEL, vlm:MODEL@URL         P(yes) of a vision-language model's answer to a question, here or on a server
   A:0.5,B:0.5                      a weighted sum of these
-
-A model that was the reward cannot be the judge: training has fitted the pictures to it.
 """
 import math
 import re
@@ -222,12 +220,10 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
 
 
 # HPSv2.1 is an open_clip ViT-H-14, which has gelu (transformers' default for CLIP is quick_gelu).
-VIT_H_CONFIG = dict(
-    text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                     hidden_act="gelu"),
-    vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
-                       patch_size=14, hidden_act="gelu"),
-    projection_dim=1024)
+SHARED = dict(num_attention_heads=16, hidden_act="gelu")
+TEXT = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, **SHARED)
+VISION = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14, **SHARED)
+VIT_H_CONFIG = dict(text_config=TEXT, vision_config=VISION, projection_dim=1024)
 
 
 def torch_pixels(images: Tensor, side: int, mean: list[float], std: list[float]) -> Tensor:
