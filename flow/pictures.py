@@ -73,14 +73,12 @@ def grid_files(path: Path, pictures: Tensor, columns: int, captions: list[str] |
 def earlier_samples(out: str) -> list[Path]:
     """The pictures that sample.py wrote to a folder earlier. Raises InputError if there are other pictures with such
     names, for example a training run's: they would be overwritten."""
-    folder, listed = Path(out), Path(out) / "samples.jsonl"
-    with on_error(f"--out {out}: its samples.jsonl is not as sample.py writes it", "; give another --out"):
-        rows = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
-        names = {Path(row["file"]).stem for row in rows if isinstance(row["prompt"], str)}
-    pictures = list(folder.glob("[0-9]" * 5 + ".*"))
-    others = [file.name for file in pictures if file.stem not in names]
-    if not listed.exists():
-        others += [file.name for file in folder.glob("grid.*")]
+    listed, names = Path(out) / "samples.jsonl", set()
+    if listed.exists():
+        with on_error(f"--out {out}: its samples.jsonl is not as sample.py writes it", "; give another --out"):
+            names = {"grid", *(Path(json.loads(line)["file"]).stem for line in listed.read_text().splitlines())}
+    pictures = list(Path(out).glob("[0-9]" * 5 + ".*"))
+    others = [file.name for file in (*pictures, *Path(out).glob("grid.*")) if file.stem not in names]
     if others:
         raise InputError(f"--out {out}: {min(others)} there was not written by sample.py; give another --out")
     return pictures
