@@ -83,9 +83,11 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
     with on_error(f"{flag} {url}: is no URL"):
         client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
     options = dict(model=model, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20)
-    errors, answered = [], False
+    errors, refusals, answered = [], [], False
 
     def request(question: str, files: list[str]) -> Answer:
+        if refusals:  # it would refuse all others too
+            return []
         images = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
         parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
         try:
@@ -96,8 +98,8 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
         except Exception as e:  # no reply, half a reply, or not a reply of this kind
             error = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
             if getattr(e, "status_code", 0) in (401, 403, 404) or type(e.__cause__).__name__ == "ConnectError":
-                raise InputError(f"{flag} {url}: its model {model} cannot be reached with the key in OPENAI_API_KEY "
-                                 f"({error})")
+                refusals.append(error)
+                return []
         if error not in errors:
             tqdm.write(f"warning: {flag} {url}: {error}", file=sys.stderr)
             errors.append(error)
@@ -106,8 +108,11 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
         nonlocal answered
         questions = [question] * len(pictures) if isinstance(question, str) else question
-        with ThreadPoolExecutor(concurrency) as pool:  # if a request raises, `map` cancels those not yet begun
+        with ThreadPoolExecutor(concurrency) as pool:
             answers = list(pool.map(request, questions, pictures))
+        if refusals:
+            raise InputError(f"{flag} {url}: its model {model} cannot be reached with the key in OPENAI_API_KEY "
+                             f"({refusals[0]})")
         answered = answered or any(answers)
         if not answered:
             raise InputError(f"{flag} {url}: no request has succeeded; the last error: {errors[-1]}")
