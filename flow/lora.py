@@ -1,24 +1,20 @@
 """LoRA on a diffusers transformer: add, merge, save and load it. Precision and quantization of the frozen base."""
 import importlib.util
 import json
-import logging
-import re
 import shlex
 import warnings
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from types import MethodType
 
 import diffusers
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save
 
-from flow.cli import InputError, make_dir, reason, write_files
+from flow.cli import InputError, make_dir, reading, write_files
 
 NAME = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
@@ -39,21 +35,15 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default"
     torch.manual_seed(seed)
     configs = list(getattr(model, "peft_config", {}).values())
     targets = configs[0].target_modules if configs else lora_targets(model)
-    inject(model, name, LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT needs two adapters
+        inject_adapter_in_model(config, model, name)
+    use_adapter(model, name)
     diffusers.training_utils.cast_training_params(model, torch.float32)
     for layer in lora_layers(model):
         layer.cast_input_dtype_enabled = False  # autocast casts too, and less often
     return [p for key, p in model.named_parameters() if f".{name}." in key]
-
-
-def inject(model: torch.nn.Module, name: str, config: LoraConfig):
-    """Add an adapter with diffusers' own method, or with peft's if the model has none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT needs two adapters
-        if hasattr(model, "add_adapter"):
-            model.add_adapter(config, name)
-        else:
-            inject_adapter_in_model(config, model, name)
 
 
 def lora_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
@@ -71,15 +61,14 @@ def merged_forward(layer, x: torch.Tensor) -> torch.Tensor:
     """The forward of a linear layer whose adapter is merged; with adapters off, that of the frozen layer."""
     if layer.disable_adapters:
         return layer.base_layer(x)
-    return F.linear(x, layer.merged_weight, layer.base_layer.bias)
+    return torch.nn.functional.linear(x, layer.merged_weight, layer.base_layer.bias)
 
 
 def can_merge(layer: BaseTunerLayer) -> bool:
     """Whether a plain LoRA can be merged into the layer: a linear layer in fp32, neither quantized nor sharded."""
-    if not isinstance(layer.base_layer, torch.nn.Linear) or layer.lora_variant or any(layer.lora_bias.values()):
-        return False
-    weight = layer.base_layer.weight
+    weight, linear = layer.base_layer.weight, isinstance(layer.base_layer, torch.nn.Linear)
     plain = type(weight) is torch.nn.Parameter and type(weight.data) is torch.Tensor
+    plain = plain and linear and not layer.lora_variant and not any(layer.lora_bias.values())
     return plain and weight.dtype == torch.float32
 
 
@@ -119,90 +108,69 @@ def swapped(params: list[torch.nn.Parameter], values: list[torch.Tensor] | None)
 def save_lora(pipe, folder: Path):
     """Write the LoRA to a folder, for `pipe.load_lora_weights(folder)`, which also restores rank and alpha. Not by
     `pipe.save_lora_weights`: it writes its metadata in random order, and equal runs must write equal files."""
-    config = pipe.transformer.peft_config["default"].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])  # a set
     lora = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(pipe.transformer).items()}
-    metadata = json.dumps({f"transformer.{k}": v for k, v in config.items()}, sort_keys=True)
+    config = {f"transformer.{k}": v for k, v in pipe.transformer.peft_config["default"].to_dict().items()}
+    metadata = json.dumps(config, sort_keys=True, default=sorted)  # it has a set
     make_dir(str(folder), "--out")
     write_files({folder / NAME: save(lora, {"lora_adapter_metadata": metadata})})
 
 
-def check_lora(folder: str):
-    """Check, before a model is loaded, that a folder holds a LoRA that can be read."""
+def check_lora(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a LoRA from a folder: its tensors and its metadata. InputError if it has none, or a broken one."""
     file = Path(folder) / NAME
-    if Path(folder).is_file():
-        raise InputError(f"--lora {folder}: is a file; give the folder that holds it, {Path(folder).parent}")
     if not file.is_file():
-        raise InputError(f"--lora {folder}: holds no {NAME}; a run keeps it in its lora/ folder")
-    try:
-        with safe_open(file, "pt") as opened:
-            if not all(opened.get_tensor(name).isfinite().all() for name in opened.keys()):
-                raise ValueError("it holds numbers that are not finite")
-    except Exception as e:  # safetensors raises its own errors
-        raise InputError(f"--lora {folder}: {NAME} cannot be read ({reason(e)})")
+        raise InputError(f"--lora {folder}: is no folder with {NAME}; a run keeps it in its lora/ folder")
+    with reading(f"--lora {file}", "give another"), safe_open(file, "pt") as opened:
+        lora = {name: opened.get_tensor(name) for name in opened.keys()}
+        if not all(tensor.isfinite().all() for tensor in lora.values()):
+            raise ValueError("it holds numbers that are not finite")
+        return lora, opened.metadata()
 
 
 def load_lora(pipe, folder: str, model: str, scale: float = 1.0):
-    """Load a LoRA into the transformer and multiply it by `scale`. InputError if it does not fit."""
-    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # diffusers would list each tensor
+    """Load a LoRA into the transformer, by diffusers' loader if there is one for it, and multiply it by `scale`.
+    InputError if tensors do not fit, are missing, or have no place."""
+    lora, metadata = check_lora(folder)
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # diffusers would list each tensor
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # peft warns of weights that have no place in this model
-            read_lora(pipe, folder)
+            warnings.simplefilter("error", RuntimeWarning)  # peft warns of layers that do not match
+            if hasattr(pipe, "transformer_name"):
+                pipe.load_lora_weights(folder)
+            else:  # PRX's loader is one for UNets
+                config = json.loads(metadata["lora_adapter_metadata"])
+                config, tensors = ({k.removeprefix("transformer."): v for k, v in d.items()} for d in (config, lora))
+                inject_adapter_in_model(LoraConfig(**config), pipe.transformer)
+                set_peft_model_state_dict(pipe.transformer, tensors)
+        weights = [p for name, p in pipe.transformer.named_parameters() if ".lora_" in name]
+        if not weights:
+            raise ValueError("it holds nothing for the transformer")
+        if any(p.is_meta for p in weights):
+            raise ValueError("it lacks some of its tensors")
+        in_our_format = all(name.startswith("transformer.") and ".lora_" in name for name in lora)
+        if in_our_format and len(lora) != len(weights):
+            raise ValueError(f"it has {len(lora)} tensors, of which {len(weights)} have a place")
     except Exception as e:  # of another rank, model or library: peft, diffusers and safetensors each raise their own
-        raise InputError(f"--lora {folder}: does not fit --model {model} ({lora_mismatch(e)})")
+        why = str(e).partition("\n\t")[2] or str(e)  # below PyTorch's headline: the first tensor of another size
+        why = "it lacks tensors, or is of another pipeline" if isinstance(e, RuntimeWarning) else why[:190]
+        raise InputError(f"--lora {folder}: does not fit --model {model} ({why})")
     finally:
         diffusers.utils.logging.set_verbosity_error()
     for layer in lora_layers(pipe.transformer):
         layer.scale_layer(scale)
 
 
-def read_lora(pipe, folder: str):
-    """Load a LoRA, by diffusers' loader if it has one for the transformer. ValueError if tensors are missing or have
-    no place."""
-    with safe_open(Path(folder) / NAME, "pt") as opened:
-        metadata, lora = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}
-    if hasattr(pipe, "transformer_name"):  # PRX's loader is one for UNets
-        pipe.load_lora_weights(folder)
-    else:
-        config = json.loads(metadata["lora_adapter_metadata"])
-        config = {name.removeprefix("transformer."): value for name, value in config.items()}
-        inject(pipe.transformer, "default", LoraConfig(**config))
-        tensors = {name.removeprefix("transformer."): tensor for name, tensor in lora.items()}
-        set_peft_model_state_dict(pipe.transformer, tensors)
-    weights = [p for name, p in pipe.transformer.named_parameters() if ".lora_" in name]
-    if not weights:
-        raise ValueError("it holds nothing for the transformer")
-    if any(p.is_meta for p in weights):
-        raise ValueError("it lacks some of its tensors")
-    in_our_format = all(name.startswith("transformer.") and ".lora_" in name for name in lora)
-    if in_our_format and len(lora) != len(weights):
-        raise ValueError(f"it has {len(lora)} tensors, of which {len(weights)} have a place")
-
-
-def lora_mismatch(error: Exception) -> str:
-    """Say in a line why a LoRA does not fit; the libraries' messages have many."""
-    sizes = re.search(r"size mismatch for (\S+?)\.lora_\S+ .*?Size\((.*?)\).*?Size\((.*?)\)", str(error))
-    if sizes:
-        return "{} has {} in it, and {} in the model".format(*sizes.groups())
-    if "inconsistency" in str(error):  # peft's word for layers that do not match
-        return "it is of another pipeline, or lacks some of its tensors"
-    return reason(error)[:150]
-
-
 # ---------------------------------------------------------------- precision
-
-PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}  # optional packages, by --quantize
-
 
 def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
     """diffusers' configuration for a transformer with int8 or nf4 weights; matrix products are in bf16 or fp32."""
     if kind == "none":
         return None
-    if kind not in PACKAGES:
+    packages = {"int8": "torchao", "nf4": "bitsandbytes"}
+    if kind not in packages:
         raise InputError(f"--quantize {kind}: none, int8 or nf4")
-    if importlib.util.find_spec(PACKAGES[kind]) is None:
-        raise InputError(f"--quantize {kind}: needs a package that is not installed: pip install {PACKAGES[kind]}")
+    if importlib.util.find_spec(packages[kind]) is None:
+        raise InputError(f"--quantize {kind}: needs a package that is not installed: pip install {packages[kind]}")
     if kind == "nf4" and not torch.cuda.is_available():
         raise InputError("--quantize nf4: needs a GPU; int8 does without")
     if kind == "int8":
@@ -235,13 +203,13 @@ def use_fast_kernels(vae: torch.nn.Module | None):
 
 def model_card(method: str, args, eval_prompts: list[str]) -> str:
     """lora/README.md: a model card for the hub. The user chooses the licence."""
-    flags = []
-    for field in fields(args):
-        value, flag = getattr(args, field.name), field.name.replace("_", "-")
-        if value != field.default:
-            words = value if isinstance(value, tuple) else [value]
-            switch = f"--{flag}" if value else f"--no-{flag}"
-            flags.append(switch if isinstance(value, bool) else shlex.join([f"--{flag}", *map(str, words)]))
+    command, defaults = ["python", f"train_{method}.py"], vars(type(args)())
+    changed = {name.replace("_", "-"): value for name, value in vars(args).items() if value != defaults[name]}
+    for flag, value in changed.items():
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            command += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(eval_prompts[:4]))
     return f"""---
 base_model: {args.model}
@@ -251,7 +219,7 @@ tags: [lora, diffusers, normguard, {method}]
 A LoRA of rank {args.rank} for `{args.model}` (`pipe.load_lora_weights(FOLDER)`), trained for the reward
 `{args.reward}` with {method.upper()} and NormGuard (arXiv 2606.27771), lam {args.lam}:
 
-    python train_{method}.py {" ".join(flags)}
+    {shlex.join(command)}
 
 Prompts to try:
 

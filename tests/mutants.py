@@ -114,7 +114,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/pipeline.py", "noise_levels(pipe, steps)", "noise_levels(pipe, steps + 1)", "awm"),
     ("flow/intercept.py", "[timestep(pipe, level) for level", "[timestep(pipe, level) / 1000 for level", "awm"),
     # the rewards, the evaluation
-    ("flow/rewards.py", "total = total + weight * score", "total = total + score", "evaluate"),
+    ("flow/rewards.py", "sum(weight * score for", "sum(score for", "evaluate"),
     ("flow/rewards.py", "images[i:i + batch].clone()", "images[i:i + batch]", "evaluate"),
     ("flow/rewards.py", "prompts[i:i + batch])", "prompts[:len(images[i:i + batch])])", "evaluate"),
     ("flow/evaluate.py", "[prompts[i] for i in rows]", "prompts[:len(rows)]", "evaluate"),

@@ -620,7 +620,7 @@ def test_a_model_that_cannot_be_downloaded(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for flag, call, name in [
         ("--model", lambda n: load_pipeline(n, CPU), "stabilityai/stable-diffusion-3.5-medium"),
-        ("--embed", lambda n: eval_judge.load_embed(n, CPU), "facebook/dinov2-base"),
+        ("--embed", lambda n: eval_judge.judge.load_embed(n, CPU), "facebook/dinov2-base"),
     ]:
         refuses(capsys, lambda: call(name),
                 f"{flag} {name}", "licence", f"hf download {name} --local-dir DIR", f"{flag} DIR")

@@ -216,7 +216,7 @@ def test_faults_of_the_server_are_counted(base_and_lora, judge_server, tmp_path,
 def test_forensic_tells_renders_from_samples(tmp_path):
     """The samples are of a base and of prompts that the detector was not trained on."""
     sample.main(sample.Args(steps=12, n=6, seed=500, out=str(tmp_path / "base")))
-    score = eval_judge.load_forensic("tiny/forensic", None, CPU)
+    score = eval_judge.judge.load_forensic("tiny/forensic", None, CPU)
     dirs = (render_folder(tmp_path / "renders", n=96), str(tmp_path / "base"))
     real, drawn = (score([row["file"] for row in flow.pictures.read_folder(folder)]) for folder in dirs)
     auc = (real[:, None] > drawn[None]).float().mean().item()  # P(a render scores above a sample)
@@ -327,16 +327,16 @@ def test_a_report_written_again(folders, tmp_path):
     line = scores.splitlines()[-1]
     for cut in range(len(line) + 1):
         (tmp_path / "out" / "scores.jsonl").write_text(scores + line[:cut] + "\n\n" + line[:cut])
-        assert len(eval_judge.read_scores(tmp_path / "out" / "scores.jsonl")[1]) == 6
+        assert len(eval_judge.read_scores(tmp_path / "out" / "scores.jsonl")) == 6
     assert compare(*folders, **args) == first
     assert not (tmp_path / "out" / ".report.tmp").exists()
 
 
 def test_nan_is_null_in_the_report(folders, tmp_path, monkeypatch, capsys):
     """The report is JSON that any reader accepts."""
-    monkeypatch.setattr(eval_judge, "load_embed", lambda *args: None)
-    monkeypatch.setattr(eval_judge, "embed_images", lambda embed, images: torch.zeros(1, 2))
-    monkeypatch.setattr(eval_judge, "frechet_distance", lambda a, b: math.nan)
+    monkeypatch.setattr(eval_judge.judge, "load_embed", lambda *args: None)
+    monkeypatch.setattr(eval_judge.judge, "embed_images", lambda embed, images: torch.zeros(1, 2))
+    monkeypatch.setattr(eval_judge.judge, "frechet_distance", lambda a, b: math.nan)
     report = compare(*folders, real=folders[0], out=tmp_path / "out")
     assert all(m["mean"] is None for m in report["metrics"]["fd/embed"].values())
     assert "nan" not in capsys.readouterr().out

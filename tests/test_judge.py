@@ -49,10 +49,10 @@ def test_frechet_distance_of_known_gaussians():
     a = g.normal(size=(4000, 3))
     a = (a - a.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(a.T))).T  # zero mean and unit covariance, exactly
     b = a * [1, 2, 3] + [0, 0, 2]
-    ours = eval_judge.frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
+    ours = eval_judge.judge.frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
     assert ours == pytest.approx(2**2 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=1e-9)  # |dm|^2 + sum (s1 - s2)^2
     turn, _ = np.linalg.qr(g.normal(size=(3, 3)))
-    turned = eval_judge.frechet_distance(torch.from_numpy(a @ turn), torch.from_numpy(b @ turn))
+    turned = eval_judge.judge.frechet_distance(torch.from_numpy(a @ turn), torch.from_numpy(b @ turn))
     assert turned == pytest.approx(ours, rel=1e-9)
 
 
