@@ -1,7 +1,7 @@
 """NormGuard: hold the velocity norm of a flow model during RL post-training. One file, torch only: copy it anywhere.
 
 RL fine-tuning (NFT, AWM, DPO) inflates the norm of the velocity v_theta over that of the reference v_ref, and pictures
-degrade where the reward does not see it. NormGuard adds a hinge that acts only on samples whose norm exceeds the
+degrade in ways that the reward does not see. NormGuard adds a hinge that acts only on samples whose norm exceeds the
 reference's:
 
     guard = relu(||v_theta|| / ||v_ref|| - 1 - margin)          loss = base_loss + lam * mean(guard)
@@ -29,8 +29,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_checked = weakref.WeakKeyDictionary()  # of each model the adapters, active and kept, that were checked last
-EPS = 1e-6  # smallest norm that divides; a latent of unit variance has a norm of tens to hundreds
+_checked = weakref.WeakKeyDictionary()  # by model: the (active, kept) adapters that were checked last
+EPS = 1e-6  # norms are raised to this before they divide; a latent of unit variance has a norm of tens to hundreds
 
 
 def velocity_norm(v: Tensor) -> Tensor:
@@ -57,33 +57,33 @@ def norm_hinge(v: Tensor, v_ref: Tensor, margin: float = 0.0) -> Tensor:
 
 @torch.no_grad()
 def guard_gradient(g: Tensor, v: Tensor, v_ref: Tensor, margin: float = 0.0, c: float = 0.3) -> Tensor:
-    """Change a loss's gradient g = dL/dv so that a step does not lengthen v but shortens it. All (b, ...) of one shape
-    -> g' of g's shape and dtype.
+    """Change a loss's gradient g = dL/dv so that a step shortens each v that is too long. All (b, ...) of one shape ->
+    g' of g's shape and dtype.
 
     With u = v / ||v||, where ||v|| > (1 + margin) ||v_ref||:    g' = g - min(<g, u>, 0) u + c ||g|| u
     and elsewhere g' = g. The second term removes what lengthens v; the third shortens v, by c of the gradient's norm.
-    There is no weight to choose: both terms grow with g, so k times the loss gives k g', and Adam divides k out. Where
+    There is no weight to choose: both terms scale with g, so k times the loss gives k g', and Adam divides k out. Where
     the loss has no gradient, there is no guard."""
     longer = norm_ratio(v, v_ref) > 1.0 + margin
-    flat, u = g.float().flatten(1), v.float().flatten(1) / velocity_norm(v).clamp_min(EPS)[:, None]  # (b, d)
-    radial = (flat * u).sum(1)  # (b,), negative where a step lengthens v
-    pull = c * velocity_norm(g) - radial.clamp_max(0)
-    guarded = (flat + pull[:, None] * u).view(g.shape).to(g.dtype)
+    g_flat, u = g.float().flatten(1), v.float().flatten(1) / velocity_norm(v).clamp_min(EPS)[:, None]  # (b, d)
+    radial = (g_flat * u).sum(1)  # (b,), negative where a step lengthens v
+    inward = c * velocity_norm(g) - radial.clamp_max(0)
+    guarded = (g_flat + inward[:, None] * u).view(g.shape).to(g.dtype)
     return torch.where(longer.view(-1, *[1] * (g.ndim - 1)), guarded, g)
 
 
 def oppose(v: Tensor, v_ref: Tensor, margin: float = 0.0, c: float = 0.3):
     """In the next backward pass, replace the gradient at v by its guard_gradient. v, v_ref (b, ...) of one shape.
 
-    Call it before backward(). It acts on all that is computed from this v, a KL to the reference too."""
+    Call it before backward(). It acts on every term that is computed from this v, also on a KL to the reference."""
     inner, v_ref = v.detach(), v_ref.detach()
     v.register_hook(lambda g: guard_gradient(g, inner, v_ref, margin, c))
 
 
 def renormalize(v: Tensor, v_ref: Tensor, cap: bool = False) -> Tensor:
     """Rescale v to the reference's norm, per sample: v * ||v_ref|| / ||v||. Same shape and dtype as v. cap=True only
-    shrinks. This repair at inference time (compare diffusers' guidance_rescale) does not help against RL's inflation,
-    says the paper. Raises ValueError if the shapes differ."""
+    shrinks. A repair at inference time (compare diffusers' guidance_rescale). It does not help in the paper, and helps
+    in part on this repository's miniature. Raises ValueError if the shapes differ."""
     scale = norm_ratio(v_ref, v)
     if cap:
         scale = scale.clamp_max(1.0)
@@ -94,13 +94,15 @@ def renormalize(v: Tensor, v_ref: Tensor, cap: bool = False) -> Tensor:
 def reference(model: torch.nn.Module, keep: tuple[str, ...] = ()):
     """Inside, `model` is the frozen base that it was before RL: LoRA adapters off, eval mode, no gradient.
 
-    For diffusers models with adapters and for PeftModel, also wrapped (DDP, torch.compile, accelerate). On exit, also
-    after an exception and when nested, the active adapters, what trains, and train/eval mode are as before. If the
-    model has dropout, compute v in eval mode too: the noise of dropout would count as excess norm.
+    For diffusers models with adapters and for PeftModel, also wrapped (DDP, torch.compile, accelerate). On exit, even
+    after an exception or when nested, active adapters, requires_grad and train/eval mode are as before. If the model
+    has dropout, compute v in eval mode too: the noise of dropout would count as excess norm.
 
     keep: adapters that were there before RL, such as a frozen style LoRA; they stay on. Warns once if parameters that
-    stay on are trained (LoRA biases). Raises ValueError if the model has no adapter or a merged one; if one in `keep`
-    does not exist or is trained; if a frozen adapter is active beside a trained one and not in `keep`."""
+    stay on are trained (LoRA biases). Raises ValueError
+    - if the model has no adapter or a merged one;
+    - if an adapter in `keep` does not exist or is trained;
+    - if a frozen adapter is active beside a trained one and is not in `keep`."""
     modules = list(model.modules())
     # peft's adapter layers read this flag in forward; its own disable_adapters() would reset requires_grad
     layers = [m for m in modules if "_disable_adapters" in vars(m) or hasattr(type(m), "_disable_adapters")]

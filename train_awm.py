@@ -16,19 +16,20 @@ the log-likelihood. For a picture x0 of the policy, x_t = (1 - t) x0 + t eps:
 As in the official PickScore recipe:
 - Pictures are drawn without guidance.
 - The advantage A is the reward minus its group's mean, over the global std, clipped at +- 5 and divided by 5.
-- t is stratified over the rollout's own noise levels, without the last tenth of them, which has the least noise.
+- t is stratified over the rollout's noise levels, except the last and least noisy tenth.
 - There is one update an epoch, on policy. With more --updates, p_old is the policy before the first of them.
-Different from there:
+
+Unlike the official recipe:
 - Euler steps instead of a second-order sampler; t is drawn per picture instead of per micro-batch; T5 reads 256 tokens,
   diffusers' default, instead of 128.
-- A is divided by the std alone (there by std + 1e-4), so that the reward's scale does not matter.
+- A is divided by the std alone (officially by std + 1e-4), so that the reward's scale does not matter.
 - There is no EMA of the weights without --ema, and no second KL to such an EMA.
 
-To resume, run the same command again.
+To resume, run the same command again. README.md has the flags that matter.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch: waiting threads soon leave their core to other processes
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: its idle threads soon free their core
 
 import math
 import time
@@ -53,12 +54,12 @@ CLIP = 1.0  # c: the likelihood ratio is clipped to 1 +- c
 class Args:
     # ---- method
     lam: float | Literal["auto"] = 0.05  # weight of the hinge; 0: plain AWM; auto: scale it to the loss's gradient
-    margin: float = 0.0  # relative excess of the velocity norm below which the hinge does not act
+    margin: float = 0.0  # the hinge acts above this excess of the velocity norm over the reference's (0.02: 2 %)
     kl: float = 1e-4  # weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass
     power: float = 0.25  # a, the power of the generalized Huber loss
     adv_clip: float = 5.0  # advantages are clipped to +- this many standard deviations, then scaled to +- 1
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm
-    # evaluate and save an average of the LoRA over the steps, with decay min((1 + s) / (10 + s), this) at step s
+    # evaluate and save a moving average of the LoRA, whose decay at step s is the lesser of this and (1 + s) / (10 + s)
     ema: float | None = None
     lr: float = 5e-4  # AdamW's learning rate, constant
     rank: int = 32  # LoRA rank; alpha is twice that
@@ -66,22 +67,22 @@ class Args:
     model: str = "tiny/sd3"  # any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id
     # pickscore, hpsv2.1, clipscore, a CLIPModel folder, file.py:function, vlm:MODEL[@URL], or a sum: A:0.5,B:0.5
     reward: str = "tiny/pickscore"
-    vlm_question: str | None = None  # what vlm: asks; {prompt} is the picture's (None: does it show the prompt?)
+    vlm_question: str | None = None  # what vlm: asks; {prompt}: the picture's prompt (None: does it show the prompt?)
     prompts: str = "tiny/prompts.txt"  # text file, one training prompt a line
     eval_prompts: str = "tiny/eval_prompts.txt"  # text file of held-out prompts
     # ---- sampling
-    group: int = 16  # pictures a prompt
-    groups: int = 6  # prompts an epoch
+    group: int = 16  # pictures of each prompt (a group)
+    groups: int = 6  # groups of an epoch, one for each prompt
     steps: int = 8  # Euler steps of a rollout
-    # guidance scale of rollouts and evaluations (None: none); what a guidance embedding is told, in training too
+    # guidance scale of rollouts and evaluations, for a guidance embedding also of training (None: none, or its default)
     guidance: float | None = None
     size: int | None = None  # pixels a side (None: the model's own)
     frames: int | None = None  # frames of a video (None: the model's own)
     # ---- training
     seed: int = 0  # seed of the LoRA, the prompts and all noise
-    epochs: int = 40  # rounds of rollouts and their updates
+    epochs: int = 40  # rounds of rollouts and updates
     updates: int = 1  # optimizer steps an epoch; each trains on 1/updates of the pictures
-    timesteps: int = 2  # noise levels at which each picture is trained, one from each of as many parts of the schedule
+    timesteps: int = 2  # noise levels per picture: one is drawn from each of this many parts of the schedule
     eval_every: int = 10  # epochs between evaluations; 0: never
     eval_n: int = 64  # held-out pictures of an evaluation
     eval_steps: int | None = None  # Euler steps of an evaluation (None: --steps)
@@ -99,10 +100,9 @@ class Args:
 
 
 def likelihood_ratio(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Tensor, power: float = 0.25) -> Tensor:
-    """r = p(x0; t, eps) under v over that under v_old, in fp32. v (with gradient), v_old, x0, noise (b, ...); t in
-    [0, 1] (b,) -> (b,)."""
-    def log_prob(v):
-        """log p(x0; t, eps) under the velocity v (b, ...), (b,)."""
+    """r = p(x0; t, eps | v) / p(x0; t, eps | v_old), in fp32. v (with gradient), v_old, x0, noise (b, ...); t in [0, 1]
+    (b,) -> (b,)."""
+    def log_prob(v):  # log p(x0; t, eps | v), (b,)
         error = (v.float() - (noise.float() - x0.float())).square().flatten(1).mean(1)
         return -t.to(v.device).float() / power * (error + 1e-10) ** power
 
@@ -114,28 +114,27 @@ def awm_loss(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Tensor, adv
     """AWM's clipped policy loss per sample, in fp32. v (with gradient), v_old, x0, noise (b, ...); t in [0, 1] and adv
     (b,) -> (b,).
 
-    On policy where v_old is v.detach(): the ratio is 1 and the gradient is that of -adv log p.
-    """
+    On policy, v_old is v.detach(): the ratio is 1, and the gradient is that of -adv log p."""
     ratio = likelihood_ratio(v, v_old, x0, noise, t, power)
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - clip, 1 + clip))
 
 
 @one_line_errors()
 def main(args: Args, rival=None):
-    """Train. rival(v, v_ref, pipe, batch) -> (b,): another guard in the hinge's place, for tiny/reproduce.py."""
+    """Train. rival(v, v_ref, pipe, batch) -> (b,): a guard to compare with in the hinge's place (tiny/reproduce.py)."""
     run.check_args(args)
     lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
-    n, usable = args.groups * args.group, int(0.9 * args.steps)  # pictures an epoch; steps of the schedule that train
+    n, trained_steps = args.groups * args.group, int(0.9 * args.steps)  # pictures an epoch; steps to train at
     local = local_slice(n)  # the pictures of an epoch that this process draws and trains on
     if n % args.updates:
         raise InputError(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
-    if args.timesteps > usable:
-        raise InputError(f"--timesteps {args.timesteps}: more than the {usable} steps that --steps {args.steps} offers")
+    if args.timesteps > trained_steps:
+        raise InputError(f"--timesteps {args.timesteps}: must be at most {trained_steps} with --steps {args.steps}")
 
-    # ---- load; what can fail, fails before anything is written
+    # ---- load; errors come before anything is written
     device = local_device()
     prompts, eval_prompts = draws.draw_prompts(args)  # epochs * groups prompts to train on, eval_n held-out ones
-    out, saved = run.find_run("awm", args, device)  # saved: the checkpoint to resume from, or None
+    out, saved = run.find_run("awm", args, device)  # saved: a checkpoint or None; a finished run exits here
     reward, pipe = run.load_models(args, device, prompts, eval_prompts)
     sigmas = schedule(pipe, args.steps)  # the rollout's noise levels, (steps + 1,), from 1 down to 0
 
@@ -170,25 +169,26 @@ def main(args: Args, rival=None):
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` noise levels
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)  # (rows,)
-        t = sigmas[draws.stratified_steps(n, args.timesteps, usable, g).flatten()]  # (rows,)
+        t = sigmas[draws.stratified_steps(n, args.timesteps, trained_steps, g).flatten()]  # (rows,); t is sigma
         updates = torch.arange(len(t)).split(len(t) // args.updates)  # the rows of each update
 
-        # ---- with several updates: the velocities before the first one, by a micro-batch's first row
-        old = {}
-        for rows in (rows for update in updates[1:] for rows in draws.local_batches(update, picture, n, args.batch)):
-            batch = draws.training_batch(pipe, args.seed, epoch, rows, picture[rows], t[rows], x0, texts)
-            with torch.no_grad():
-                old[rows[0].item()] = velocity(pipe, batch["xt"], batch["t"], batch["prompts"]).cpu()
+        # ---- for the updates after the first: v_old of each micro-batch, by its first row
+        v_olds = {}
+        for update in updates[1:]:
+            for rows in draws.local_batches(update, picture, n, args.batch):
+                batch = draws.training_batch(pipe, args.seed, epoch, rows, picture[rows], t[rows], x0, texts)
+                with torch.no_grad():
+                    v_olds[rows[0].item()] = velocity(pipe, batch["xt"], batch["t"], batch["prompts"]).cpu()
 
         for u, update in enumerate(updates):
             # ---- loss and gradient
-            logged = []  # of each micro-batch, its rows' values by name
+            logged = []  # one dict of row values per micro-batch
             for rows in draws.local_batches(update, picture, n, args.batch):
                 batch = draws.training_batch(pipe, args.seed, epoch, rows, picture[rows], t[rows], x0, texts, adv=adv)
                 v = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
-                v_old = v.detach() if u == 0 else old[rows[0].item()].to(device)  # the first update is on policy
-                path = v_old, batch["x0"], batch["noise"], batch["t"]
-                base_loss = awm_loss(v, *path, batch["adv"], args.power)
+                v_old = v.detach() if u == 0 else v_olds[rows[0].item()].to(device)  # the first update is on policy
+                inputs = v_old, batch["x0"], batch["noise"], batch["t"]
+                base_loss = awm_loss(v, *inputs, batch["adv"], args.power)
                 guard = kl = torch.zeros_like(base_loss)
                 row_log = {}
                 if args.lam != 0 or args.kl > 0:
@@ -204,12 +204,12 @@ def main(args: Args, rival=None):
                 if args.lam == "auto":
                     oppose(v, v_ref, args.margin)
                 (loss.sum() / len(update)).backward()
-                policy_ratio = likelihood_ratio(v.detach(), *path, args.power).double()
+                policy_ratio = likelihood_ratio(v.detach(), *inputs, args.power).double()
                 row_log |= {"loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl,
                             "clip_share": (policy_ratio - 1).abs() > CLIP,
                             "policy_ratio": policy_ratio, "policy_ratio_square": policy_ratio.square()}
                 logged.append(row_log)
-            means = mean_over_rows(logged, len(update))
+            means = mean_over_rows(logged, len(update))  # over all processes; adds norm_ratio_by_t
             square, mean = means.pop("policy_ratio_square"), means.pop("policy_ratio")
             means["ratio_std"] = max(0, square - mean ** 2) ** 0.5
 
@@ -225,7 +225,7 @@ def main(args: Args, rival=None):
             step += 1
             skipped += not finite
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            images = n * (u + 1) / args.updates  # of this epoch's, trained on so far
+            images = n * (u + 1) / args.updates  # pictures of this epoch trained on so far
             run.log_step(out, bar, {"step": step, "epoch": epoch, **stats, **means, "grad_norm": grad_norm,
                                     "skipped": skipped, "img_per_s": images / (time.time() - start)})
             if skipped_in_a_row == 10:
@@ -235,7 +235,7 @@ def main(args: Args, rival=None):
         # ---- evaluation and checkpoint
         done = epoch + 1
         if args.eval_every and (done % args.eval_every == 0 or done == args.epochs):
-            with swapped(params, ema):
+            with swapped(params, ema):  # if ema is None, nothing is swapped
                 evaluate(out, args, pipe, reward, eval_prompts, step, done)
         if done % args.save_every == 0 or done == args.epochs:
             run.save_checkpoint(out, "awm", args, pipe, eval_prompts, params, optimizer, epoch=done, step=step,

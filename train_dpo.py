@@ -1,4 +1,4 @@
-r"""Flow-DPO, online, + NormGuard for flow-matching models, on one GPU or several.
+r"""Online Flow-DPO + NormGuard for flow-matching models, on one GPU or several.
 
     python train_dpo.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_dpo.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
@@ -7,33 +7,34 @@ r"""Flow-DPO, online, + NormGuard for flow-matching models, on one GPU or severa
     torchrun --nproc-per-node 8 train_dpo.py ...                # the same on eight GPUs
 
 Diffusion-DPO (arXiv 2311.12908) on velocities, as Flow-DPO (arXiv 2501.13918) and Flow-GRPO's train_sd3_dpo.py
-(github.com/yifan123/flow_grpo): of a prompt's pictures the best by reward, w, is preferred to the worst, l. Both get
-the same noise eps and noise level t, x_t = (1 - t) x0 + t eps. With e(v) = mean ||v - (eps - x0)||^2,
+(github.com/yifan123/flow_grpo): a prompt's best picture by reward, w, is preferred to its worst, l. Both get the same
+noise eps and noise level t, x_t = (1 - t) x0 + t eps. With e(v) = mean ||v - (eps - x0)||^2,
 
     base_loss = -2 / beta * log sigmoid(-beta / 2 * [(e(v_w) - e(v_ref,w)) - (e(v_l) - e(v_ref,l))])
     loss = base_loss + lam * guard + kl * mean ||v_theta - v_ref||^2      guard: normguard.py, the mean over w and l
 
-As there:
+As in the official recipe, train_sd3_dpo.py:
 - The reference is the base model.
 - t is logit-normal in the scheduler's own 1000 training levels. These have its fixed shift, or none where the shift
   depends on the size of the picture.
-- With --guidance (4.5 there, by default none here) rollouts are guided; the velocities in the loss are conditional.
-Different from there:
-- The current policy draws the pictures (there the reference, which train.ref_update_step may update).
+- With --guidance (official: 4.5, default: none) rollouts are guided; the velocities in the loss are conditional.
+
+Unlike the official recipe:
+- The current policy draws the pictures (officially the reference, which train.ref_update_step may update).
 - --pairs takes several pairs a prompt: best and worst, second best and second worst, ... A pair of equal reward has
   zero loss.
 - The factor 2 / beta makes lam and kl weigh as in the other methods. Adam does not see it, but max_grad_norm does: the
   official 1 is 0.02 here.
-- Euler steps; T5 reads 256 tokens, diffusers' default, instead of 128; no EMA of the weights without --ema (there it
-  is updated at every eighth step).
-- With --lam auto, every eighth row is at one of the rollout's own noise levels: logit-normal draws hardly ever come
-  near the last one, and the guard acts only at noise levels that are trained.
+- Euler steps; T5 reads 256 tokens, diffusers' default, instead of 128.
+- There is no EMA of the weights without --ema (officially it is updated at every eighth step).
+- With --lam auto, every eighth row is at one of the rollout's noise levels: logit-normal draws hardly ever come near
+  the last level, and the guard acts only at noise levels that are trained.
 
-To resume, run the same command again.
+To resume, run the same command again. README.md has the flags that matter.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch: waiting threads soon leave their core to other processes
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: its idle threads soon free their core
 
 import math
 import time
@@ -58,13 +59,13 @@ from normguard import norm_hinge, norm_ratio, oppose, reference
 class Args:
     # ---- method
     lam: float | Literal["auto"] = 0.05  # weight of the hinge; 0: plain DPO; auto: scale it to the loss's gradient
-    margin: float = 0.0  # relative excess of the velocity norm below which the hinge does not act
+    margin: float = 0.0  # the hinge acts above this excess of the velocity norm over the reference's (0.02: 2 %)
     kl: float = 0.0  # weight of an additional velocity KL to the reference
-    dpo_beta: float = 10.0  # beta: the larger, the sooner a pair that is told apart stops to pull (official: 100)
+    dpo_beta: float = 10.0  # beta: the larger, the less a pair counts once its order is learnt (official: 100)
     # pairs a prompt: best and worst picture, second best and second worst, ... (None: 4, or half of --group)
     pairs: int | None = None
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm
-    # evaluate and save an average of the LoRA over the steps, with decay min((1 + s) / (10 + s), this) at step s
+    # evaluate and save a moving average of the LoRA, whose decay at step s is the lesser of this and (1 + s) / (10 + s)
     ema: float | None = None
     lr: float = 1e-3  # AdamW's learning rate, constant
     rank: int = 32  # LoRA rank; alpha is twice that
@@ -72,22 +73,22 @@ class Args:
     model: str = "tiny/sd3"  # any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id
     # pickscore, hpsv2.1, clipscore, a CLIPModel folder, file.py:function, vlm:MODEL[@URL], or a sum: A:0.5,B:0.5
     reward: str = "tiny/pickscore"
-    vlm_question: str | None = None  # what vlm: asks; {prompt} is the picture's (None: does it show the prompt?)
+    vlm_question: str | None = None  # what vlm: asks; {prompt}: the picture's prompt (None: does it show the prompt?)
     prompts: str = "tiny/prompts.txt"  # text file, one training prompt a line
     eval_prompts: str = "tiny/eval_prompts.txt"  # text file of held-out prompts
     # ---- sampling
-    group: int = 16  # pictures a prompt
-    groups: int = 6  # prompts an epoch
+    group: int = 16  # pictures of each prompt (a group)
+    groups: int = 6  # groups of an epoch, one for each prompt
     steps: int = 8  # Euler steps of a rollout
-    # guidance scale of rollouts and evaluations (None: none); what a guidance embedding is told, in training too
+    # guidance scale of rollouts and evaluations, for a guidance embedding also of training (None: none, or its default)
     guidance: float | None = None
     size: int | None = None  # pixels a side (None: the model's own)
     frames: int | None = None  # frames of a video (None: the model's own)
     # ---- training
     seed: int = 0  # seed of the LoRA, the prompts and all noise
-    epochs: int = 40  # rounds of rollouts and their updates
+    epochs: int = 40  # rounds of rollouts and updates
     updates: int = 1  # optimizer steps an epoch; each trains on 1/updates of the pairs
-    timesteps: int = 2  # noise levels at which each pair is trained, logit-normal in the scheduler's training levels
+    timesteps: int = 2  # noise levels per pair, logit-normal over the scheduler's training levels
     eval_every: int = 10  # epochs between evaluations; 0: never
     eval_n: int = 64  # held-out pictures of an evaluation
     eval_steps: int | None = None  # Euler steps of an evaluation (None: --steps)
@@ -104,12 +105,11 @@ class Args:
     wandb: str | None = None  # also log to this wandb project (pip install wandb)
 
 
-def dpo_margin(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor,
-               beta: float = 100.0) -> Tensor:
-    """By how much more the model prefers w to l than its reference does (the logit of Diffusion-DPO), in fp32; all
-    (b, ...) -> (b,). Gradient to v_w and v_l."""
-    def error(v, target):
-        """e(v): mean squared error, (b, ...) -> (b,)."""
+def dpo_logit(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor,
+              beta: float = 100.0) -> Tensor:
+    """How much more the model prefers w to l than its reference does, in fp32. All (b, ...) -> (b,). Gradient to v_w
+    and v_l."""
+    def error(v, target):  # e(v), (b,)
         return (v.float() - target.float()).square().flatten(1).mean(1)
 
     w = error(v_w, target_w) - error(v_ref_w.detach(), target_w)
@@ -120,7 +120,7 @@ def dpo_margin(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, targe
 def dpo_loss(v_w: Tensor, v_l: Tensor, v_ref_w: Tensor, v_ref_l: Tensor, target_w: Tensor, target_l: Tensor,
              beta: float = 100.0) -> Tensor:
     """Diffusion-DPO's loss per pair on velocities, in fp32; all (b, ...) -> (b,). Gradient to v_w and v_l."""
-    return -F.logsigmoid(dpo_margin(v_w, v_l, v_ref_w, v_ref_l, target_w, target_l, beta))
+    return -F.logsigmoid(dpo_logit(v_w, v_l, v_ref_w, v_ref_l, target_w, target_l, beta))
 
 
 def best_and_worst(reward: Tensor, group: int, pairs: int) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ def best_and_worst(reward: Tensor, group: int, pairs: int) -> tuple[Tensor, Tens
 
 @one_line_errors()
 def main(args: Args, rival=None):
-    """Train. rival(v, v_ref, pipe, batch) -> (b,): another guard in the hinge's place, for tiny/reproduce.py."""
+    """Train. rival(v, v_ref, pipe, batch) -> (b,): a guard to compare with in the hinge's place (tiny/reproduce.py)."""
     run.check_args(args)
     lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
     pairs_each = min(4, args.group // 2) if args.pairs is None else args.pairs
@@ -144,10 +144,10 @@ def main(args: Args, rival=None):
     if pairs % args.updates:
         raise InputError(f"--updates {args.updates}: must divide the epoch's {pairs} pairs (--groups x --pairs)")
 
-    # ---- load; what can fail, fails before anything is written
+    # ---- load; errors come before anything is written
     device = local_device()
     prompts, eval_prompts = draws.draw_prompts(args)  # epochs * groups prompts to train on, eval_n held-out ones
-    out, saved = run.find_run("dpo", args, device)  # saved: the checkpoint to resume from, or None
+    out, saved = run.find_run("dpo", args, device)  # saved: a checkpoint or None; a finished run exits here
     reward, pipe = run.load_models(args, device, prompts, eval_prompts)
     sigmas = schedule(pipe, args.steps)  # the rollout's noise levels, (steps + 1,), from 1 down to 0
     levels = training_levels(pipe)  # the noise levels that are trained at
@@ -191,7 +191,7 @@ def main(args: Args, rival=None):
 
         for u, update in enumerate(updates):
             # ---- loss and gradient
-            logged = []  # of each micro-batch, its rows' values by name
+            logged = []  # one dict of row values per micro-batch
             for rows in draws.local_batches(update, w[pair], n, max(1, args.batch // 2)):
                 both = torch.cat([w[pair[rows]], l[pair[rows]]])  # winners, then losers, of the same noise and t
                 batch = draws.training_batch(pipe, args.seed, epoch, rows.repeat(2), both, t[rows].repeat(2), x0, texts)
@@ -211,12 +211,12 @@ def main(args: Args, rival=None):
                 if args.lam == "auto":
                     oppose(v, v_ref, args.margin)
                 (loss.sum() / len(update)).backward()
-                margin = dpo_margin(*halves, args.dpo_beta).detach()
+                logit = dpo_logit(*halves, args.dpo_beta).detach()
                 weight = differ_b * len(update) / differ[pair[update]].sum()  # a mean over the pairs that differ
                 logged.append({"norm_ratio": ratio.mean(0), "active": (ratio > 1 + args.margin).float().mean(0),
                                "t": t[rows], "loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl,
-                               "accuracy": weight * (margin > 0), "margin": weight * margin})
-            means = mean_over_rows(logged, len(update))
+                               "accuracy": weight * (logit > 0), "margin": weight * logit})
+            means = mean_over_rows(logged, len(update))  # over all processes; adds norm_ratio_by_t
 
             # ---- optimizer step, unless the loss or a gradient is not finite
             sum_gradients(params)
@@ -230,7 +230,7 @@ def main(args: Args, rival=None):
             step += 1
             skipped += not finite
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            images = n * (u + 1) / args.updates  # of this epoch's, trained on so far
+            images = n * (u + 1) / args.updates  # pictures of this epoch trained on so far
             run.log_step(out, bar, {"step": step, "epoch": epoch, **stats, **means, "grad_norm": grad_norm,
                                     "skipped": skipped, "img_per_s": images / (time.time() - start)})
             if skipped_in_a_row == 10:
@@ -240,7 +240,7 @@ def main(args: Args, rival=None):
         # ---- evaluation and checkpoint
         done = epoch + 1
         if args.eval_every and (done % args.eval_every == 0 or done == args.epochs):
-            with swapped(params, ema):
+            with swapped(params, ema):  # if ema is None, nothing is swapped
                 evaluate(out, args, pipe, reward, eval_prompts, step, done)
         if done % args.save_every == 0 or done == args.epochs:
             run.save_checkpoint(out, "dpo", args, pipe, eval_prompts, params, optimizer, epoch=done, step=step,

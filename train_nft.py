@@ -18,19 +18,20 @@ x0(v) = x_t - t v,
 As in the official PickScore recipe:
 - The old policy is an EMA of the trained LoRA. It draws the pictures, without guidance.
 - The advantage A is the reward minus its group's mean, over the global std, clipped at +- 5 and divided by 5.
-- There is one update an epoch, at random noise levels of the rollout (nine of ten in the command above).
-- --ema 0.9 is the average that is evaluated and kept in lora/.
-Different from there:
+- There is one update an epoch, at random noise levels of the rollout (in the command above at nine of ten).
+- With --ema 0.9, a moving average of the LoRA is evaluated and kept in lora/.
+
+Unlike the official recipe:
 - Euler steps instead of a second-order sampler; T5 reads 256 tokens, diffusers' default, instead of 128.
-- A is divided by the std alone (there by std + 1e-4), so that the reward's scale does not matter.
+- A is divided by the std alone (officially by std + 1e-4), so that the reward's scale does not matter.
 - base_loss lacks the factor 5, so that one lam suits all three methods. In the command above kl and max_grad_norm are
   therefore a fifth of the official ones.
 
-To resume, run the same command again.
+To resume, run the same command again. README.md has the flags that matter.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch: waiting threads soon leave their core to other processes
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: its idle threads soon free their core
 
 import math
 import time
@@ -56,13 +57,13 @@ ADV_CLIP = 5.0  # advantages are clipped to +- this many standard deviations, th
 class Args:
     # ---- method
     lam: float | Literal["auto"] = 0.05  # weight of the hinge; 0: plain NFT; auto: scale it to the loss's gradient
-    margin: float = 0.0  # relative excess of the velocity norm below which the hinge does not act
+    margin: float = 0.0  # the hinge acts above this excess of the velocity norm over the reference's (0.02: 2 %)
     kl: float = 1e-4  # weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass
     nft_beta: float = 1.0  # beta: how far v+ and v- lie from the old policy
-    # the old policy's EMA decay: 0 for so many optimizer steps, then growing by this at each, up to this
+    # START RATE MAX: the old policy's EMA decay is 0 for START optimizer steps, then RATE more at each, up to MAX
     old_decay: tuple[int, float, float] = (0, 0.001, 0.5)
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm
-    # evaluate and save an average of the LoRA over the steps, with decay min((1 + s) / (10 + s), this) at step s
+    # evaluate and save a moving average of the LoRA, whose decay at step s is the lesser of this and (1 + s) / (10 + s)
     ema: float | None = None
     lr: float = 5e-4  # AdamW's learning rate, constant
     rank: int = 32  # LoRA rank; alpha is twice that
@@ -70,22 +71,22 @@ class Args:
     model: str = "tiny/sd3"  # any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id
     # pickscore, hpsv2.1, clipscore, a CLIPModel folder, file.py:function, vlm:MODEL[@URL], or a sum: A:0.5,B:0.5
     reward: str = "tiny/pickscore"
-    vlm_question: str | None = None  # what vlm: asks; {prompt} is the picture's (None: does it show the prompt?)
+    vlm_question: str | None = None  # what vlm: asks; {prompt}: the picture's prompt (None: does it show the prompt?)
     prompts: str = "tiny/prompts.txt"  # text file, one training prompt a line
     eval_prompts: str = "tiny/eval_prompts.txt"  # text file of held-out prompts
     # ---- sampling
-    group: int = 16  # pictures a prompt
-    groups: int = 6  # prompts an epoch
+    group: int = 16  # pictures of each prompt (a group)
+    groups: int = 6  # groups of an epoch, one for each prompt
     steps: int = 8  # Euler steps of a rollout
-    # guidance scale of rollouts and evaluations (None: none); what a guidance embedding is told, in training too
+    # guidance scale of rollouts and evaluations, for a guidance embedding also of training (None: none, or its default)
     guidance: float | None = None
     size: int | None = None  # pixels a side (None: the model's own)
     frames: int | None = None  # frames of a video (None: the model's own)
     # ---- training
     seed: int = 0  # seed of the LoRA, the prompts and all noise
-    epochs: int = 40  # rounds of rollouts and their updates
+    epochs: int = 40  # rounds of rollouts and updates
     updates: int = 1  # optimizer steps an epoch; each trains on 1/updates of the pictures
-    timesteps: int = 2  # noise levels at which each picture is trained, drawn from the schedule's steps
+    timesteps: int = 2  # noise levels per picture, drawn from the schedule's steps
     eval_every: int = 10  # epochs between evaluations; 0: never
     eval_n: int = 64  # held-out pictures of an evaluation
     eval_steps: int | None = None  # Euler steps of an evaluation (None: --steps)
@@ -107,8 +108,7 @@ def nft_loss(v: Tensor, v_old: Tensor, x0: Tensor, xt: Tensor, t: Tensor, r: Ten
     (b,)."""
     v, v_old, x0, xt, t, r = (a.to(v.device).float() for a in (v, v_old.detach(), x0, xt, t, r))
 
-    def matching(v):
-        """L(v): (b, ...) -> (b,)."""
+    def matching(v):  # L(v), (b,)
         error = (xt - t.view(-1, *[1] * (xt.ndim - 1)) * v - x0).flatten(1)  # in x0-space
         return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
 
@@ -135,7 +135,7 @@ def old_policy(model: torch.nn.Module):
 
 @one_line_errors()
 def main(args: Args, rival=None):
-    """Train. rival(v, v_ref, pipe, batch) -> (b,): another guard in the hinge's place, for tiny/reproduce.py."""
+    """Train. rival(v, v_ref, pipe, batch) -> (b,): a guard to compare with in the hinge's place (tiny/reproduce.py)."""
     run.check_args(args)
     lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
     n = args.groups * args.group  # pictures an epoch
@@ -147,10 +147,10 @@ def main(args: Args, rival=None):
     if min(args.old_decay) < 0 or not args.old_decay[2] < 1:
         raise InputError(f"--old-decay {' '.join(map(str, args.old_decay))}: none below 0, and the last below 1")
 
-    # ---- load; what can fail, fails before anything is written
+    # ---- load; errors come before anything is written
     device = local_device()
     prompts, eval_prompts = draws.draw_prompts(args)  # epochs * groups prompts to train on, eval_n held-out ones
-    out, saved = run.find_run("nft", args, device)  # saved: the checkpoint to resume from, or None
+    out, saved = run.find_run("nft", args, device)  # saved: a checkpoint or None; a finished run exits here
     reward, pipe = run.load_models(args, device, prompts, eval_prompts)
     sigmas = schedule(pipe, args.steps)  # the rollout's noise levels, (steps + 1,), from 1 down to 0
 
@@ -169,7 +169,7 @@ def main(args: Args, rival=None):
     prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
     if first_epoch == 0 and args.eval_every:
         evaluate(out, args, pipe, reward, eval_prompts, step=0, epoch=0)
-    decay = old_decay(step, *args.old_decay)  # of the old policy's last update
+    decay = old_decay(step, *args.old_decay)  # decay of the old policy's latest update
 
     bar = progress(range(first_epoch, args.epochs), desc="train", initial=first_epoch, total=args.epochs)
     for epoch in bar:
@@ -189,13 +189,13 @@ def main(args: Args, rival=None):
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` noise levels
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)  # (rows,)
-        shuffled_steps = torch.rand(n, args.steps, generator=g).argsort(1)  # of each picture's own
-        t = sigmas[shuffled_steps[:, :args.timesteps].flatten()]  # (rows,)
+        shuffled_steps = torch.rand(n, args.steps, generator=g).argsort(1)  # (n, steps): an order for each picture
+        t = sigmas[shuffled_steps[:, :args.timesteps].flatten()]  # (rows,); t is sigma
         updates = torch.arange(len(t)).split(len(t) // args.updates)  # the rows of each update
 
         for u, update in enumerate(updates):
             # ---- loss and gradient
-            logged = []  # of each micro-batch, its rows' values by name
+            logged = []  # one dict of row values per micro-batch
             for rows in draws.local_batches(update, picture, n, args.batch):
                 batch = draws.training_batch(pipe, args.seed, epoch, rows, picture[rows], t[rows], x0, texts, r=r)
                 v = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
@@ -223,7 +223,7 @@ def main(args: Args, rival=None):
                 row_log |= {"loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl,
                             "old_distance": (v.detach() - v_old).square().flatten(1).mean(1)}
                 logged.append(row_log)
-            means = mean_over_rows(logged, len(update))
+            means = mean_over_rows(logged, len(update))  # over all processes; adds norm_ratio_by_t
 
             # ---- optimizer step, unless the loss or a gradient is not finite
             sum_gradients(params)
@@ -237,7 +237,7 @@ def main(args: Args, rival=None):
             step += 1
             skipped += not finite
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            images = n * (u + 1) / args.updates  # of this epoch's, trained on so far
+            images = n * (u + 1) / args.updates  # pictures of this epoch trained on so far
             run.log_step(out, bar, {"step": step, "epoch": epoch, **stats, **means, "grad_norm": grad_norm,
                                     "skipped": skipped, "img_per_s": images / (time.time() - start)})
             if skipped_in_a_row == 10:
@@ -253,7 +253,7 @@ def main(args: Args, rival=None):
         # ---- evaluation and checkpoint
         done = epoch + 1
         if args.eval_every and (done % args.eval_every == 0 or done == args.epochs):
-            with swapped(params, ema):
+            with swapped(params, ema):  # if ema is None, nothing is swapped
                 evaluate(out, args, pipe, reward, eval_prompts, step, done)
         if done % args.save_every == 0 or done == args.epochs:
             run.save_checkpoint(out, "nft", args, pipe, eval_prompts, params, optimizer, epoch=done, step=step,

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from flow.cli import InputError
 
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-BINS = 5  # of the noise level t in norm_ratio_by_t: equal parts of [0, 1]
+BINS = 5  # equal parts of t's range [0, 1] in norm_ratio_by_t
 
 
 def local_device() -> torch.device:
@@ -44,8 +44,8 @@ def local_slice(n: int) -> slice:
 
 
 def barrier(**state):
-    """Wait for all processes. The first call connects them. Raises InputError if their `state` differs, which each has
-    read from the run's folder."""
+    """Wait for all processes. The first call connects them. Raises InputError if their `state`, read from the run's
+    folder, differs."""
     if PROCESSES > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))  # a judge over HTTP can be slow
@@ -63,7 +63,7 @@ def shutdown():
 
 def shard(transformer: torch.nn.Module, device: torch.device):
     """Divide a transformer's frozen blocks among the processes (PyTorch's FSDP2). A block's parts are gathered while it
-    computes. A LoRA that is added later is not divided. From now on all processes must make equally many calls."""
+    computes. A LoRA that is added later is not divided. All processes must then call it equally often."""
     barrier()
     mesh = init_device_mesh(device.type, (PROCESSES,))
     lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
@@ -88,7 +88,7 @@ def all_gather_tensor(x: Tensor) -> Tensor:
 
 
 def gather_tensor(x: Tensor) -> Tensor | None:
-    """The same on the first process only, for large tensors; None on the others."""
+    """As all_gather_tensor, but on the first process only, for large tensors; None on the others."""
     if PROCESSES == 1:
         return x.cpu()
     parts = [None] * PROCESSES if RANK == 0 else None
@@ -114,19 +114,19 @@ def run_collective(collective, *args):
     try:
         collective(*args)
     except RuntimeError as e:
-        time.sleep(5)  # torchrun then ends this process, before it prints an error that only follows from another's
+        time.sleep(5)  # torchrun then ends this process before it prints an error that another process caused
         raise InputError(f"process {RANK} has lost another process, whose own message says why "
                          f"({str(e).splitlines()[0][:80]})")
 
 
 def move_to_cpu(models: list[torch.nn.Module]):
-    """Free GPU memory: the reward's models return to the device when they are called again."""
+    """Free GPU memory. The models of a reward return to the GPU when they are called again."""
     for model in models:
         model.to("cpu")
 
 
 def mean_over_rows(batches: list[dict[str, Tensor]], rows: int) -> dict:
-    """Means over an update's rows, of all processes, by name. batches: of each micro-batch, values (b,) by name. With
+    """Means over an update's rows on all processes, by name. batches: one dict of values (b,) per micro-batch. With
     norm_ratio there must be t (b,): it gives norm_ratio_by_t, the ratio in BINS equal bins of the noise level. Waits
     for the GPU."""
     sums = {}

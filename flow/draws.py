@@ -20,8 +20,8 @@ def rng(*key: int) -> torch.Generator:
 
 
 def draw_prompts(args) -> tuple[list[str], list[str]]:
-    """The run's training prompts, one a group, epochs * groups in all; and its eval_n held-out prompts. Each pass over
-    the file is shuffled anew."""
+    """The run's training prompts, one per group (epochs * groups), and its eval_n held-out prompts. Each pass over the
+    file is shuffled anew."""
     prompts, held_out = read_prompts(args.prompts, "--prompts"), read_prompts(args.eval_prompts, "--eval-prompts")
     if args.groups > len(prompts):
         raise InputError(f"--groups {args.groups}: more than the {len(prompts)} prompts in {args.prompts}")
@@ -38,16 +38,16 @@ def row_noise(pipe, seed: int, purpose: int, epoch: int, rows) -> Tensor:
     return draw_noise(pipe, len(generators), generators)
 
 
-def stratified_steps(n: int, strata: int, usable: int, g: torch.Generator) -> Tensor:
-    """Divide the schedule's first `usable` steps into strata; draw one step of each for each of n pictures: (n, strata)
-    long."""
-    bounds = torch.linspace(0, usable, strata + 1).long()
+def stratified_steps(n: int, strata: int, trained_steps: int, g: torch.Generator) -> Tensor:
+    """Divide the schedule's first `trained_steps` steps into strata; for each of n pictures draw one step from each:
+    (n, strata) long."""
+    bounds = torch.linspace(0, trained_steps, strata + 1).long()
     return bounds[:-1] + (torch.rand(n, strata, generator=g) * (bounds[1:] - bounds[:-1])).long()
 
 
 def local_batches(rows: Tensor, picture: Tensor, n: int, batch: int) -> list[Tensor]:
-    """Split the rows of an update that belong to this process into micro-batches of `batch` rows. rows: indices into
-    picture, which holds each row's picture, one of n."""
+    """Split the rows of an update that belong to this process into micro-batches of `batch` rows. rows: indices of the
+    update's rows. picture: the picture of each of the epoch's rows, 0 to n - 1."""
     local = local_slice(n)
     rows = rows[(picture[rows] >= local.start) & (picture[rows] < local.stop)]
     return list(rows.split(batch)) if len(rows) else []
@@ -55,10 +55,10 @@ def local_batches(rows: Tensor, picture: Tensor, n: int, batch: int) -> list[Ten
 
 def training_batch(pipe, seed: int, epoch: int, rows: Tensor, picture: Tensor, t: Tensor, x0: Tensor,
                    prompts: list[str], **values: Tensor) -> dict:
-    """What a micro-batch needs, by name: picture (b,), t (b,) and prompts as given; x0, noise, xt (b, ...) and each of
-    `values` (b,) on the device.
+    """A micro-batch by name: picture (b,) and t (b,) as given, its prompts; x0, noise, xt (b, ...) and each of `values`
+    (b,) on the device.
 
-    rows, picture, t (b,): each row's index, which seeds its noise; its picture, one of the epoch's n; its noise level.
+    rows (b,): each row's index, which seeds its noise. picture (b,): its picture, 0 to n - 1. t (b,): its noise level.
     x0: the latents of this process's pictures. prompts and values (n,): of all the epoch's pictures."""
     x0 = x0[picture - local_slice(len(prompts)).start].to(pipe.device)
     noise = row_noise(pipe, seed, TRAINING, epoch, rows).to(pipe.device)

@@ -15,8 +15,8 @@ from flow.run import log_line
 
 def decode_and_score(pipe, reward, x0: Tensor, prompts: list[str]):
     """Yield (pictures, scores (parts, chunk)) of latents x0 (n, ...), 16 megapixels at a time."""
-    most = max(1, 16 * 3 * 2**20 // int(np.prod(pipe.flow.picture)))
-    chunk = max(decode_size(pipe), most - most % decode_size(pipe))
+    most_pictures = max(1, 16 * 3 * 2**20 // int(np.prod(pipe.flow.picture)))
+    chunk = max(decode_size(pipe), most_pictures - most_pictures % decode_size(pipe))
     for rows in torch.arange(len(x0)).split(chunk):
         pictures = decode(pipe, x0[rows])
         yield pictures, reward.scores_of(pictures, [prompts[i] for i in rows])
@@ -24,21 +24,21 @@ def decode_and_score(pipe, reward, x0: Tensor, prompts: list[str]):
 
 
 def score(pipe, reward, x0: Tensor, prompts: list[str]) -> Tensor:
-    """Decode this process's latents x0 (local n, ...) and score them: each part of the reward for the pictures of all
-    processes, (parts, n)."""
+    """Decode and score this process's latents x0 (local n, ...). Returns each part of the reward for all processes'
+    pictures, (parts, n)."""
     return all_gather_tensor(torch.cat([scores for _, scores in decode_and_score(pipe, reward, x0, prompts)], 1).T).T
 
 
 def reward_stats(reward, scores: Tensor, group: int) -> dict[str, float]:
-    """What the log says of an epoch's rewards: mean and deviation, also of each part of a sum, and the fraction of
-    prompts whose pictures all have one reward. scores (parts, n). Prints a note if that is all of them."""
-    total, parts = reward.weighted(scores), dict(zip(reward.names, scores)) if len(scores) > 1 else {}
-    stats = {"reward": total.mean().item(), "reward_std": total.std().item()}
+    """An epoch's rewards for the log: mean and deviation, also of each part of a sum, and the fraction of prompts whose
+    pictures all have one reward. scores (parts, n). Prints a note if that fraction is 1."""
+    rewards, parts = reward.weighted(scores), dict(zip(reward.names, scores)) if len(scores) > 1 else {}
+    stats = {"reward": rewards.mean().item(), "reward_std": rewards.std().item()}
     for name, part in parts.items():
         stats |= {f"reward/{name}": part.mean().item(), f"reward/{name}_std": part.std().item()}
-    stats["zero_std_share"] = zero_std_share(total, group)
+    stats["zero_std_share"] = zero_std_share(rewards, group)
     if stats["zero_std_share"] == 1:
-        tqdm.write(f"note: all pictures of a prompt have the same reward ({total[0]:g}, ...): nothing to learn")
+        tqdm.write(f"note: all pictures of a prompt have the same reward ({rewards[0]:g}, ...): nothing to learn")
     return stats
 
 
@@ -58,18 +58,18 @@ def evaluate(out: Path, args, pipe, reward, eval_prompts: list[str], step: int, 
                            compare=True, batch=args.rollout_batch or args.batch, desc="evaluate")
     chunks = [(to_bytes(pictures), scores.T, saturation(pictures))
               for pictures, scores in decode_and_score(pipe, reward, x0, prompts)]
-    pictures, scores, colour = map(torch.cat, zip(*chunks))
+    pictures, scores, saturations = map(torch.cat, zip(*chunks))
     pictures, scores = gather_tensor(pictures), all_gather_tensor(scores).T
-    colour, ratios = all_gather_tensor(colour), all_gather_tensor(ratios)
+    saturations, ratios = all_gather_tensor(saturations), all_gather_tensor(ratios)
     if RANK > 0:
         return
-    total, ratio_by_step = reward.weighted(scores), ratios.mean(0)
+    rewards, ratio_by_step = reward.weighted(scores), ratios.mean(0)
     parts = dict(zip(reward.names, scores)) if len(scores) > 1 else {}
     grid = out / "samples" / f"{epoch:05d}.png"
     save_grid(grid, pictures, 8, eval_prompts)
     log_line(out, {
-        "step": step, "epoch": epoch, "eval_guidance": args.guidance, "eval_reward": total.mean().item(),
-        "eval_reward_se": (total.std() / len(total) ** 0.5).item(),
+        "step": step, "epoch": epoch, "eval_guidance": args.guidance, "eval_reward": rewards.mean().item(),
+        "eval_reward_se": (rewards.std() / len(rewards) ** 0.5).item(),
         **{f"eval_reward/{name}": part.mean().item() for name, part in parts.items()},
         "eval_norm_ratio": ratio_by_step.mean().item(), "eval_norm_ratio_max": ratio_by_step.max().item(),
-        "eval_norm_ratio_steps": ratio_by_step.tolist(), "eval_saturation": colour.mean().item()}, picture=grid)
+        "eval_norm_ratio_steps": ratio_by_step.tolist(), "eval_saturation": saturations.mean().item()}, picture=grid)

@@ -1,4 +1,4 @@
-"""A training run's folder: found, opened, resumed, logged to, saved to. Nothing that the run itself has not written is
+"""A training run's folder: found, opened, resumed, logged to, saved to. Only files that the run itself wrote are ever
 overwritten or deleted."""
 import fcntl
 import io
@@ -34,14 +34,14 @@ from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import warn_unsuitable
 from flow.rewards import load_reward, reward_model, short_reward, split_reward
 
-# flags that may differ when a run is resumed: the result is what it would be, or what it would be but for rounding
+# flags that may differ in a resumed run: without an effect on the result, or with a difference in rounding only
 MAY_CHANGE = "--epochs", "--save-every", "--eval-every", "--wandb"
 CHANGES_ROUNDING = "--batch", "--rollout-batch", "--checkpointing", "--compile", "--shard"
 FORMAT = 2  # of args.json; runs of another format had other advantages, noise levels and averages
 FOLDERS = "samples", "lora", "checkpoint"
 FILES = ("args.json", "metrics.jsonl", "curves.png", "lora/pytorch_lora_weights.safetensors", "lora/README.md",
          "checkpoint/state.pt", "checkpoint/lock")
-LOCKS, WANDB = {}, {}  # of each folder that this process holds: its open lock file; its wandb run, if it has one
+LOCKS, WANDB = {}, {}  # by folder: this process's open lock file; its wandb run, if it has one
 
 
 # ---------------------------------------------------------------- flags and models
@@ -75,8 +75,8 @@ def check_args(args):
 
 
 def load_models(args, device: torch.device, prompts: list[str], eval_prompts: list[str]):
-    """(reward, pipeline). The reward is tried on two random pictures of the run's size: if that is known, before the
-    pipeline is loaded, which can take minutes."""
+    """(reward, pipeline). The reward is tried on two random pictures of the run's size. This comes before the pipeline
+    is loaded, which can take minutes, if the flags give the size."""
     def try_reward(*shape: int):
         reward(torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)), prompts[:1] * 2)
         move_to_cpu(reward.models)
@@ -93,7 +93,7 @@ def load_models(args, device: torch.device, prompts: list[str], eval_prompts: li
 
 def encode_local_prompts(out: Path, args, pipe, prompts: list[str], eval_prompts: list[str]):
     """Encode the prompts that this process draws pictures of: its slices of the held-out prompts and of each epoch's.
-    OUT/checkpoint/prompts keeps them for a run that resumes."""
+    They are kept in OUT/checkpoint/prompts for a resumed run."""
     epochs = torch.arange(len(prompts)).split(args.groups)
     local = eval_prompts[local_slice(len(eval_prompts))]
     local = local + [prompts[i] for epoch in epochs for i in epoch[local_slice(args.groups)]]
@@ -107,7 +107,7 @@ def encode_local_prompts(out: Path, args, pipe, prompts: list[str], eval_prompts
 
 def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None]:
     """The run's folder, and the checkpoint to resume from (None: a new run). A finished run exits with code 0. Raises
-    InputError if the folder holds anything but an unfinished run of this command. Writes nothing but the lock."""
+    InputError if the folder holds files of another run, or a damaged one. Writes nothing but the lock."""
     reward = short_reward(args.reward).replace(".py:", "-").replace(":", "").replace(",", "+")
     lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
     out = Path(args.out or f"runs/{method}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}")
@@ -209,8 +209,8 @@ def machine(device: torch.device) -> dict:
 
 
 def open_run(out: Path, method: str, args, pipe, saved: dict | None):
-    """Make the folder, hold it, write args.json, and start wandb if asked for. Of several processes the first does it.
-    Lines of the log that the checkpoint does not know are cut off: they are written again."""
+    """Make the folder, lock it, write args.json, and start wandb if asked for. Of several processes the first does it.
+    Log lines newer than the checkpoint are cut off; the resumed run writes them again."""
     barrier(epoch=saved["epoch"] if saved else 0, step=saved["step"] if saved else 0)
     if RANK == 0:
         file, here = out / "args.json", machine(pipe.device)
@@ -239,9 +239,9 @@ def open_run(out: Path, method: str, args, pipe, saved: dict | None):
 
 
 def lock(out: Path):
-    """Hold a folder until the run or the process ends. Raises InputError if another run holds it."""
+    """Lock a folder until the run or the process ends. Raises InputError if another run has locked it."""
     if RANK > 0 or out in LOCKS:
-        return  # the first process holds it for all
+        return  # the first process locks it for all
     LOCKS[out] = open(out / "checkpoint" / "lock", "a")
     try:
         fcntl.lockf(LOCKS[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,13 +251,13 @@ def lock(out: Path):
 
 
 def unlock():
-    """Let go of the folders that this process holds."""
+    """Release the locks of this process."""
     while LOCKS:
         LOCKS.popitem()[1].close()
 
 
 def finish_run(out: Path, skipped: int):
-    """Let go of the folder, and print what came of the run."""
+    """Release the folder's lock, and print the run's result."""
     unlock()
     shutdown()
     WANDB.pop(out, None)
@@ -293,26 +293,26 @@ def log_line(out: Path, line: dict, picture: Path | None = None):
 
 def save_checkpoint(out: Path, method: str, args, pipe, eval_prompts: list[str], params: list, optimizer, *,
                     epoch: int, step: int, skipped: int, skipped_in_a_row: int, ema: list | None, **copies: list):
-    """Write lora/ (of `ema`, if given), curves.png, and last checkpoint/state.pt, on which the next epoch depends:
-    a run that is killed in between repeats the epochs since the last checkpoint and writes the same files. copies:
-    other lists of tensors like params, by name."""
+    """Write lora/ (of `ema`, if given), curves.png and, at the end, checkpoint/state.pt. A run that is killed before
+    that repeats the epochs since the last checkpoint and writes the same files. copies: other lists of tensors like
+    params, by name."""
     if RANK > 0:
         return
     with swapped(params, ema):
         save_lora(pipe, out / "lora")
     write_files({out / "lora" / "README.md": model_card(method, args, eval_prompts)})
-    embedded = pipe.transformer.config.get("guidance_embeds")  # then training is told the guidance too
+    embedded = pipe.transformer.config.get("guidance_embeds")  # then training uses the guidance too
     plot_curves(out, None if embedded else args.guidance)
     content = io.BytesIO()  # torch.save to a file does not report a full disk
     torch.save({"lora": get_peft_model_state_dict(pipe.transformer), "opt": optimizer.state_dict(), "epoch": epoch,
-                "step": step, "skipped": skipped, "bad": skipped_in_a_row, "ema": ema, **copies,
+                "step": step, "skipped": skipped, "bad": skipped_in_a_row, "ema": ema, **copies,  # bad: in a row
                 "log_bytes": (out / "metrics.jsonl").stat().st_size}, content)
     write_files({out / "checkpoint" / "state.pt": content.getvalue()})
 
 
 def resume(out: Path, saved: dict | None, model: torch.nn.Module, params: list, optimizer,
            **copies: list | None) -> tuple[int, int, int, int]:
-    """Put back what the checkpoint holds: the LoRA, the optimizer, and each of `copies` (None: there is none). Returns
+    """Restore what the checkpoint holds: the LoRA, the optimizer, and each of `copies` (None: there is none). Returns
     (epochs done, step, skipped, skipped in a row), zeros for a new run. Raises InputError if it does not fit."""
     if saved is None:
         return 0, 0, 0, 0
