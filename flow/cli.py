@@ -64,6 +64,18 @@ def reading(file: Path, advice: str = "restore it, or give another --out"):
         raise InputError(f"{file}: cannot be read ({why}); {advice}")
 
 
+@contextlib.contextmanager
+def loading(flag: str, name: str):
+    """Check the name of a model (check_model). Inside, any error becomes an InputError: it cannot be loaded."""
+    check_model(flag, name)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:  # no network, a gated repository, a broken file: each library raises its own
+        cannot_load(flag, name, e)
+
+
 # ---------------------------------------------------------------- flags
 
 def parse(args_class, doc: str):
