@@ -80,10 +80,7 @@ def loading(flag: str, name: str, or_else: str = "", needs: tuple[str, ...] = ()
     return on_error(f"{flag} {name}: cannot be loaded", f"; {advice}")
 
 
-def cannot_load(flag: str, name: str, error: Exception):
-    """Raise the InputError of `loading`. To be removed once pipeline.py and shapes.py use `loading`."""
-    with loading(flag, name):
-        raise error
+# ---------------------------------------------------------------- flags
 
 
 def parse(args_class, doc: str):

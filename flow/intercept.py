@@ -39,17 +39,6 @@ def patched(obj, **attributes):
 
 # ---------------------------------------------------------------- calls of the pipeline
 
-def noise_levels(pipe, n: int) -> tuple[Tensor, Tensor]:
-    """The pipeline's own noise levels (n + 1,), from 1 down to 0, and timesteps (n,) for n steps."""
-    scheduler, original = pipe.scheduler, pipe.scheduler.set_timesteps
-
-    def set_timesteps(*args, **kwargs):
-        original(*args, **kwargs)
-        levels = scheduler.sigmas.cpu()
-        raise Captured((1 - levels if scheduler.config.invert_sigmas else levels, scheduler.timesteps.cpu()))
-    return capture(lambda: call_pipeline(pipe, [""], n, set_timesteps))
-
-
 def run_loop(pipe, prompts: list[str], x: Tensor | None, levels: Tensor, step, guidance: float | None = None,
              output: str = "latent", generator=None):
     """Run the pipeline's loop down noise levels (k + 1,), from latents x (b, ...) or, if None, from its own noise.
@@ -60,8 +49,8 @@ def run_loop(pipe, prompts: list[str], x: Tensor | None, levels: Tensor, step, g
 
     def set_timesteps(*args, **kwargs):
         timesteps = [timestep(pipe, level) for level in levels[:-1].tolist()]
-        scheduler.timesteps = torch.tensor(timesteps, device=pipe.flow.device)
-        scheduler.sigmas = (1 - levels if inverted else levels).to(pipe.flow.device)
+        scheduler.timesteps = torch.tensor(timesteps, device=pipe.device)
+        scheduler.sigmas = (1 - levels if inverted else levels).to(pipe.device)
 
     def scheduler_step(v, timestep, x, *args, return_dict=True, **kwargs):
         x = step(-v if inverted else v, x, next(step_indices))
@@ -75,24 +64,11 @@ def run_text_encoders(pipe, prompts: list[str], guidance: float | None = None):
     run_loop(pipe, prompts, None, torch.zeros(1), None, guidance)
 
 
-def decode_latents(pipe, x: Tensor) -> Tensor:
-    """Call the pipeline without any step, so that it only decodes the latents x (b, ...)."""
-    return run_loop(pipe, [""] * len(x), x, torch.zeros(1), None, output="pt")[0]
-
-
 def first_step(pipe, prompts: list[str], x: Tensor | None, level: float, guidance: float | None = None):
     """What the scheduler gets at the first step of a loop that starts at a noise level: (v, x), each (b, ...)."""
     def see(v, x, i):
         raise Captured((v, x))
     return capture(lambda: run_loop(pipe, prompts, x, torch.tensor([level, 0.0]), see, guidance))
-
-
-def first_inputs(pipe, prompts: list[str], x: Tensor | None, level: float, generator=None) -> dict:
-    """What the transformer gets at the first step: {position or name: value}."""
-    def see(inputs):
-        raise Captured(inputs)
-    with transformer_inputs_hook(pipe, see):
-        return capture(lambda: run_loop(pipe, prompts, x, torch.tensor([level, 0.0]), None, generator=generator))
 
 
 def call_pipeline(pipe, prompts: list[str], steps: int, set_timesteps, step=None, x: Tensor | None = None,
@@ -102,7 +78,7 @@ def call_pipeline(pipe, prompts: list[str], steps: int, set_timesteps, step=None
     arguments = {"prompt": list(prompts), "num_inference_steps": steps, "output_type": output, **pipe.flow.settings,
                  **guided(pipe, guidance, len(prompts))}
     if not hasattr(type(pipe), "prepare_latents"):
-        arguments |= {"latents": x, "generator": generator or torch.Generator(pipe.flow.device)}
+        arguments |= {"latents": x, "generator": generator or torch.Generator(pipe.device)}
     set_timesteps = functools.wraps(scheduler.set_timesteps)(set_timesteps)  # pipelines look at its signature
     with (patched(pipe, prepare_latents=functools.partial(prepare_latents, pipe, x)),
           patched(scheduler, set_timesteps=set_timesteps, step=step)):
@@ -110,13 +86,9 @@ def call_pipeline(pipe, prompts: list[str], steps: int, set_timesteps, step=None
 
 
 def prepare_latents(pipe, x: Tensor | None, *args, **kwargs):
-    """Return what the pipeline's prepare_latents returns, with x, if given, in place of the noise. The pipeline's own
-    is called once for each batch size."""
+    """Return what the pipeline's prepare_latents returns, with x, if given, in place of the noise."""
     pipe.flow.prepare_arguments = args, kwargs
-    key = repr([a for a in (*args, *kwargs.values()) if isinstance(a, (int, torch.device, torch.dtype))])
-    if key not in pipe.flow.prepared:
-        pipe.flow.prepared[key] = call_prepare_latents(pipe)
-    prepared = pipe.flow.prepared[key]
+    prepared = call_prepare_latents(pipe)
     if x is None:
         return prepared
     latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
@@ -196,10 +168,14 @@ def latents_of(inputs: dict):
 def timestep_inputs(pipe, level: float) -> dict:
     """The inputs of the transformer that depend on the timestep, for one sample at a noise level; cached."""
     cache = pipe.flow.timestep_inputs
+
+    def see(inputs):
+        raise Captured(inputs)
     if level not in cache:
         # fp32 latents, as in a rollout: with the pipeline's own the timestep would be rounded to the base's bf16
-        x = torch.zeros(1, *pipe.flow.latents, device=pipe.flow.device)
-        inputs = first_inputs(pipe, [""], x, level)
+        x = torch.zeros(1, *pipe.flow.latents, device=pipe.device)
+        with transformer_inputs_hook(pipe, see):
+            inputs = capture(lambda: run_loop(pipe, [""], x, torch.tensor([level, 0.0]), None))
         values = {name: inputs[name] for name in pipe.flow.timestep_names}
         cache[level] = {name: value.reshape(1, *value.shape[1:]) for name, value in values.items()}  # also of a scalar
     return cache[level]

@@ -15,8 +15,6 @@ layout in which the scheduler gets them: (b, channels, h, w), packed tokens, or 
 """
 import copy
 import functools
-import traceback
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,11 +26,11 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from flow import intercept
-from flow.cli import InputError, cannot_load, check_model, progress, quiet_libraries, reason
+from flow.cli import InputError, loading, progress, quiet_libraries, reason
 from flow.distributed import base_dtype, shard
-from flow.intercept import first_step, latents_of, patched, transformer_inputs_hook
+from flow.intercept import Captured, capture, first_step, latents_of, patched, transformer_inputs_hook
 from flow.lora import merged, quantization, use_autocast, use_fast_kernels
-from flow.prompts import PROBE_PAIR, batches, cache_prompts, call_settings, encode_all, encodes_in_one_go, text_encoders
+from flow.prompts import PROBE_PAIR, batches, cache_prompts, call_settings, encode_all, encodes_in_one_go
 from normguard import norm_ratio, reference, renormalize
 
 # ---------------------------------------------------------------- loading
@@ -43,16 +41,11 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
     `frames` frames (None: the model's own). The transformer is on `device` in `base` (None: base_dtype) or quantized,
     the VAE there in fp32, text encoders on the CPU. InputError if it is no flow pipeline that needs only a prompt."""
     quiet_libraries()
-    check_model("--model", model)
     base = base or base_dtype(device)
     options = {"dtype": {"default": base, "vae": torch.float32}, "quantization_config": quantization(quantize)}
-    try:
+    with loading("--model", model):
         check_parts(model, diffusers.DiffusionPipeline.load_config(model))
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options)
-    except InputError:
-        raise
-    except Exception as e:  # no network, a gated repository, a broken file: each library raises its own
-        cannot_load("--model", model, e)
     probe = shallow_copy(pipe.transformer)  # before it is divided among processes
     if sharded:
         shard(pipe.transformer, device)
@@ -79,34 +72,26 @@ def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = 
     # diffusers finds a pipeline's device by a walk through all modules, several times a call
     pipe.__class__ = type(name, (type(pipe),), {"device": device, "_execution_device": device})
     pipe.flow = SimpleNamespace(
-        device=device,
         settings=call_settings(pipe, size, frames),  # arguments of each call, besides steps and guidance
-        unguided={},         # arguments of calls without guidance
+        unguided={},             # arguments of calls without guidance
         scheduler=intercept.replace_scheduler(pipe, model),  # its config, or None for the model's own
-        timesteps={},        # {noise level: the scheduler's timestep}, of all schedules so far
-        timestep_names=[],   # inputs of the transformer that depend on the timestep: names or positions
-        timestep_inputs={},  # {noise level: {name: value}}
-        latents=(),          # shape of one sample's latents
-        picture=(),          # shape of one picture (3, h, w) or video (frames, 3, h, w)
-        prepared={},         # what prepare_latents has returned, by its arguments
-        prepare_arguments=None,  # the latest of these: (args, kwargs)
-        encoders=encoders,   # {name: text encoder}; None when all prompts are encoded
-        rows={},             # the cache: {(settings, prompt, ...): encoding}
-        last={},             # the latest encoding with these settings, or of this prompt
-        shapes={},           # {prompt: shapes of its encodings}
-        in_one_go=False,     # may several prompts be encoded in one call?
-        one_by_one={},       # {guidance: must samples go through the transformer one by one?}
-        probe=probe)         # a small fp32 copy of the transformer, until the prompts are encoded
+        timesteps={},            # {noise level: the scheduler's timestep}, of all schedules so far
+        timestep_inputs={},      # {noise level: {name: value}}, of the transformer
+        prepare_arguments=None,  # of the latest call of prepare_latents: (args, kwargs)
+        encoders=encoders,       # {name: text encoder}; None when all prompts are encoded
+        rows={},                 # the cache: {(settings, prompt, ...): encoding}
+        shapes={},               # {prompt: shapes of its encodings}
+        in_one_go=False,         # may several prompts be encoded in one call?
+        one_by_one={},           # {guidance: must samples go through the transformer one by one?}
+        probe=probe)             # a small fp32 copy of the transformer, until the prompts are encoded
     try:
         learn(pipe)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # the pipeline's own error about what it lacks or cannot do
         flags = f"--model {model}" + f" --size {size}" * bool(size) + f" --frames {frames}" * bool(frames)
-        needs_image = "image" in intercept.call_parameters(pipe) and not size
-        kind = ", an image-to-image pipeline," if needs_image else ""
-        place = traceback.extract_tb(e.__traceback__)[-1]
-        why = f"{type(e).__name__}: {reason(e)}; {Path(place.filename).name}:{place.lineno}"
+        kind = ", an image-to-image pipeline," if "image" in intercept.call_parameters(pipe) and not size else ""
+        why = f"{type(e).__name__}: {reason(e)}"
         raise InputError(f"{flags}: {name}{kind} cannot draw that, given a prompt ({why})")
     *video, _, height, width = pipe.flow.picture
     if frames and video != [frames]:
@@ -129,54 +114,28 @@ def check_parts(model: str, config: dict):
 
 @torch.no_grad()
 def learn(pipe):
-    """Fill in the fields of pipe.flow that only calls of the pipeline can tell."""
-    if hasattr(pipe, "encode_prompt"):
-        cache_prompts(pipe)
-    find_unguided(pipe)
-    if hasattr(pipe, "encode_prompt"):
-        pipe.flow.in_one_go = encodes_in_one_go(pipe)
-    levels = schedule(pipe, 1000)
+    """Find out, by calls of the pipeline, what no config tells, and add it to pipe.flow."""
+    flow, parameter = pipe.flow, intercept.call_parameters(pipe).get("guidance_scale")
+    cache_prompts(pipe)
+    for scale in [parameter.default, 1.0, 0.0] if parameter else [None]:
+        flow.unguided, inputs = {} if scale is None else {"guidance_scale": scale}, []
+        levels = schedule(pipe, 1000)
+        with transformer_inputs_hook(pipe, inputs.append):
+            for level in levels[[0, 700]].tolist():
+                _, x = first_step(pipe, [""], None, level)
+        if [len(latents_of(given)) for given in inputs] == [1, 1]:  # guidance would double the samples, or the calls
+            break
+    else:
+        raise ValueError("its guidance cannot be switched off")
     if levels[0] > 1.001:
         raise ValueError(f"its noise levels reach {levels[0]:g}; a rectified flow's end at 1")
-    find_shapes(pipe, levels)
-    find_timestep_inputs(pipe, levels)
-    pipe.flow.one_by_one = {None: not holds_in_batches(pipe)}
-
-
-def find_unguided(pipe):
-    """Find the guidance_scale that switches guidance off: the transformer then gets each sample once a step."""
-    parameter = intercept.call_parameters(pipe).get("guidance_scale")
-    scales = [parameter.default, 1.0, 0.0] if parameter else [None]
-    for scale in scales:
-        pipe.flow.unguided, samples = {} if scale is None else {"guidance_scale": scale}, []
-        try:
-            with text_encoders(pipe):
-                for prompt in ("", *PROBE_PAIR):
-                    intercept.run_text_encoders(pipe, [prompt])
-            level = schedule(pipe, 1000)[0].item()
-            with transformer_inputs_hook(pipe, lambda inputs: samples.append(len(latents_of(inputs)))):
-                first_step(pipe, [""], None, level)
-        except (TypeError, ValueError):  # for guidance it may need more arguments
-            if scale == scales[-1]:
-                raise
-            continue
-        if samples == [1]:
-            return
-    raise ValueError("its guidance cannot be switched off")
-
-
-def find_shapes(pipe, levels: Tensor):
-    """Find the shapes of one sample's latents and of its picture."""
-    _, x = first_step(pipe, [""], None, levels[0].item())
-    pipe.flow.latents = tuple(x.shape[1:])
-    pipe.flow.picture = tuple(decode_batch(pipe, x.float()).shape[1:])
-
-
-def find_timestep_inputs(pipe, levels: Tensor):
-    """Find the transformer's inputs that differ at two noise levels."""
-    one, other = (intercept.first_inputs(pipe, [""], None, level) for level in levels[[100, 700]].tolist())
-    pipe.flow.timestep_names = [name for name, value in one.items()
-                                if torch.is_tensor(value) and not torch.equal(value, other[name])]
+    early, late = inputs
+    flow.timestep_names = [name for name, value in early.items()  # names or positions of inputs that tell the timestep
+                           if torch.is_tensor(value) and not torch.equal(value, late[name])]
+    flow.latents = tuple(x.shape[1:])  # shape of one sample's latents
+    flow.picture = tuple(decode_batch(pipe, x.float()).shape[1:])  # (3, h, w), or of a video (frames, 3, h, w)
+    flow.in_one_go = encodes_in_one_go(pipe)
+    flow.one_by_one = {None: not holds_in_batches(pipe)}
 
 
 def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
@@ -195,35 +154,24 @@ def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.Module.float(copied).requires_grad_(False).eval()
 
 
-@contextmanager
-def fp32_transformer(pipe):
-    """Call a small fp32 copy in place of the transformer, with inputs in fp32 and without TF32."""
-    matmul, cudnn, probe = torch.backends.cuda.matmul, torch.backends.cudnn, pipe.flow.probe
+@torch.no_grad()
+def holds_in_batches(pipe, guidance: float | None = None) -> bool:
+    """Try whether two samples have the same velocities together and alone. With a small copy of the transformer in
+    fp32 and without TF32, since bf16 rounds differently in batches of another size."""
+    if getattr(next(pipe.transformer.parameters()), "fake_mode", None):
+        return True  # fake tensors cannot tell
+    prompts = PROBE_PAIR if len(batches(pipe, PROBE_PAIR, 2)) == 1 else PROBE_PAIR[:1] * 2
+    x = draw_noise(pipe, 2, torch.Generator().manual_seed(0)).to(pipe.device)
+    probe = pipe.flow.probe = pipe.flow.probe or shallow_copy(pipe.transformer)
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed = matmul.allow_tf32, cudnn.allow_tf32
 
     def to_fp32(inputs):
         inputs |= tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, inputs)
     try:
         matmul.allow_tf32 = cudnn.allow_tf32 = False
-        with (patched(pipe, transformer=probe.to(pipe.flow.device)), transformer_inputs_hook(pipe, to_fp32),
-              patched(pipe.flow, timestep_inputs={}, prepared={})):
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = allowed
-        probe.to("cpu")
-
-
-@torch.no_grad()
-def holds_in_batches(pipe, guidance: float | None = None) -> bool:
-    """Try whether two samples have the same velocities together and alone. In fp32, since bf16 rounds differently in
-    batches of another size."""
-    if getattr(next(pipe.transformer.parameters()), "fake_mode", None):
-        return True  # fake tensors cannot tell
-    prompts = PROBE_PAIR if len(batches(pipe, PROBE_PAIR, 2)) == 1 else PROBE_PAIR[:1] * 2
-    x = draw_noise(pipe, 2, torch.Generator().manual_seed(0)).to(pipe.flow.device)
-    pipe.flow.probe = pipe.flow.probe or shallow_copy(pipe.transformer)
-    try:
-        with fp32_transformer(pipe):
+        with (patched(pipe, transformer=probe.to(pipe.device)), transformer_inputs_hook(pipe, to_fp32),
+              patched(pipe.flow, timestep_inputs={})):
             for t in torch.tensor([[0.9, 0.4], [0.4, 0.4]]):
                 v = velocity(pipe, x, t, prompts, guidance)
                 alone = [velocity(pipe, x[i:i + 1], t[i:i + 1], prompts[i:i + 1], guidance) for i in range(2)]
@@ -235,6 +183,9 @@ def holds_in_batches(pipe, guidance: float | None = None) -> bool:
     except (RuntimeError, ValueError, TypeError, IndexError) as e:  # what PyTorch and pipelines raise
         tqdm.write(f"note: {type(pipe).__name__} is called for one sample at a time ({reason(e)})")
         return False
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = allowed
+        probe.to("cpu")
 
 
 # ---------------------------------------------------------------- what the scripts call
@@ -245,19 +196,23 @@ def encode_prompts(pipe, prompts: list[str], guidance: float | None = None, stor
     call from now on."""
     if guidance is not None and pipe.transformer.config.get("guidance_embeds"):
         pipe.flow.unguided = intercept.guided(pipe, guidance)
-    if hasattr(pipe, "encode_prompt"):
-        encode_all(pipe, ["", *PROBE_PAIR, *prompts], guidance, store)
+    encode_all(pipe, ["", *PROBE_PAIR, *prompts], guidance, store)
     if guidance is not None:
         pipe.flow.one_by_one[guidance] = not holds_in_batches(pipe, guidance)
     pipe.flow.probe = None
-    if pipe.flow.device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def schedule(pipe, steps: int) -> Tensor:
     """The pipeline's own noise levels for a number of steps, with its own shift: (steps + 1,), from 1 down to 0."""
-    levels, timesteps = intercept.noise_levels(pipe, steps)
-    pipe.flow.timesteps.update(zip(levels.tolist(), timesteps.tolist()))
+    scheduler, original = pipe.scheduler, pipe.scheduler.set_timesteps
+
+    def set_timesteps(*args, **kwargs):
+        original(*args, **kwargs)
+        raise Captured((scheduler.sigmas.cpu(), scheduler.timesteps.tolist()))
+    levels, timesteps = capture(lambda: intercept.call_pipeline(pipe, [""], steps, set_timesteps))
+    levels = 1 - levels if scheduler.config.invert_sigmas else levels
+    pipe.flow.timesteps.update(zip(levels.tolist(), timesteps))
     return levels
 
 
@@ -275,7 +230,7 @@ def training_levels(pipe) -> Tensor:
 def draw_noise(pipe, n: int, generator: torch.Generator | list[torch.Generator]) -> Tensor:
     """Draw noise latents (n, ...) as the pipeline does, on the CPU, from one generator or from n, one for each."""
     if not hasattr(type(pipe), "prepare_latents"):
-        return latents_of(intercept.first_inputs(pipe, [""] * n, None, 1.0, generator)).float().cpu()
+        return intercept.run_loop(pipe, [""] * n, None, torch.zeros(1), None, generator=generator)[0].float().cpu()
     cpu = torch.device("cpu")
     noise = intercept.call_prepare_latents(pipe, generator, batch_size=n, dtype=torch.float32, device=cpu)
     noise = noise[0] if isinstance(noise, tuple) else noise
@@ -291,22 +246,13 @@ def velocity(pipe, x: Tensor, t: Tensor, prompts: list[str], guidance: float | N
     """v(x_t, t | prompt) in fp32, (b, ...). x (b, ...), t (b,) in [0, 1]; guidance: a scale in the pipeline's own
     convention. Gradients reach x and the transformer's weights. The caller decides which adapter is active and whether
     gradients are recorded."""
-    rows, parts = batches(pipe, prompts, len(prompts), guidance), []
-    for batch in rows:
-        whole, levels = len(batch) == len(prompts), t[batch].tolist()
-        batch_x, batch_prompts = (x, prompts) if whole else (x[batch], [prompts[i] for i in batch])
-        with intercept.with_timesteps(pipe, levels):
-            v, _ = first_step(pipe, batch_prompts, batch_x, levels[0], guidance)
-        parts.append(v.float())
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts)[torch.tensor(sum(rows, [])).argsort().to(x.device)]  # in the order of x
-
-
-def reference_velocity(pipe, x: Tensor, t: Tensor, prompts: list[str], guidance: float | None = None) -> Tensor:
-    """velocity of the frozen base."""
-    with reference(pipe.transformer):
-        return velocity(pipe, x, t, prompts, guidance)
+    rows = batches(pipe, prompts, len(prompts), guidance)
+    if len(rows) > 1:
+        parts = [velocity(pipe, x[batch], t[batch], [prompts[i] for i in batch], guidance) for batch in rows]
+        return torch.cat(parts)[torch.tensor(sum(rows, [])).argsort().to(x.device)]  # in the order of x
+    with intercept.with_timesteps(pipe, t.tolist()):
+        v, _ = first_step(pipe, prompts, x, t[0].item(), guidance)
+    return v.float()
 
 
 def project(v: Tensor, v_ref: Tensor) -> Tensor:
@@ -335,20 +281,21 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
             def step(v, x, i):
                 v = v.float()
                 if ratios is not None:
-                    v_ref = reference_velocity(pipe, x, sigmas[i].expand(len(x)), batch_prompts, guidance)
+                    with reference(pipe.transformer):
+                        v_ref = velocity(pipe, x, sigmas[i].expand(len(x)), batch_prompts, guidance)
                     ratios[rows, i] = norm_ratio(v, v_ref).cpu()
                     v = v if renorm == "none" else REPAIRS[renorm](v, v_ref)
                 x = x + dts[i] * v
                 if i == len(dts) - 1:
                     x0[rows] = x.cpu()
                 return x
-            intercept.run_loop(pipe, batch_prompts, noise[rows].to(pipe.flow.device), sigmas, step, guidance)
+            intercept.run_loop(pipe, batch_prompts, noise[rows].to(pipe.device), sigmas, step, guidance)
     return x0, ratios
 
 
 def decode_batch(pipe, x0: Tensor) -> Tensor:
     """Decode latents (b, ...) to pictures (b, 3, h, w) or videos (b, frames, 3, h, w) in [0, 1], with gradients."""
-    return intercept.decode_latents(pipe, x0).float()
+    return intercept.run_loop(pipe, [""] * len(x0), x0, torch.zeros(1), None, output="pt")[0].float()
 
 
 def decode_size(pipe) -> int:
@@ -361,7 +308,7 @@ def decode(pipe, x0: Tensor) -> Tensor:
     """decode_batch for latents (n, ...) on any device, a few at a time; the pictures are on the CPU. InputError if they
     hold a NaN."""
     chunks = progress(x0.split(decode_size(pipe)), desc="decode", leave=False)
-    pictures = torch.cat([decode_batch(pipe, chunk.to(pipe.flow.device)).cpu() for chunk in chunks])
+    pictures = torch.cat([decode_batch(pipe, chunk.to(pipe.device)).cpu() for chunk in chunks])
     if not (x0.isfinite().all() and pictures.isfinite().all()):
         raise InputError("the model draws pictures that are not finite (NaN): a damaged model or LoRA, or too high "
                          "an --lr")

@@ -6,7 +6,6 @@ import io
 import pickle
 from contextlib import ExitStack, contextmanager
 from inspect import BoundArguments
-from itertools import islice
 from pathlib import Path
 
 import diffusers
@@ -15,7 +14,7 @@ import transformers
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from flow.cli import InputError, progress, write_files
+from flow.cli import InputError, progress, reading, write_files
 from flow.intercept import Captured, call_parameters, capture, patched, run_text_encoders
 
 CHUNK = 16  # prompts per call of the text encoders; always that many, since another number can change the last bits
@@ -25,11 +24,8 @@ PROBE_PROMPTS = [*PROBE_PAIR, "", "a grey cat asleep beside a grey dog by the fi
 
 def read_prompts(path: str, flag: str) -> list[str]:
     """The non-empty lines of a text file. An error names `flag`."""
-    try:
+    with reading(f"{flag} {path}", "give a text file (the default one is in the repository's folder)"):
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        hint = "; the defaults are for the repository's folder" if path.startswith("tiny/") else ""
-        raise InputError(f"{flag} {path}: cannot be read ({e}){hint}")
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"{flag} {path}: holds no prompt; one a line")
@@ -46,8 +42,7 @@ def tokenizers_of(pipe) -> list:
 
 def sizes_of(pipe) -> tuple[int, int]:
     """The pipeline's default size in pixels (0: unknown), and the size that its VAE is made for (unknown: the same)."""
-    height = call_parameters(pipe).get("height")
-    default = height and height.default
+    default = getattr(call_parameters(pipe).get("height"), "default", None)
     default = default or getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 0)
     vae_size = pipe.vae.config.get("sample_size") if getattr(pipe, "vae", None) else None
     return default, vae_size if isinstance(vae_size, int) else default
@@ -57,8 +52,8 @@ def call_settings(pipe, size: int | None, frames: int | None) -> dict:
     """The pipeline's arguments besides steps and guidance. If no size is given and the VAE is made for less than the
     pipeline's default, the VAE's size. The text length is at most what the last tokenizer reads."""
     parameters, tokenizers, (default, vae_size) = call_parameters(pipe), tokenizers_of(pipe), sizes_of(pipe)
-    length = parameters["max_sequence_length"].default if "max_sequence_length" in parameters else None
-    if length and tokenizers:
+    length = getattr(parameters.get("max_sequence_length"), "default", None)
+    if length:
         length = min(length, tokenizers[-1].model_max_length)
     if size is None and vae_size < default and "height" in parameters and parameters["height"].default is None:
         size = vae_size
@@ -72,11 +67,9 @@ def warn_unsuitable(pipe, prompts: list[str], size: int | None):
     """Print a note if prompts are longer than any tokenizer can read, and one if `size` is far from the model's."""
     tokenizers, unique, made_for = tokenizers_of(pipe), list(dict.fromkeys(prompts)), min(sizes_of(pipe))
     limits = [tokenizer.model_max_length for tokenizer in tokenizers]
-    limits[-1:] = [pipe.flow.settings.get("max_sequence_length", limit) for limit in limits[-1:]]
-
-    def is_cut(prompt):
-        return all(len(tokenizer(prompt).input_ids) > limit for tokenizer, limit in zip(tokenizers, limits))
-    cut = [prompt for prompt in unique if tokenizers and is_cut(prompt)]
+    limits[-1] = pipe.flow.settings.get("max_sequence_length", limits[-1])
+    cut = [prompt for prompt in unique if all(len(tokenizer(prompt).input_ids) > limit
+                                              for tokenizer, limit in zip(tokenizers, limits))]
     if cut:
         tqdm.write(f"note: {len(cut)} of {len(unique)} prompts are longer than the {max(limits)} tokens that "
                    f"{type(pipe).__name__} reads; the end is lost, first of {cut[0][:80]!r}")
@@ -89,7 +82,7 @@ def warn_unsuitable(pipe, prompts: list[str], size: int | None):
 @contextmanager
 def text_encoders(pipe):
     """Put the text encoders into the pipeline and on the device; transformer and VAE are on the CPU meanwhile."""
-    flow, encoders = pipe.flow, pipe.flow.encoders
+    encoders = pipe.flow.encoders
     if encoders is None:
         raise ValueError("the text encoders are gone: give all prompts to encode_prompts")
     if any(getattr(pipe, name) is not None for name in encoders):  # they are there already
@@ -98,17 +91,16 @@ def text_encoders(pipe):
     others = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     for part in others:
         part.to("cpu")
-    for name, encoder in encoders.items():
-        setattr(pipe, name, encoder.to(flow.device))
+    for encoder in encoders.values():
+        encoder.to(pipe.device)
     try:
-        yield
+        with patched(pipe, **encoders):
+            yield
     finally:
-        for name, encoder in encoders.items():
-            setattr(pipe, name, None)
-            if flow.encoders:  # they are needed again
-                encoder.to("cpu")
+        for encoder in (pipe.flow.encoders or {}).values():  # they are needed again
+            encoder.to("cpu")
         for part in others:
-            part.to(flow.device)
+            part.to(pipe.device)
 
 
 def cache_prompts(pipe):
@@ -118,20 +110,19 @@ def cache_prompts(pipe):
 
     @functools.lru_cache(2)  # a rollout asks for the same batches again and again
     def make_batch(keys: tuple) -> tuple:
-        return to_device(concat_encodings([flow.rows[key] for key in keys]), flow.device)
+        return to_device(concat_encodings([flow.rows[key] for key in keys]), pipe.device)
 
     @functools.wraps(pipe.encode_prompt)
     def encode_prompt(*args, **kwargs):
         call = signature.bind(*args, **kwargs)
-        keys, single_calls = split_call(call, flow.device)
+        keys, single_calls = split_call(call, pipe.device)
         missing = [key for key in single_calls if key not in flow.rows]
         if flow.in_one_go and len(missing) > 1:
-            encodings = zip(keys, split_encodings(encode_call(pipe, call), len(keys)))
+            together, _ = encode_call(pipe, call)
+            encodings = dict(zip(keys, split_encodings(together, len(keys))))
         else:
-            encodings = [(key, encode_call(pipe, single_calls[key])) for key in missing]
-        for key, encoding in encodings:
-            if key not in flow.rows:
-                cache_encoding(flow, key, share_tensors(flow, key, encoding))
+            encodings = {key: encode_call(pipe, single_calls[key])[0] for key in missing}
+        cache_encodings(flow, {key: encodings[key] for key in missing})
         encoded = make_batch(tuple(keys))
         return encoded if len(encoded) > 1 else encoded[0]
     pipe.encode_prompt = encode_prompt
@@ -159,24 +150,27 @@ def split_call(call: BoundArguments, device: torch.device) -> tuple[list[tuple],
 
 
 @torch.no_grad()
-def encode_call(pipe, call: BoundArguments) -> tuple:
-    """Make a call of the pipeline's own encode_prompt. Returns its encodings on the CPU."""
-    with text_encoders(pipe):
+def encode_call(pipe, call: BoundArguments) -> tuple[tuple, list[torch.Tensor]]:
+    """Make a call of the pipeline's own encode_prompt. Returns its encodings, and the tokens and masks (b, length) that
+    the text encoders get during it, in order, on the CPU."""
+    tokens = []
+
+    def record(module, args, kwargs):
+        inputs = [value.cpu() for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
+        tokens.extend(value for value in inputs if value.ndim == 2 and not value.is_floating_point())
+    with text_encoders(pipe), ExitStack() as hooks:
+        for encoder in pipe.flow.encoders.values():
+            hooks.enter_context(encoder.register_forward_pre_hook(record, with_kwargs=True))
         encoded = pipe.encode_prompt.__wrapped__(*call.args, **call.kwargs)  # as it was before cache_prompts
-    return to_device(encoded if isinstance(encoded, tuple) else (encoded,), "cpu")
+    return to_device(encoded if isinstance(encoded, tuple) else (encoded,), "cpu"), tokens
 
 
-def share_tensors(flow, key: tuple, encoding: tuple) -> tuple:
-    """Replace tensors by equal ones that are cached already, so that memory holds them once."""
-    known = [*flow.last.get(key[0], ()), *flow.last.get(key[1], ())]
-    return tuple(next((x for x in known if same_tensor(x, value)), value) for value in encoding)
-
-
-def cache_encoding(flow, key: tuple, encoding: tuple):
-    """Put a prompt's encoding into the cache, and note its shapes."""
-    flow.rows[key] = flow.last[key[0]] = flow.last[key[1]] = encoding
-    shapes = str([value.shape for value in encoding if torch.is_tensor(value)])
-    flow.shapes[key[1]] = flow.shapes.get(key[1], frozenset()) | {shapes}
+def cache_encodings(flow, encodings: dict[tuple, tuple]):
+    """Put {key: encoding} into the cache, and note the shapes."""
+    flow.rows |= encodings
+    for key, encoding in encodings.items():
+        shapes = str([value.shape for value in encoding if torch.is_tensor(value)])
+        flow.shapes[key[1]] = flow.shapes.get(key[1], frozenset()) | {shapes}
 
 
 def encodes_in_one_go(pipe) -> bool:
@@ -188,10 +182,11 @@ def encodes_in_one_go(pipe) -> bool:
         raise Captured(signature.bind(*args, **kwargs))
     with patched(pipe, encode_prompt=see):
         call = capture(lambda: run_text_encoders(pipe, PROBE_PROMPTS))
-    keys, single_calls = split_call(call, pipe.flow.device)
+    keys, single_calls = split_call(call, pipe.device)
     with text_encoders(pipe):
-        singles = {key: encode_and_record(pipe, single) for key, single in single_calls.items()}
-        together, tokens = encode_and_record(pipe, call)
+        singles = {key: encode_call(pipe, single) for key, single in single_calls.items()}
+        together, tokens = encode_call(pipe, call)
+    cache_encodings(pipe.flow, {key: encoding for key, (encoding, _) in singles.items()})
     for i, encoding in enumerate(split_encodings(together, len(keys))):
         single, single_tokens = singles[keys[i]]
         rows = [value[i::len(keys)] for value in tokens]  # two rows, if negative prompts follow in the same tensor
@@ -201,25 +196,7 @@ def encodes_in_one_go(pipe) -> bool:
     return True
 
 
-def encode_and_record(pipe, call: BoundArguments) -> tuple[tuple, list[torch.Tensor]]:
-    """encode_call, and the tokens and masks (b, length) that the text encoders get during it, in order."""
-    tokens = []
-
-    def record(module, args, kwargs):
-        inputs = [value.cpu() for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
-        tokens.extend(value for value in inputs if value.ndim == 2 and not value.is_floating_point())
-    with ExitStack() as hooks:
-        for encoder in pipe.flow.encoders.values():
-            hooks.enter_context(encoder.register_forward_pre_hook(record, with_kwargs=True))
-        return encode_call(pipe, call), tokens
-
-
 # ---------------------------------------------------------------- encodings of one prompt and of a batch
-
-def same_tensor(a, b) -> bool:
-    """Whether a and b are tensors with the same numbers."""
-    return torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
-
 
 def nearly_equal(a, b) -> bool:
     """Whether two encodings are equal up to rounding."""
@@ -252,7 +229,6 @@ def concat_encodings(encodings: list):
 def split_encodings(batch: tuple, n: int) -> list[tuple]:
     """The reverse of concat_encodings: the encodings of n single prompts, along the first dimension of size n."""
     def select(value, i):
-        """The part of prompt i."""
         if isinstance(value, list):
             return value[i:i + 1] if len(value) == n else [select(layer, i) for layer in value]
         if torch.is_tensor(value) and n in value.shape:
@@ -264,8 +240,7 @@ def split_encodings(batch: tuple, n: int) -> list[tuple]:
 def batches(pipe, prompts: list[str], size: int, guidance: float | None = None) -> list[list[int]]:
     """Divide the indices of prompts into batches of at most `size`. The encodings of a batch have one length, so that
     none is padded: the model might attend to padding."""
-    unknown = set(prompts) - pipe.flow.shapes.keys() if hasattr(pipe, "encode_prompt") else ()
-    for prompt in unknown:  # encode_prompts was not given it
+    for prompt in set(prompts) - pipe.flow.shapes.keys():  # encode_prompts was not given it
         run_text_encoders(pipe, [prompt])
     groups = {}
     for i, prompt in enumerate(prompts):
@@ -278,48 +253,49 @@ def batches(pipe, prompts: list[str], size: int, guidance: float | None = None) 
 
 def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | None):
     """Encode each prompt once, without guidance and with it, and remove the text encoders. Encodings are kept in the
-    folder `store`, and those that are there already are read."""
-    unique, size = list(dict.fromkeys(prompts)), CHUNK if pipe.flow.in_one_go else 1
+    folder `store`, and those that are there already are read. A file's name depends on all that changes its content."""
+    flow, unique = pipe.flow, list(dict.fromkeys(prompts))
+    size = CHUNK if flow.in_one_go else 1
+    libraries = torch.__version__, diffusers.__version__, transformers.__version__
+    precision = [encoder.dtype for encoder in flow.encoders.values()], pipe.device.type
     with ExitStack() as stack:
         for i in progress(range(0, len(unique), size), desc="encode prompts", leave=False):
             chunk = (unique[i:i + size] + [""] * size)[:size]
-            file = store and encodings_file(pipe.flow, store, chunk, guidance)
-            if file and load_encodings(pipe.flow, file):
+            digest = hashlib.sha256(repr((chunk, guidance, flow.settings, precision, libraries)).encode()).hexdigest()
+            file = store and store / f"{digest[:16]}.pt"
+            if file and load_encodings(flow, file):
                 continue
             stack.enter_context(text_encoders(pipe))
-            known = len(pipe.flow.rows)
+            known = len(flow.rows)
             for scale in dict.fromkeys([None, guidance]):
                 run_text_encoders(pipe, chunk, scale)
+            cache_encodings(flow, share_tensors(list(flow.rows.items())[known:]))
             if file:
-                save_encodings(file, dict(islice(pipe.flow.rows.items(), known, None)))
-                load_encodings(pipe.flow, file)  # the cache then refers to the file, and memory is freed
-        pipe.flow.encoders = None
+                content = io.BytesIO()
+                torch.save(dict(list(flow.rows.items())[known:]), content)
+                store.mkdir(parents=True, exist_ok=True)
+                write_files({file: content.getvalue()})
+                load_encodings(flow, file)  # the cache then refers to the file, and memory is freed
+        flow.encoders = None
 
 
-def encodings_file(flow, folder: Path, prompts: list[str], guidance: float | None) -> Path:
-    """The file for the encodings of these prompts. Its name depends on all that changes them: settings, precision, kind
-    of device, versions of the libraries."""
-    precision = [str(encoder.dtype) for encoder in flow.encoders.values()], flow.device.type
-    libraries = torch.__version__, diffusers.__version__, transformers.__version__
-    settings = prompts, guidance, sorted(flow.settings.items()), precision, libraries
-    return folder / (hashlib.sha256(repr(settings).encode()).hexdigest()[:16] + ".pt")
-
-
-def save_encodings(file: Path, encodings: dict[tuple, tuple]):
-    """Write {key: encoding} to a file."""
-    content = io.BytesIO()
-    torch.save(encodings, content)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_files({file: content.getvalue()})
+def share_tensors(encodings: list[tuple[tuple, tuple]]) -> dict[tuple, tuple]:
+    """{key: encoding}, where equal tensors of one prompt, or of neighbours with the same settings, are one tensor: then
+    memory and disk hold it once."""
+    shared = {}
+    for key, encoding in encodings:
+        known = [x for part in key[:2] for x in shared.get(part, ()) if torch.is_tensor(x)]
+        shared[key] = tuple(next((x for x in known if torch.is_tensor(value) and torch.equal(x, value)), value)
+                            for value in encoding)
+        shared[key[0]] = shared[key[1]] = shared[key]  # the latest
+    return {key: shared[key] for key, _ in encodings}
 
 
 def load_encodings(flow, file: Path) -> bool:
     """Put a file's encodings into the cache; their tensors stay on disk until they are used. False if there is no such
     file or it is damaged."""
     try:
-        encodings = torch.load(file, mmap=True, weights_only=True)
+        cache_encodings(flow, torch.load(file, mmap=True, weights_only=True))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         return False
-    for key, encoding in encodings.items():
-        cache_encoding(flow, key, encoding)
     return True

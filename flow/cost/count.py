@@ -122,7 +122,7 @@ def linear_bytes(model: torch.nn.Module, kind: str) -> tuple[int, int]:
 
 def inputs(pipe, n: int) -> tuple[Tensor, Tensor, list[str]]:
     """Latents (n, ...), noise levels (n,) that differ, and prompts."""
-    x = draw_noise(pipe, n, torch.Generator().manual_seed(0)).to(pipe.flow.device)
+    x = draw_noise(pipe, n, torch.Generator().manual_seed(0)).to(pipe.device)
     return x, torch.linspace(0.2, 0.8, n), [PROMPT] * n
 
 
