@@ -31,7 +31,7 @@ TESTS = {  # name: files and -k of pytest. A mutant lists the names of those tha
 }
 MUTANTS = [  # file, old text (once in it), new text, tests
     # the seven
-    ("train_awm.py", "v.detach() if u == 0 else old[rows[0].item()].to(device)", "v.detach()", "awm"),
+    ("train_awm.py", "v.detach() if u == 0 else v_olds[rows[0].item()].to(device)", "v.detach()", "awm"),
     ("train_nft.py", "r = 0.5 + 0.5 * draws", "r = 0.5 + 0.25 * draws", "nft"),
     ("train_dpo.py", "rewards[w] - rewards[l] > draws.rounding(rewards)", "rewards[w] >= rewards[l]", "dpo"),
     ("train_dpo.py", "epoch, rows.repeat(2),", "epoch, torch.cat([rows, rows + 99]),", "dpo"),
@@ -63,7 +63,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("train_dpo.py", "error(v_ref_l.detach(), target_l)", "error(v_ref_w.detach(), target_w)", "method"),
     # the scripts
     ("train_awm.py", "args.group, args.adv_clip)", "args.group, 5.0)", "awm training"),
-    ("train_awm.py", "*path, batch[\"adv\"], args.power)", "*path, batch[\"adv\"])", "awm training"),
+    ("train_awm.py", "*inputs, batch[\"adv\"], args.power)", "*inputs, batch[\"adv\"])", "awm training"),
     ("flow/draws.py", "[prompts[i] for i in picture]", "[prompts[0] for i in picture]", "awm"),
     ("train_awm.py", "guard = norm_hinge(v, v_ref, args.margin)", "guard = norm_hinge(v, v_ref)", "awm"),
     ("train_awm.py", "oppose(v, v_ref, args.margin)", "oppose(v, v_ref)", "awm"),
@@ -83,7 +83,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/draws.py", "purpose, epoch, int(row)", "purpose, 0, int(row)", "awm"),
     ("flow/draws.py", "rng(seed, purpose,", "rng(seed, TRAINING,", "awm training"),
     ("flow/draws.py", "rng(args.seed, PROMPTS, i)", "rng(args.seed, PROMPTS, 0)", "method awm"),
-    ("flow/draws.py", "linspace(0, usable, strata", "linspace(0, usable - 1, strata", "method"),
+    ("flow/draws.py", "linspace(0, trained_steps, strata", "linspace(0, trained_steps - 1, strata", "method"),
     ("train_nft.py", "args.steps, generator=g).argsort(1)", "args.steps).argsort(1)", "nft"),
     ("flow/draws.py", "<= rounding(reward)).float()", "<= 0).float()", "method awm"),
     # several processes
@@ -101,7 +101,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/run.py", "saved[\"step\"], saved[\"skipped\"], saved[\"bad\"]", "0, 0, 0", "training resume"),
     ("flow/run.py", "log.truncate(saved[\"log_bytes\"] if saved else 0)", "pass", "training resume"),
     ("flow/run.py", "x.data.copy_(value)", "pass", "training resume"),
-    ("train_nft.py", "decay = old_decay(step, *args.old_decay)  # of", "decay = 0  # of", "training resume"),
+    ("train_nft.py", "decay = old_decay(step, *args.old_decay)  # decay", "decay = 0  # decay", "training resume"),
     # the LoRA, the pipeline
     ("flow/lora.py", "lora_alpha=2 * rank", "lora_alpha=rank", "awm"),
     ("flow/lora.py", "[layer.get_delta_weight(name)", "[0.5 * layer.get_delta_weight(name)", "sample"),
@@ -130,7 +130,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("train_awm.py", "(policy_ratio - 1).abs() > CLIP", "policy_ratio > CLIP", "awm"),
     ("train_nft.py", "(v.detach() - v_old).square()", "(v.detach() - v_old).abs()", "nft"),
     ("train_dpo.py", "\"accuracy\": weight *", "\"accuracy\": differ_b *", "dpo"),
-    ("train_dpo.py", "\"margin\": weight * margin", "\"margin\": margin", "dpo"),
+    ("train_dpo.py", "\"margin\": weight * logit", "\"margin\": logit", "dpo"),
 ]
 
 
