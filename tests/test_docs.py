@@ -130,12 +130,12 @@ def test_the_loop_of_the_trainers(capsys):
 
 
 def test_a_script_trains_from_the_files_that_are_listed(tmp_path):
-    """docs/trainers.md lists the rooms of flow/ that a training script imports: copied with it into an empty folder,
+    """docs/trainers.md lists the modules of flow/ that a training script imports: copied with it into an empty folder,
     they are enough for two epochs, an evaluation and a checkpoint."""
-    listed = re.search(r"these rooms of `flow/`: (.*?)\n- ", TEXT["docs/trainers.md"], re.DOTALL)[1]
+    listed = re.search(r"these modules of `flow/`: (.*?)\n- ", TEXT["docs/trainers.md"], re.DOTALL)[1]
     (tmp_path / "flow").mkdir()
     for file in ("normguard.py", "train_awm.py", "train_nft.py", "train_dpo.py", "flow/__init__.py",
-                 *(f"flow/{room}.py" for room in re.findall(r"`(\w+)`", listed))):
+                 *(f"flow/{module}.py" for module in re.findall(r"`(\w+)`", listed))):
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     flags = "--epochs 2 --eval-every 2 --eval-n 2 --group 2 --groups 2 --batch 4 --rank 2 --steps 4 --timesteps 1"
@@ -143,8 +143,8 @@ def test_a_script_trains_from_the_files_that_are_listed(tmp_path):
     subprocess.run(run, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
     assert (tmp_path / "run/samples/00002.png").is_file() and (tmp_path / "run/checkpoint/state.pt").is_file()
     twins = "import train_nft, train_dpo, sys; print(*sorted(name for name in sys.modules if name.startswith('flow.')))"
-    rooms = subprocess.check_output([sys.executable, "-c", twins], cwd=tmp_path, text=True).split()
-    assert rooms == sorted(f"flow.{room}" for room in re.findall(r"`(\w+)`", listed))  # no more and no less
+    modules = subprocess.check_output([sys.executable, "-c", twins], cwd=tmp_path, text=True).split()
+    assert modules == sorted(f"flow.{module}" for module in re.findall(r"`(\w+)`", listed))  # no more and no less
 
 
 @pytest.mark.parametrize("script", ["train_nft", "train_awm", "train_dpo"])

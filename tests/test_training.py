@@ -253,7 +253,7 @@ def blocks(method: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("heading, methods", [
-    ("load; what can fail, fails before anything is written", ["awm", "nft"]),  # DPO's has one line more
+    ("load; errors come before anything is written", ["awm", "nft"]),  # DPO's has one line more
     ("LoRA and optimizer", ["awm", "dpo"]),  # NFT's has the old policy
     ("start or resume", ["awm", "dpo"]),
     ("rollout: `group` pictures of each prompt from the policy as it stands", ["awm", "dpo"]),
@@ -267,7 +267,7 @@ def test_shared_blocks_of_the_scripts_are_the_same_word_for_word(heading, method
 def test_what_a_script_adds_to_a_shared_block_is_added_lines():
     """NFT's old policy, DPO's noise levels and pairs: without these lines the blocks are the same."""
     for heading, method, words in (
-            ("load; what can fail, fails before anything is written", "dpo", "training_levels"),
+            ("load; errors come before anything is written", "dpo", "training_levels"),
             ("LoRA and optimizer", "nft", "old|use_adapter"),
             ("start or resume", "nft", "old_decay"),
             ("evaluation and checkpoint", "nft", "old=")):
