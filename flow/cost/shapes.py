@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from flow import pipeline
-from flow.cli import InputError, cannot_load, check_model
+from flow.cli import loading
 from flow.lora import add_lora, use_autocast
 from flow.prompts import CHUNK
 from flow.rewards import VIT_H_CONFIG
@@ -85,13 +85,12 @@ def read_configs(model: str) -> tuple[str, dict, dict]:
     none."""
     if model in PUBLISHED:
         return *copy.deepcopy(PUBLISHED[model]), {}
-    check_model("--model", model)
 
     def read(file: str) -> dict:
         """One of the model's JSON files."""
         path = Path(model) / file if Path(model).is_dir() else hf_hub_download(model, file)
         return json.loads(Path(path).read_text())
-    try:
+    with loading("--model", model):
         index = read("model_index.json")
         pipeline.check_parts(model, index)
         parts, own = {}, {}
@@ -104,10 +103,6 @@ def read_configs(model: str) -> tuple[str, dict, dict]:
                 parts[name] = read(f"{name}/tokenizer_config.json").get("model_max_length", 512)
             elif value[0] and name in ("transformer", "vae") or name.startswith("text_encoder"):
                 parts[name] = value[1], read(f"{name}/config.json")
-    except InputError:
-        raise
-    except Exception as e:  # no network, no such file: each library raises its own
-        cannot_load("--model", model, e)
     return index["_class_name"], parts, own
 
 
