@@ -111,7 +111,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/pipeline.py", "torch.lerp(x0, noise,", "torch.lerp(noise, x0,", "awm"),
     ("flow/pipeline.py", "x = x + dts[i] * v", "x = x - dts[i] * v", "sample"),
     ("flow/pipeline.py", "sigmas.diff().tolist()", "[*sigmas.diff().tolist()[:-1], 0.0]", "sample"),
-    ("flow/pipeline.py", "noise_levels(pipe, steps)", "noise_levels(pipe, steps + 1)", "awm"),
+    ("flow/pipeline.py", "pipe, [\"\"], steps, set_timesteps)", "pipe, [\"\"], steps + 1, set_timesteps)", "awm"),
     ("flow/intercept.py", "[timestep(pipe, level) for level", "[timestep(pipe, level) / 1000 for level", "awm"),
     # the rewards, the evaluation
     ("flow/rewards.py", "total = total + weight * score", "total = total + score", "evaluate"),
