@@ -82,19 +82,17 @@ def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = 
         in_one_go=False,     # may several prompts be encoded in one call?
         one_by_one={},       # {guidance: must samples go through the transformer one by one?}
         probe=probe)         # a small fp32 copy of the transformer, until the prompts are encoded
+    flags = f"--model {model}" + f" --size {size}" * bool(size) + f" --frames {frames}" * bool(frames)
     try:
         learn(pipe)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # the pipeline's own error about what it lacks or cannot do
-        flags = f"--model {model}" + f" --size {size}" * bool(size) + f" --frames {frames}" * bool(frames)
         kind = ", an image-to-image pipeline," if "image" in intercept.call_parameters(pipe) and not size else ""
         raise InputError(f"{flags}: {name}{kind} cannot draw that, given a prompt ({type(e).__name__}: {reason(e)})")
     *video, _, height, width = pipe.flow.picture
-    if frames and video != [frames]:
-        raise InputError(f"--frames {frames}: --model {model} is a {name}, which makes {(video or ['no videos'])[0]}")
-    if size and (height, width) != (size, size):
-        raise InputError(f"--size {size}: {name} makes it {width}x{height}")
+    if frames and video != [frames] or size and (height, width) != (size, size):
+        raise InputError(f"{flags}: {name} makes {width}x{height} pixels; frames of its videos: {(video or ['none'])[0]}")
     return pipe
 
 

@@ -246,8 +246,7 @@ def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | N
 
 
 def share_tensors(encodings: list[tuple[tuple, tuple]]) -> dict[tuple, tuple]:
-    """{key: encoding}, where equal tensors of one prompt, or of neighbours with the same settings, are one tensor: then
-    memory and disk hold it once."""
+    """Make equal tensors of one prompt, or of neighbours with the same settings, one tensor, to save memory."""
     shared = {}
     for key, encoding in encodings:
         known = [x for part in key[:2] for x in shared.get(part, ()) if torch.is_tensor(x)]
@@ -258,8 +257,7 @@ def share_tensors(encodings: list[tuple[tuple, tuple]]) -> dict[tuple, tuple]:
 
 
 def load_encodings(flow, file: Path) -> bool:
-    """Put a file's encodings into the cache; their tensors stay on disk until they are used. False if there is no such
-    file or it is damaged."""
+    """Put a file's encodings into the cache; tensors stay on disk until used. False if it is missing or damaged."""
     try:
         cache_encodings(flow, torch.load(file, mmap=True, weights_only=True))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
