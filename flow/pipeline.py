@@ -92,7 +92,7 @@ def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = 
         raise InputError(f"{flags}: {name}{kind} cannot draw that, given a prompt ({type(e).__name__}: {reason(e)})")
     *video, _, height, width = pipe.flow.picture
     if frames and video != [frames] or size and (height, width) != (size, size):
-        raise InputError(f"{flags}: {name} makes {width}x{height} pixels; frames of its videos: {(video or ['none'])[0]}")
+        raise InputError(f"{flags}: {name} draws {width}x{height} pixels; frames in videos: {(video or ['none'])[0]}")
     return pipe
 
 
