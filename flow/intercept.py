@@ -39,11 +39,11 @@ def patched(obj, **attributes):
 
 # ---------------------------------------------------------------- calls of the pipeline
 
-def run_loop(pipe, prompts: list[str], x: Tensor | None, levels: Tensor, step, guidance: float | None = None,
-             output: str = "latent", generator=None):
+def run_loop(pipe, prompts: list[str], x: Tensor | None = None, levels: Tensor = torch.zeros(1), step=None,
+             guidance: float | None = None, output: str = "latent", generator=None):
     """Run the pipeline's loop down noise levels (k + 1,), from latents x (b, ...) or, if None, from its own noise.
-    step(v, x, i) -> next x replaces the scheduler's i-th step. Gradients are recorded. Returns the pipeline's output.
-    """
+    step(v, x, i) -> next x replaces the scheduler's i-th step. Without any step (k = 0) the pipeline only encodes the
+    prompts and decodes the latents. Gradients are recorded. Returns the pipeline's output."""
     scheduler, step_indices = pipe.scheduler, itertools.count()
     inverted = scheduler.config.invert_sigmas  # its sigmas are 1 - t, and its velocity is -v
 
@@ -57,11 +57,6 @@ def run_loop(pipe, prompts: list[str], x: Tensor | None, levels: Tensor, step, g
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
     steps = max(2, len(levels) - 1)  # some pipelines divide by half of it
     return call_pipeline(pipe, prompts, steps, set_timesteps, scheduler_step, x, guidance, output, generator)
-
-
-def run_text_encoders(pipe, prompts: list[str], guidance: float | None = None):
-    """Call the pipeline without any step, so that it only encodes the prompts."""
-    run_loop(pipe, prompts, None, torch.zeros(1), None, guidance)
 
 
 def first_step(pipe, prompts: list[str], x: Tensor | None, level: float, guidance: float | None = None):
@@ -92,11 +87,8 @@ def prepare_latents(pipe, x: Tensor | None, *args, **kwargs):
     if x is None:
         return prepared
     latents, *others = prepared if isinstance(prepared, tuple) else (prepared,)
-    if latents.shape == x.shape:
-        latents = x
-    else:  # a condition follows the noise, and stays
-        latents = latents.to(x.dtype, copy=True)
-        latents[tuple(map(slice, x.shape))] = x
+    latents = latents.to(x.dtype)
+    latents[tuple(map(slice, x.shape))] = x  # a condition that follows the noise stays
     return (latents, *others) if isinstance(prepared, tuple) else latents
 
 
@@ -175,7 +167,7 @@ def timestep_inputs(pipe, level: float) -> dict:
         # fp32 latents, as in a rollout: with the pipeline's own the timestep would be rounded to the base's bf16
         x = torch.zeros(1, *pipe.flow.latents, device=pipe.device)
         with transformer_inputs_hook(pipe, see):
-            inputs = capture(lambda: run_loop(pipe, [""], x, torch.tensor([level, 0.0]), None))
+            inputs = capture(lambda: run_loop(pipe, [""], x, torch.tensor([level, 0.0])))
         values = {name: inputs[name] for name in pipe.flow.timestep_names}
         cache[level] = {name: value.reshape(1, *value.shape[1:]) for name, value in values.items()}  # also of a scalar
     return cache[level]

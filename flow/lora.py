@@ -75,9 +75,9 @@ def can_merge(layer: BaseTunerLayer) -> bool:
 @contextmanager
 @torch.no_grad()
 def merged(model: torch.nn.Module):
-    """Use the weights W + scale B A of the active adapters, so that a forward costs what the base's costs. For calls
-    without gradients. W itself is not changed, and `reference` still finds the frozen base. Only for W in fp32: rounded
-    to bf16, the sum would lose most of a young LoRA, and rollouts would not use the policy that is trained."""
+    """Use the weights W + scale B A of the active adapters, so that a forward without gradients costs what the base's
+    costs. W is not changed; `reference` still finds it. Only for W in fp32: rounded to bf16, the sum would lose most of
+    a young LoRA, and rollouts would not use the policy that is trained."""
     layers = [layer for layer in lora_layers(model) if can_merge(layer)]
     for layer in layers:
         weight = layer.base_layer.weight.detach()

@@ -50,13 +50,14 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
     if sharded:
         shard(pipe.transformer, device)
     use_autocast(pipe.transformer, device, base)
+    use_fast_kernels(getattr(pipe, "vae", None))
     return prepare_pipeline(pipe, model, device, size, frames, probe=probe)
 
 
 def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = None, frames: int | None = None,
-                     fake: bool = False, probe: torch.nn.Module | None = None):
+                     probe: torch.nn.Module | None = None):
     """Freeze a pipeline, take out its text encoders, and find out how it works, into `pipe.flow`. Arguments as for
-    load_pipeline. `fake`: its tensors are fake, with shapes and no numbers. `probe`: its transformer's shallow_copy."""
+    load_pipeline; `probe`: its transformer's shallow_copy."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     for part in modules.values():
         part.requires_grad_(False).eval()
@@ -65,46 +66,39 @@ def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = 
         setattr(pipe, name, None)
     if getattr(pipe, "guider", None) is not None:  # guidance as a component, whose scale cannot be set here
         pipe.guider = pipe.guider.new(enabled=False)
-    if not fake:
-        use_fast_kernels(getattr(pipe, "vae", None))
     pipe.set_progress_bar_config(disable=True)
     name = type(pipe).__name__
     # diffusers finds a pipeline's device by a walk through all modules, several times a call
     pipe.__class__ = type(name, (type(pipe),), {"device": device, "_execution_device": device})
     pipe.flow = SimpleNamespace(
         settings=call_settings(pipe, size, frames),  # arguments of each call, besides steps and guidance
-        unguided={},             # arguments of calls without guidance
+        unguided={},         # arguments of calls without guidance
         scheduler=intercept.replace_scheduler(pipe, model),  # its config, or None for the model's own
-        timesteps={},            # {noise level: the scheduler's timestep}, of all schedules so far
-        timestep_inputs={},      # {noise level: {name: value}}, of the transformer
-        prepare_arguments=None,  # of the latest call of prepare_latents: (args, kwargs)
-        encoders=encoders,       # {name: text encoder}; None when all prompts are encoded
-        rows={},                 # the cache: {(settings, prompt, ...): encoding}
-        shapes={},               # {prompt: shapes of its encodings}
-        in_one_go=False,         # may several prompts be encoded in one call?
-        one_by_one={},           # {guidance: must samples go through the transformer one by one?}
-        probe=probe)             # a small fp32 copy of the transformer, until the prompts are encoded
+        timesteps={},        # {noise level: the scheduler's timestep}, of all schedules so far
+        timestep_inputs={},  # {noise level: {name: value}}, of the transformer
+        encoders=encoders,   # {name: text encoder}; None when all prompts are encoded
+        rows={},             # the cache: {(settings, prompt, ...): encoding}
+        shapes={},           # {prompt: shapes of its encodings}
+        in_one_go=False,     # may several prompts be encoded in one call?
+        one_by_one={},       # {guidance: must samples go through the transformer one by one?}
+        probe=probe)         # a small fp32 copy of the transformer, until the prompts are encoded
+    flags = f"--model {model}" + f" --size {size}" * bool(size) + f" --frames {frames}" * bool(frames)
     try:
         learn(pipe)
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as e:  # the pipeline's own error about what it lacks or cannot do
-        flags = f"--model {model}" + f" --size {size}" * bool(size) + f" --frames {frames}" * bool(frames)
         kind = ", an image-to-image pipeline," if "image" in intercept.call_parameters(pipe) and not size else ""
-        why = f"{type(e).__name__}: {reason(e)}"
-        raise InputError(f"{flags}: {name}{kind} cannot draw that, given a prompt ({why})")
+        raise InputError(f"{flags}: {name}{kind} cannot draw that, given a prompt ({type(e).__name__}: {reason(e)})")
     *video, _, height, width = pipe.flow.picture
-    if frames and video != [frames]:
-        raise InputError(f"--frames {frames}: --model {model} is a {name}, which makes {(video or ['no videos'])[0]}")
-    if size and (height, width) != (size, size):
-        raise InputError(f"--size {size}: {name} makes it {width}x{height}")
+    if frames and video != [frames] or size and (height, width) != (size, size):
+        raise InputError(f"{flags}: {name} draws {width}x{height} pixels; frames in videos: {(video or ['none'])[0]}")
     return pipe
 
 
 def check_parts(model: str, config: dict):
     """Check a model_index.json, before weights are loaded: the only denoiser must be a transformer."""
-    names = ("transformer", "transformer_2", "unet", "prior")
-    found = [name for name in names if (config.get(name) or [None])[0]]
+    found = [name for name in ("transformer", "transformer_2", "unet", "prior") if (config.get(name) or [None])[0]]
     if found != ["transformer"]:
         raise InputError(f"--model {model}: is a {config['_class_name']} with {' and '.join(found) or 'no denoiser'}; "
                          "it takes a flow-matching pipeline with one transformer")
@@ -230,9 +224,9 @@ def training_levels(pipe) -> Tensor:
 def draw_noise(pipe, n: int, generator: torch.Generator | list[torch.Generator]) -> Tensor:
     """Draw noise latents (n, ...) as the pipeline does, on the CPU, from one generator or from n, one for each."""
     if not hasattr(type(pipe), "prepare_latents"):
-        return intercept.run_loop(pipe, [""] * n, None, torch.zeros(1), None, generator=generator)[0].float().cpu()
-    cpu = torch.device("cpu")
-    noise = intercept.call_prepare_latents(pipe, generator, batch_size=n, dtype=torch.float32, device=cpu)
+        return intercept.run_loop(pipe, [""] * n, generator=generator)[0].float().cpu()
+    changes = {"batch_size": n, "dtype": torch.float32, "device": torch.device("cpu")}
+    noise = intercept.call_prepare_latents(pipe, generator, **changes)
     noise = noise[0] if isinstance(noise, tuple) else noise
     return noise[(slice(None), *map(slice, pipe.flow.latents))]  # without a condition that follows the noise
 
@@ -295,7 +289,7 @@ def integrate(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, *, guidan
 
 def decode_batch(pipe, x0: Tensor) -> Tensor:
     """Decode latents (b, ...) to pictures (b, 3, h, w) or videos (b, frames, 3, h, w) in [0, 1], with gradients."""
-    return intercept.run_loop(pipe, [""] * len(x0), x0, torch.zeros(1), None, output="pt")[0].float()
+    return intercept.run_loop(pipe, [""] * len(x0), x0, output="pt")[0].float()
 
 
 def decode_size(pipe) -> int:

@@ -5,17 +5,15 @@ import inspect
 import io
 import pickle
 from contextlib import ExitStack, contextmanager
-from inspect import BoundArguments
 from pathlib import Path
 
-import diffusers
 import torch
 import transformers
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from flow.cli import InputError, progress, reading, write_files
-from flow.intercept import Captured, call_parameters, capture, patched, run_text_encoders
+from flow.intercept import call_parameters, patched, run_loop
 
 CHUNK = 16  # prompts per call of the text encoders; always that many, since another number can change the last bits
 PROBE_PAIR = ["a grey cat", "a grey dog"]  # prompts of the same length, to try a pipeline
@@ -104,65 +102,53 @@ def text_encoders(pipe):
 
 
 def cache_prompts(pipe):
-    """Replace pipe.encode_prompt by a function that encodes each prompt once and returns batches of cached encodings.
-    The encodings of a batch must have one length: see `batches`."""
-    flow, signature = pipe.flow, inspect.signature(pipe.encode_prompt)
+    """Replace pipe.encode_prompt by one that encodes each prompt once. A batch's encodings must have one length."""
+    flow, encode_prompt, signature = pipe.flow, pipe.encode_prompt, inspect.signature(pipe.encode_prompt)
+
+    @torch.no_grad()
+    def encode(call: inspect.BoundArguments) -> tuple:
+        with text_encoders(pipe):
+            encoded = encode_prompt(*call.args, **call.kwargs)
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, encoded if isinstance(encoded, tuple) else (encoded,))
 
     @functools.lru_cache(2)  # a rollout asks for the same batches again and again
     def make_batch(keys: tuple) -> tuple:
-        return to_device(concat_encodings([flow.rows[key] for key in keys]), pipe.device)
+        batch = concat_encodings([flow.rows[key] for key in keys])
+        return tree_map_only(torch.Tensor, lambda x: x.to(pipe.device), batch)
 
-    @functools.wraps(pipe.encode_prompt)
-    def encode_prompt(*args, **kwargs):
+    @functools.wraps(encode_prompt)
+    def cached_encode_prompt(*args, **kwargs):
         call = signature.bind(*args, **kwargs)
         keys, single_calls = split_call(call, pipe.device)
         missing = [key for key in single_calls if key not in flow.rows]
         if flow.in_one_go and len(missing) > 1:
-            together, _ = encode_call(pipe, call)
-            encodings = dict(zip(keys, split_encodings(together, len(keys))))
+            encodings = dict(zip(keys, split_encodings(encode(call), len(keys))))
         else:
-            encodings = {key: encode_call(pipe, single_calls[key])[0] for key in missing}
+            encodings = {key: encode(single_calls[key]) for key in missing}
         cache_encodings(flow, {key: encodings[key] for key in missing})
         encoded = make_batch(tuple(keys))
         return encoded if len(encoded) > 1 else encoded[0]
-    pipe.encode_prompt = encode_prompt
+    pipe.encode_prompt = cached_encode_prompt
 
 
-def split_call(call: BoundArguments, device: torch.device) -> tuple[list[tuple], dict[tuple, BoundArguments]]:
+def split_call(call: inspect.BoundArguments, device: torch.device) -> tuple[list[tuple], dict]:
     """Split a call of encode_prompt for n prompts into calls for one prompt each. Returns n keys, and the call for each
     different key. A key is (settings, prompt, negative prompt, ...). `call` itself gets its default arguments."""
     call.apply_defaults()
     arguments = call.arguments
     prompts = arguments["prompt"] or [""] * arguments.get("batch_size", 1)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    lists = {name: list(value) for name, value in arguments.items()
-             if "prompt" in name and isinstance(value, list) and len(value) == len(prompts)}
-    lists = {"prompt": prompts, **lists}
+    lists = {"prompt": prompts} | {name: list(value) for name, value in arguments.items() if "prompt" in name
+                                   and isinstance(value, list) and len(value) == len(prompts)}
     settings = [value for name, value in arguments.items() if name not in {*lists, "batch_size", "device", "dtype"}]
     keys = [(repr(settings), *values) for values in zip(*lists.values())]
-    # BoundArguments leaves out what encode_prompt does not take
+    # inspect.BoundArguments leaves out what encode_prompt does not take
     arguments |= {**lists, "batch_size": len(prompts), "device": device}
     calls = {}
     for key in keys:
         values = {name: [value] for name, value in zip(lists, key[1:])}
-        calls[key] = BoundArguments(call.signature, {**arguments, **values, "batch_size": 1})
+        calls[key] = inspect.BoundArguments(call.signature, {**arguments, **values, "batch_size": 1})
     return keys, calls
-
-
-@torch.no_grad()
-def encode_call(pipe, call: BoundArguments) -> tuple[tuple, list[torch.Tensor]]:
-    """Make a call of the pipeline's own encode_prompt. Returns its encodings, and the tokens and masks (b, length) that
-    the text encoders get during it, in order, on the CPU."""
-    tokens = []
-
-    def record(module, args, kwargs):
-        inputs = [value.cpu() for value in (*args, *kwargs.values()) if torch.is_tensor(value)]
-        tokens.extend(value for value in inputs if value.ndim == 2 and not value.is_floating_point())
-    with text_encoders(pipe), ExitStack() as hooks:
-        for encoder in pipe.flow.encoders.values():
-            hooks.enter_context(encoder.register_forward_pre_hook(record, with_kwargs=True))
-        encoded = pipe.encode_prompt.__wrapped__(*call.args, **call.kwargs)  # as it was before cache_prompts
-    return to_device(encoded if isinstance(encoded, tuple) else (encoded,), "cpu"), tokens
 
 
 def cache_encodings(flow, encodings: dict[tuple, tuple]):
@@ -174,42 +160,24 @@ def cache_encodings(flow, encodings: dict[tuple, tuple]):
 
 
 def encodes_in_one_go(pipe) -> bool:
-    """Try whether one call for several prompts gives what a call for each gives: the text encoders get the same tokens
-    and masks (so no padding to the longest prompt), and the encodings are nearly equal."""
-    signature = inspect.signature(pipe.encode_prompt)
-
-    def see(*args, **kwargs):
-        raise Captured(signature.bind(*args, **kwargs))
-    with patched(pipe, encode_prompt=see):
-        call = capture(lambda: run_text_encoders(pipe, PROBE_PROMPTS))
-    keys, single_calls = split_call(call, pipe.device)
+    """Try whether one call for several prompts gives nearly what a call for each gives. It does not if prompts are
+    padded to the longest."""
     with text_encoders(pipe):
-        singles = {key: encode_call(pipe, single) for key, single in single_calls.items()}
-        together, tokens = encode_call(pipe, call)
-    cache_encodings(pipe.flow, {key: encoding for key, (encoding, _) in singles.items()})
-    for i, encoding in enumerate(split_encodings(together, len(keys))):
-        single, single_tokens = singles[keys[i]]
-        rows = [value[i::len(keys)] for value in tokens]  # two rows, if negative prompts follow in the same tensor
-        same_tokens = len(rows) == len(single_tokens) and all(map(torch.equal, rows, single_tokens))
-        if not (tokens and same_tokens and nearly_equal(single, encoding)):
-            return False
-    return True
+        for prompt in PROBE_PROMPTS:
+            run_loop(pipe, [prompt])
+        singles = pipe.flow.rows
+        with patched(pipe.flow, in_one_go=True, rows={}, shapes={}):
+            run_loop(pipe, PROBE_PROMPTS)
+            return all(nearly_equal(encoding, singles.get(key)) for key, encoding in pipe.flow.rows.items())
 
-
-# ---------------------------------------------------------------- encodings of one prompt and of a batch
 
 def nearly_equal(a, b) -> bool:
     """Whether two encodings are equal up to rounding."""
-    if isinstance(a, (tuple, list)):
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(map(nearly_equal, a, b))
     if not torch.is_tensor(a) or not torch.is_tensor(b):
         return a is b
     return a.shape == b.shape and bool((a.float() - b.float()).norm() <= 0.03 * a.float().norm())
-
-
-def to_device(encoding, device):
-    """The encoding with its tensors on a device."""
-    return tree_map_only(torch.Tensor, lambda x: x.to(device), encoding)
 
 
 def concat_encodings(encodings: list):
@@ -241,7 +209,7 @@ def batches(pipe, prompts: list[str], size: int, guidance: float | None = None) 
     """Divide the indices of prompts into batches of at most `size`. The encodings of a batch have one length, so that
     none is padded: the model might attend to padding."""
     for prompt in set(prompts) - pipe.flow.shapes.keys():  # encode_prompts was not given it
-        run_text_encoders(pipe, [prompt])
+        run_loop(pipe, [prompt])
     groups = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(pipe.flow.shapes.get(prompt), []).append(i)
@@ -249,26 +217,24 @@ def batches(pipe, prompts: list[str], size: int, guidance: float | None = None) 
     return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
-# ---------------------------------------------------------------- all prompts of a run
-
 def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | None):
     """Encode each prompt once, without guidance and with it, and remove the text encoders. Encodings are kept in the
     folder `store`, and those that are there already are read. A file's name depends on all that changes its content."""
     flow, unique = pipe.flow, list(dict.fromkeys(prompts))
     size = CHUNK if flow.in_one_go else 1
-    libraries = torch.__version__, diffusers.__version__, transformers.__version__
     precision = [encoder.dtype for encoder in flow.encoders.values()], pipe.device.type
+    settings = guidance, flow.settings, precision, torch.__version__, transformers.__version__
     with ExitStack() as stack:
         for i in progress(range(0, len(unique), size), desc="encode prompts", leave=False):
             chunk = (unique[i:i + size] + [""] * size)[:size]
-            digest = hashlib.sha256(repr((chunk, guidance, flow.settings, precision, libraries)).encode()).hexdigest()
-            file = store and store / f"{digest[:16]}.pt"
+            name = hashlib.sha256(repr((chunk, settings)).encode()).hexdigest()[:16]
+            file = store and store / f"{name}.pt"
             if file and load_encodings(flow, file):
                 continue
             stack.enter_context(text_encoders(pipe))
             known = len(flow.rows)
             for scale in dict.fromkeys([None, guidance]):
-                run_text_encoders(pipe, chunk, scale)
+                run_loop(pipe, chunk, guidance=scale)
             cache_encodings(flow, share_tensors(list(flow.rows.items())[known:]))
             if file:
                 content = io.BytesIO()
@@ -280,8 +246,7 @@ def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | N
 
 
 def share_tensors(encodings: list[tuple[tuple, tuple]]) -> dict[tuple, tuple]:
-    """{key: encoding}, where equal tensors of one prompt, or of neighbours with the same settings, are one tensor: then
-    memory and disk hold it once."""
+    """Make equal tensors of one prompt, or of neighbours with the same settings, one tensor, to save memory."""
     shared = {}
     for key, encoding in encodings:
         known = [x for part in key[:2] for x in shared.get(part, ()) if torch.is_tensor(x)]
@@ -292,8 +257,7 @@ def share_tensors(encodings: list[tuple[tuple, tuple]]) -> dict[tuple, tuple]:
 
 
 def load_encodings(flow, file: Path) -> bool:
-    """Put a file's encodings into the cache; their tensors stay on disk until they are used. False if there is no such
-    file or it is damaged."""
+    """Put a file's encodings into the cache; tensors stay on disk until used. False if it is missing or damaged."""
     try:
         cache_encodings(flow, torch.load(file, mmap=True, weights_only=True))
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):

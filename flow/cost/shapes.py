@@ -23,8 +23,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from flow import pipeline
+<<<<<<< HEAD
 from flow.cli import loading
 from flow.lora import add_lora, use_autocast
+=======
+from flow.cli import InputError, cannot_load, check_model
+from flow.lora import add_lora, use_autocast, use_fast_kernels
+>>>>>>> h-less
 from flow.prompts import CHUNK
 from flow.rewards import VIT_H_CONFIG
 
@@ -186,7 +191,9 @@ def blank_pipeline(model: str, device: torch.device, size: int | None = None, fr
         components |= {key: encoder, tokenizer: word_tokenizer(length)}
     pipe = cls(**components, **own)
     use_autocast(components["transformer"], device, low)
-    return pipeline.prepare_pipeline(pipe, model, device, size, frames, fake)
+    if not fake:
+        use_fast_kernels(components["vae"])
+    return pipeline.prepare_pipeline(pipe, model, device, size, frames)
 
 
 def encode(pipe, guidance: float | None = None):
