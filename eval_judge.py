@@ -387,10 +387,10 @@ def main(args: Args):
         if min(n, n_real) < 128:
             print(f"note: {name} of {n} pictures to {n_real}: so few make it larger than it is, and noisy")
 
-    metrics, verdicts = json.loads(cli.json_text([metrics, verdicts]))  # with None for NaN, as in the file
+    metrics, verdicts = json.loads(cli.to_json([metrics, verdicts]))  # with None for NaN, as in the file
     report = {"dirs": list(args.dirs), "n": n, "args": asdict(args), "metrics": metrics,
               "pairs": {"judge/quality": verdicts} if verdicts else {}}
-    cli.write_files({out / "report.json": cli.json_text(report, indent=2) + "\n",
+    cli.write_files({out / "report.json": cli.to_json(report, indent=2) + "\n",
                      out / "report.png": draw_report(folders, metrics, verdicts)})
     print(table(args.dirs, metrics, verdicts))
 

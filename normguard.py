@@ -99,10 +99,8 @@ def reference(model: torch.nn.Module, keep: tuple[str, ...] = ()):
     has dropout, compute v in eval mode too: the noise of dropout would count as excess norm.
 
     keep: adapters that were there before RL, such as a frozen style LoRA; they stay on. Warns once if parameters that
-    stay on are trained (LoRA biases). Raises ValueError
-    - if the model has no adapter or a merged one;
-    - if an adapter in `keep` does not exist or is trained;
-    - if a frozen adapter is active beside a trained one and is not in `keep`."""
+    stay on are trained (LoRA biases). Raises ValueError if the model has no adapter or a merged one; if one in `keep`
+    does not exist or is trained; if a frozen adapter is active beside a trained one and is not in `keep`."""
     modules = list(model.modules())
     # peft's adapter layers read this flag in forward; its own disable_adapters() would reset requires_grad
     layers = [m for m in modules if "_disable_adapters" in vars(m) or hasattr(type(m), "_disable_adapters")]
@@ -111,10 +109,10 @@ def reference(model: torch.nn.Module, keep: tuple[str, ...] = ()):
     if any(getattr(m, "merged", False) for m in layers):
         raise ValueError("reference(model): an adapter is merged (fused) into the base weights; unmerge it first")
     keep, before = _names(keep), [(m, m._disable_adapters, m._active_adapter) for m in layers]
-    active = {name for _, disabled, names in before if not disabled for name in _names(names)}
-    if len(active) > 1 or _checked.get(model) != (active, keep):
-        _check_adapters(model, layers, active, keep)
-        _checked[model] = active, keep
+    on = {name for _, disabled, active in before if not disabled for name in _names(active)}
+    if len(on) > 1 or _checked.get(model) != (on, keep):
+        _check_adapters(model, layers, on, keep)
+        _checked[model] = on, keep
     training = [m for m in modules if m.training]
     try:
         for m, disabled, active in before:
@@ -154,6 +152,8 @@ def _check_adapters(model: torch.nn.Module, layers: list[torch.nn.Module], activ
     if set(frozen) - set(keep) and on:
         raise ValueError(f"reference(model): {', '.join(frozen)} (frozen) and {', '.join(on)} (trained) are active "
                          f"together; say what belongs to the reference: keep={tuple(frozen)}")
+    if model in _checked:  # it has been warned of
+        return
     off = {id(p) for name, held in weights.items() if name not in keep for p in held}
     if moving := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in off]:
         warnings.warn(f"reference(model) is not the frozen base: {len(moving)} trained parameters stay on in it "

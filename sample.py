@@ -114,7 +114,7 @@ def write_norms(out: Path, sigmas: Tensor, ratios: Tensor, renormed: bool):
     axis.set(xlabel="t (1 is noise)", ylabel="norm ratio to the reference", xlim=(1.02, -0.02))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    cli.write_files({out / "norms.json": cli.json_text(rows, indent=2) + "\n", out / "norms.png": png(figure, 130)})
+    cli.write_files({out / "norms.json": cli.to_json(rows, indent=2) + "\n", out / "norms.png": png(figure, 130)})
     when = ", before --renorm" if renormed else ""
     print(f"norm ratio to the reference{when}: mean {rows['overall']:.4f}, worst step {max(rows['mean']):.4f}")
 
@@ -151,7 +151,7 @@ def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor], pro
     axes[1].axhspan(-1.96, 1.96, color="gray", alpha=0.15, linewidth=0)
     axes[2].set_ylim(0, 1.02)
     axes[0].legend(fontsize=8)
-    cli.write_files({out / "adjoint.json": cli.json_text(rows, indent=2) + "\n", out / "adjoint.png": png(figure, 130)})
+    cli.write_files({out / "adjoint.json": cli.to_json(rows, indent=2) + "\n", out / "adjoint.png": png(figure, 130)})
 
 
 def energy(images: Tensor, prompts: list[str]) -> Tensor:

@@ -104,7 +104,7 @@ def likelihood_ratio(v: Tensor, v_old: Tensor, x0: Tensor, noise: Tensor, t: Ten
     (b,) -> (b,)."""
     def log_prob(v):  # log p(x0; t, eps | v), (b,)
         error = (v.float() - (noise.float() - x0.float())).square().flatten(1).mean(1)
-        return -t.to(v.device).float() / power * (error + 1e-10) ** power
+        return -t.float() / power * (error + 1e-10) ** power
 
     return (log_prob(v) - log_prob(v_old.detach())).exp()
 
@@ -178,14 +178,14 @@ def main(args: Args, rival=None):
             for rows in draws.local_batches(update, picture, n, args.batch):
                 batch = draws.training_batch(pipe, args.seed, epoch, rows, picture[rows], t[rows], x0, texts)
                 with torch.no_grad():
-                    v_olds[rows[0].item()] = velocity(pipe, batch["xt"], batch["t"], batch["prompts"]).cpu()
+                    v_olds[rows[0].item()] = velocity(pipe, batch["xt"], t[rows], batch["prompts"]).cpu()
 
         for u, update in enumerate(updates):
             # ---- loss and gradient
             logged = []  # one dict of row values per micro-batch
             for rows in draws.local_batches(update, picture, n, args.batch):
                 batch = draws.training_batch(pipe, args.seed, epoch, rows, picture[rows], t[rows], x0, texts, adv=adv)
-                v = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
+                v = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
                 v_old = v.detach() if u == 0 else v_olds[rows[0].item()].to(device)  # the first update is on policy
                 inputs = v_old, batch["x0"], batch["noise"], batch["t"]
                 base_loss = awm_loss(v, *inputs, batch["adv"], args.power)
@@ -193,7 +193,7 @@ def main(args: Args, rival=None):
                 row_log = {}
                 if args.lam != 0 or args.kl > 0:
                     with reference(pipe.transformer):
-                        v_ref = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
+                        v_ref = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
                     guard = norm_hinge(v, v_ref, args.margin)
                     if rival is not None:
                         guard = rival(v, v_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
@@ -208,7 +208,7 @@ def main(args: Args, rival=None):
                 row_log |= {"loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl,
                             "clip_share": (policy_ratio - 1).abs() > CLIP,
                             "policy_ratio": policy_ratio, "policy_ratio_square": policy_ratio.square()}
-                logged.append(row_log)
+                logged.append({name: value.detach() for name, value in row_log.items()})
             means = mean_over_rows(logged, len(update))  # over all processes; adds norm_ratio_by_t
             square, mean = means.pop("policy_ratio_square"), means.pop("policy_ratio")
             means["ratio_std"] = max(0, square - mean ** 2) ** 0.5

@@ -192,14 +192,15 @@ def main(args: Args, rival=None):
         for u, update in enumerate(updates):
             # ---- loss and gradient
             logged = []  # one dict of row values per micro-batch
+            pairs_that_differ = differ[pair[update]].sum()
             for rows in draws.local_batches(update, w[pair], n, max(1, args.batch // 2)):
                 both = torch.cat([w[pair[rows]], l[pair[rows]]])  # winners, then losers, of the same noise and t
-                batch = draws.training_batch(pipe, args.seed, epoch, rows.repeat(2), both, t[rows].repeat(2), x0, texts)
-                v = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
+                t_both, differ_b = t[rows].repeat(2), differ[pair[rows]].to(device)
+                batch = draws.training_batch(pipe, args.seed, epoch, rows, both, t_both, x0, texts)
+                v = velocity(pipe, batch["xt"], t_both, batch["prompts"])
                 with reference(pipe.transformer):
-                    v_ref = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
+                    v_ref = velocity(pipe, batch["xt"], t_both, batch["prompts"])
                 halves = *v.chunk(2), *v_ref.chunk(2), *(batch["noise"] - batch["x0"]).chunk(2)
-                differ_b = differ[pair[rows]].to(device)
                 base_loss = 2 / args.dpo_beta * differ_b * dpo_loss(*halves, args.dpo_beta)
                 guard = norm_hinge(v, v_ref, args.margin)
                 if rival is not None:
@@ -212,10 +213,11 @@ def main(args: Args, rival=None):
                     oppose(v, v_ref, args.margin)
                 (loss.sum() / len(update)).backward()
                 logit = dpo_logit(*halves, args.dpo_beta).detach()
-                weight = differ_b * len(update) / differ[pair[update]].sum()  # a mean over the pairs that differ
-                logged.append({"norm_ratio": ratio.mean(0), "active": (ratio > 1 + args.margin).float().mean(0),
-                               "t": t[rows], "loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl,
-                               "accuracy": weight * (logit > 0), "margin": weight * logit})
+                weight = differ_b * len(update) / pairs_that_differ  # for means over these pairs
+                row_log = {"loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl, "norm_ratio": ratio.mean(0),
+                           "active": (ratio > 1 + args.margin).float().mean(0), "t": batch["t"][:len(rows)],
+                           "accuracy": weight * (logit > 0), "margin": weight * logit}
+                logged.append({name: value.detach() for name, value in row_log.items()})
             means = mean_over_rows(logged, len(update))  # over all processes; adds norm_ratio_by_t
 
             # ---- optimizer step, unless the loss or a gradient is not finite

@@ -106,7 +106,7 @@ class Args:
 def nft_loss(v: Tensor, v_old: Tensor, x0: Tensor, xt: Tensor, t: Tensor, r: Tensor, beta: float = 1.0) -> Tensor:
     """DiffusionNFT's loss per sample, in fp32. v (with gradient), v_old, x0, xt (b, ...); t and r in [0, 1] (b,) ->
     (b,)."""
-    v, v_old, x0, xt, t, r = (a.to(v.device).float() for a in (v, v_old.detach(), x0, xt, t, r))
+    v, v_old, x0, xt, t, r = (a.float() for a in (v, v_old.detach(), x0, xt, t, r))
 
     def matching(v):  # L(v), (b,)
         error = (xt - t.view(-1, *[1] * (xt.ndim - 1)) * v - x0).flatten(1)  # in x0-space
@@ -198,18 +198,18 @@ def main(args: Args, rival=None):
             logged = []  # one dict of row values per micro-batch
             for rows in draws.local_batches(update, picture, n, args.batch):
                 batch = draws.training_batch(pipe, args.seed, epoch, rows, picture[rows], t[rows], x0, texts, r=r)
-                v = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
+                v = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
                 if u == 0 and decay == 0:
                     v_old = v.detach()  # the old policy is still the current one
                 else:
                     with torch.no_grad(), old_policy(pipe.transformer):
-                        v_old = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
+                        v_old = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
                 base_loss = nft_loss(v, v_old, batch["x0"], batch["xt"], batch["t"], batch["r"], args.nft_beta)
                 guard = kl = torch.zeros_like(base_loss)
                 row_log = {}
                 if args.lam != 0 or args.kl > 0:
                     with reference(pipe.transformer):
-                        v_ref = velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
+                        v_ref = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
                     guard = norm_hinge(v, v_ref, args.margin)
                     if rival is not None:
                         guard = rival(v, v_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
@@ -222,7 +222,7 @@ def main(args: Args, rival=None):
                 (loss.sum() / len(update)).backward()
                 row_log |= {"loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl,
                             "old_distance": (v.detach() - v_old).square().flatten(1).mean(1)}
-                logged.append(row_log)
+                logged.append({name: value.detach() for name, value in row_log.items()})
             means = mean_over_rows(logged, len(update))  # over all processes; adds norm_ratio_by_t
 
             # ---- optimizer step, unless the loss or a gradient is not finite

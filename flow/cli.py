@@ -158,7 +158,7 @@ def make_dir(path: str | Path, flag: str) -> Path:
     return Path(path)
 
 
-def json_text(value, indent: int | None = None) -> str:
+def to_json(value, indent: int | None = None) -> str:
     """`value` as JSON, with null for numbers that are not finite, which JSON cannot hold."""
     value = json.loads(json.dumps(value), parse_constant=lambda _: None)
     return json.dumps(value, indent=indent)

@@ -131,11 +131,10 @@ def mean_over_rows(batches: list[dict[str, Tensor]], rows: int) -> dict:
     for the GPU."""
     sums = {}
     for values in batches:
-        values = {name: value.detach() for name, value in values.items()}
-        t, ratio = values.pop("t", None), values.get("norm_ratio")
+        t, ratio = values.get("t"), values.get("norm_ratio")
         for k in range(BINS) if ratio is not None else ():
-            in_bin = ((t * BINS).long().clamp_max(BINS - 1) == k).to(ratio.device)
-            values |= {f"ratio in bin {k}": ratio * in_bin, f"rows in bin {k}": in_bin}
+            in_bin = (t * BINS).long().clamp_max(BINS - 1) == k
+            values = {**values, f"ratio in bin {k}": ratio * in_bin, f"rows in bin {k}": in_bin}
         for name, value in values.items():
             value = value if value.dtype == torch.float64 else value.float()
             sums[name] = sums.get(name, 0) + value.sum()
@@ -145,4 +144,5 @@ def mean_over_rows(batches: list[dict[str, Tensor]], rows: int) -> dict:
     means = {name: sum(total[name] for total in totals if name in total) / rows for name in names}
     bins = [(means.pop(f"ratio in bin {k}", 0), means.pop(f"rows in bin {k}", 0)) for k in range(BINS)]
     by_t = [ratio / count if count else None for ratio, count in bins]
+    means.pop("t", None)
     return {"norm_ratio": None, "active": None, **means, "norm_ratio_by_t": by_t}

@@ -55,15 +55,16 @@ def local_batches(rows: Tensor, picture: Tensor, n: int, batch: int) -> list[Ten
 
 def training_batch(pipe, seed: int, epoch: int, rows: Tensor, picture: Tensor, t: Tensor, x0: Tensor,
                    prompts: list[str], **values: Tensor) -> dict:
-    """A micro-batch by name: picture (b,) and t (b,) as given, its prompts; x0, noise, xt (b, ...) and each of `values`
-    (b,) on the device.
+    """A micro-batch by name: picture (b,), prompts; on the device t (b,), x0, noise, xt (b, ...), and `values` (b,).
 
-    rows (b,): each row's index, which seeds its noise. picture (b,): its picture, 0 to n - 1. t (b,): its noise level.
-    x0: the latents of this process's pictures. prompts and values (n,): of all the epoch's pictures."""
-    x0 = x0[picture - local_slice(len(prompts)).start].to(pipe.device)
+    picture, t (b,): each row's picture, 0 to n - 1, and noise level. rows: the rows' indices, which seed their noise;
+    (b,), or (b/2,) for pairs of the same noise. x0: the latents of this process's pictures. prompts and values (n,): of
+    all the epoch's pictures."""
+    x0, t = x0[picture - local_slice(len(prompts)).start].to(pipe.device), t.to(pipe.device)
     noise = row_noise(pipe, seed, TRAINING, epoch, rows).to(pipe.device)
+    noise = noise.repeat(len(picture) // len(rows), *[1] * (noise.ndim - 1))
     return {"picture": picture, "prompts": [prompts[i] for i in picture], "t": t, "x0": x0, "noise": noise,
-            "xt": add_noise(x0, noise, t.to(pipe.device)),
+            "xt": add_noise(x0, noise, t),
             **{name: value[picture].to(pipe.device) for name, value in values.items()}}
 
 

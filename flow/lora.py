@@ -39,6 +39,7 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT needs two adapters
         inject_adapter_in_model(config, model, name)
+    model._hf_peft_config_loaded = True  # diffusers' own methods for adapters ask for it
     use_adapter(model, name)
     diffusers.training_utils.cast_training_params(model, torch.float32)
     for layer in lora_layers(model):

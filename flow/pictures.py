@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from flow.cli import InputError, json_text, make_dir, on_error, progress, reading, write_files
+from flow.cli import InputError, make_dir, on_error, progress, reading, to_json, write_files
 from flow.distributed import BINS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # files that are read as pictures
@@ -89,7 +89,7 @@ def save_samples(out: str, pictures: Tensor, rows: list[dict]):
     its middle frame, and a GIF), grid.png, and samples.jsonl with `rows`, which hold at least prompt and seed."""
     folder = make_dir(out, "--out")
     old = set(earlier_samples(out))
-    lines = [json_text({"file": f"{i:05d}.png", **row}) + "\n" for i, row in enumerate(rows)]
+    lines = [to_json({"file": f"{i:05d}.png", **row}) + "\n" for i, row in enumerate(rows)]
     files = {folder / "samples.jsonl": "".join(lines)}  # written first, so that earlier_samples knows the others
     for i in progress(range(len(pictures)), desc="save", leave=False):
         files |= grid_files(folder / f"{i:05d}", pictures[i:i + 1], 1)

@@ -160,15 +160,23 @@ def cache_encodings(flow, encodings: dict[tuple, tuple]):
 
 
 def encodes_in_one_go(pipe) -> bool:
-    """Try whether one call for several prompts gives nearly what a call for each gives. It does not if prompts are
-    padded to the longest."""
-    with text_encoders(pipe):
+    """Try whether one call for several prompts gives what a call for each gives: the same up to rounding, from tokens
+    that are always padded to one length."""
+    lengths = set()
+
+    def record(encoder, args, kwargs):
+        tokens = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.ndim == 2]
+        lengths.update((encoder, x.shape[1]) for x in tokens if not x.is_floating_point())
+    with text_encoders(pipe), ExitStack() as hooks:
+        for encoder in pipe.flow.encoders.values():
+            hooks.enter_context(encoder.register_forward_pre_hook(record, with_kwargs=True))
         for prompt in PROBE_PROMPTS:
             run_loop(pipe, [prompt])
         singles = pipe.flow.rows
         with patched(pipe.flow, in_one_go=True, rows={}, shapes={}):
             run_loop(pipe, PROBE_PROMPTS)
-            return all(nearly_equal(encoding, singles.get(key)) for key, encoding in pipe.flow.rows.items())
+            same = all(nearly_equal(encoding, singles.get(key)) for key, encoding in pipe.flow.rows.items())
+    return same and 0 < len(lengths) == len({encoder for encoder, _ in lengths})
 
 
 def nearly_equal(a, b) -> bool:

@@ -64,9 +64,10 @@ def reward_model(name: str) -> str:
 def short_reward(spec: str) -> str:
     """The reward's text with only the last piece of each path or id: "DIR/clip:0.5,vlm:ORG/M@URL" -> "clip:0.5,M"."""
     short = []
-    for name, weight in split_reward(spec):
+    for text, (name, _) in zip(spec.split(","), split_reward(spec)):
+        weight = text.removeprefix(name)  # as it was written
         name = (reward_model(name) if name.startswith("vlm:") else name).rstrip("/").rpartition("/")[2]
-        short.append(name if weight == 1 else f"{name}:{weight:g}")
+        short.append(name + weight)
     return ",".join(short)
 
 

@@ -22,9 +22,9 @@ from flow.cli import (
     check_flags,
     check_place,
     fingerprint,
-    json_text,
     make_dir,
     reading,
+    to_json,
     write_files,
 )
 from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, move_to_cpu, shutdown
@@ -112,7 +112,7 @@ def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None
     lam = args.lam if args.lam == "auto" else f"{args.lam:g}"
     out = Path(args.out or f"runs/{method}-{Path(args.model).name}-{reward}-lam{lam}-s{args.seed}")
     check_place(out, "--out", FILES, FOLDERS)
-    check_place(out, "--out", tuple(f"samples/{path.name}" for path in (out / "samples").glob("[0-9]" * 5 + ".*")))
+    check_place(out / "samples", "--out", tuple(path.name for path in (out / "samples").glob("[0-9]" * 5 + ".*")))
     files = [path for part in (*FILES, *FOLDERS, "samples.jsonl") for path in (out / part, *(out / part).rglob("*"))]
     files = {path.relative_to(out).parts[0] for path in files if path.is_file() and path.name != "lock"}
     if not files:
@@ -129,7 +129,7 @@ def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None
     if not state_file.exists():
         print(f"{out}: holds no checkpoint yet; starts over")
         return out, None
-    saved = read_state(state_file, {"old": list} if method == "nft" else {})
+    saved = read_state(state_file)
     if saved["epoch"] > args.epochs:
         raise InputError(f"--epochs {args.epochs}: the run in {out} has done {saved['epoch']}")
     if saved["epoch"] == args.epochs:
@@ -148,7 +148,7 @@ def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None
 
 def flags_of(args, recorded: dict = {}) -> dict:
     """{"--flag": value} of all args but --out, in JSON's types; a value in `recorded` takes precedence."""
-    values = json.loads(json_text(asdict(args)))
+    values = json.loads(to_json(asdict(args)))
     return {f"--{name.replace('_', '-')}": recorded.get(name, value) for name, value in values.items() if name != "out"}
 
 
@@ -282,10 +282,10 @@ def log_line(out: Path, line: dict, picture: Path | None = None):
     """Append a line to metrics.jsonl; send its numbers and a picture to wandb if asked for."""
     if RANK > 0:
         return
-    append(out / "metrics.jsonl", json_text(line) + "\n")
+    append(out / "metrics.jsonl", to_json(line) + "\n")
     if out in WANDB:
         import wandb  # open_run has imported it
-        numbers = {name: value for name, value in line.items() if isinstance(value, (int, float))}
+        numbers = {name: x for name, x in line.items() if isinstance(x, (int, float)) and math.isfinite(x)}
         WANDB[out].log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=line["step"])
 
 
@@ -322,7 +322,7 @@ def resume(out: Path, saved: dict | None, model: torch.nn.Module, params: list, 
         fits = {name: x.shape for name, x in lora.items()} == {name: x.shape for name, x in now.items()}
         for i, moments in saved["opt"]["state"].items():
             fits = fits and moments["exp_avg"].shape == moments["exp_avg_sq"].shape == shapes[i]
-        fits = fits and all([x.shape for x in saved[name]] == shapes for name, copy in copies.items() if copy)
+        fits = fits and all([x.shape for x in saved.get(name)] == shapes for name, copy in copies.items() if copy)
         optimizer.load_state_dict(saved["opt"])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # it is of another form
         fits = False
@@ -330,16 +330,15 @@ def resume(out: Path, saved: dict | None, model: torch.nn.Module, params: list, 
         raise InputError(f"{out}/checkpoint/state.pt: does not fit the model; restore it, or give another --out")
     set_peft_model_state_dict(model, lora)
     for name, copy in copies.items():
-        for x, value in zip(copy or (), saved[name] or ()):
+        for x, value in zip(copy or (), saved.get(name) or ()):
             x.data.copy_(value)
     print(f"{out}: resumed at epoch {saved['epoch']}")
     return saved["epoch"], saved["step"], saved["skipped"], saved["bad"]
 
 
-def read_state(file: Path, more: dict[str, type]) -> dict:
-    """The checkpoint. Raises InputError if it is damaged, lacks a part, or holds numbers that are not finite. more: the
-    parts that a method adds, with their types."""
-    kinds = {"lora": dict, "opt": dict, "epoch": int, "step": int, "skipped": int, "bad": int, "log_bytes": int} | more
+def read_state(file: Path) -> dict:
+    """The checkpoint. Raises InputError if it is damaged, lacks a part, or holds numbers that are not finite."""
+    kinds = {"lora": dict, "opt": dict, "epoch": int, "step": int, "skipped": int, "bad": int, "log_bytes": int}
     with reading(file):
         with zipfile.ZipFile(file) as opened:  # torch.load does not check the checksums
             if opened.testzip():

@@ -126,7 +126,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on():
 
 
 def test_json_has_no_nan():
-    assert json.loads(cli.json_text({"a": [math.nan, 1.0], "b": math.inf})) == {"a": [None, 1.0], "b": None}
+    assert json.loads(cli.to_json({"a": [math.nan, 1.0], "b": math.inf})) == {"a": [None, 1.0], "b": None}
 
 
 def test_a_fingerprint_sees_names_sizes_and_bytes(tmp_path):

@@ -88,11 +88,6 @@ def test_kept_encodings_are_the_encoders_output(family, tmp_path, model):
         file.write_bytes(file.read_bytes()[:100])  # broken: they are encoded again
     encode_prompts(pipe := load_pipeline(name, CPU, 64), [*PROMPTS, "a new prompt"], 3.0, tmp_path)  # is encoded
     maps = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(tmp_path) in line]
-<<<<<<< HEAD
-    kept = [row for key, row in pipe.flow.rows.items() if key[1] in PROMPTS]
-    kept += [row for key, row in pipe.flow.last.items() if key in PROMPTS]
-    kept = [x for x in tree_leaves(kept) if torch.is_tensor(x) and x.is_floating_point()]
-=======
-    kept = [x for key, row in pipe.flow.rows.items() if key[1] in PROMPTS for x in tensors(list(row))]
->>>>>>> h-less
+    kept = tree_leaves([row for key, row in pipe.flow.rows.items() if key[1] in PROMPTS])
+    kept = [x for x in kept if torch.is_tensor(x) and x.is_floating_point()]
     assert kept and all(any(int(a, 16) <= x.data_ptr() < int(b, 16) for a, b in maps) for x in kept)  # on disk

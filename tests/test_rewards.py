@@ -294,7 +294,7 @@ def test_vlm_specs_that_are_refused(capsys):
 @pytest.mark.parametrize("spec, parts, short", [
     ("pickscore", [("pickscore", 1.0, "yuvalkirstain/PickScore_v1")], "pickscore"),
     ("runs/clip/:0.5,a/b", [("runs/clip/", 0.5, "runs/clip/"), ("a/b", 1.0, "a/b")], "clip:0.5,b"),
-    ("dir/f.py:nan:-1e-1", [("dir/f.py:nan", -0.1, "dir/f.py")], "f.py:nan:-0.1"),
+    ("dir/f.py:nan:-1e-1", [("dir/f.py:nan", -0.1, "dir/f.py")], "f.py:nan:-1e-1"),
     ("f.py:nan", [("f.py:nan", 1.0, "f.py")], "f.py:nan"),
     ("vlm:a/b@http://h:8000/v1", [("vlm:a/b@http://h:8000/v1", 1.0, "a/b")], "b"),
     ("vlm:q:7b@http://h:8000/v1:2", [("vlm:q:7b@http://h:8000/v1", 2.0, "q:7b")], "q:7b:2"),

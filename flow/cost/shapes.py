@@ -23,13 +23,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from flow import pipeline
-<<<<<<< HEAD
 from flow.cli import loading
-from flow.lora import add_lora, use_autocast
-=======
-from flow.cli import InputError, cannot_load, check_model
 from flow.lora import add_lora, use_autocast, use_fast_kernels
->>>>>>> h-less
 from flow.prompts import CHUNK
 from flow.rewards import VIT_H_CONFIG
 
