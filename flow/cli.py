@@ -125,7 +125,8 @@ def check_flags(args, least: dict[str, float]):
             raise InputError(f"{flag} '': is empty; give a value, or leave the flag out")
         low, high = least.get(field, -math.inf), MOST.get(field, math.inf)
         if isinstance(value, (int, float)) and not (low <= value <= high and -math.inf < value < math.inf):
-            raise InputError(f"{flag} {value}: must be a finite number, at least {low:g} and at most {high:g}")
+            limits = [f", at least {low:g}"] * (low > -math.inf) + [f", at most {high}"] * (high < math.inf)
+            raise InputError(f"{flag} {value}: must be a finite number{''.join(limits)}")
 
 
 def check_model(flag: str, name: str, or_else: str = ""):

@@ -1,4 +1,5 @@
 """LoRA on a diffusers transformer: add, merge, save and load it. Precision and quantization of the frozen base."""
+import copy
 import importlib.util
 import json
 import shlex
@@ -226,6 +227,22 @@ Prompts to try:
 
 {prompts}
 """
+
+
+def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
+    """Copy a transformer in fp32 with one block of each list of blocks: enough to see how it treats its inputs, at a
+    small part of its size. Quantized layers become random ones."""
+    repeated = {*(transformer._repeated_blocks or ()), *(transformer._no_split_modules or ())}  # if it lists them
+    lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)
+             and (not repeated or any(type(inner).__name__ in repeated for inner in part.modules()))]
+    shortened = {id(blocks): copy.deepcopy(blocks[:1]) for blocks in lists}
+    copied = copy.deepcopy(transformer, shortened)  # takes these for the copies of the lists
+    for name, layer in list(copied.named_modules()):
+        vars(layer).pop("forward", None)  # autocast's, which calls the original
+        if isinstance(layer, torch.nn.Linear) and (type(layer.weight.data) is not torch.Tensor
+                                                   or not layer.weight.is_floating_point()):
+            copied.set_submodule(name, torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None))
+    return torch.nn.Module.float(copied).requires_grad_(False).eval()
 
 
 def prepare_transformer(pipe, args):

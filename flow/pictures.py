@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flow.cli import InputError, make_dir, on_error, progress, reading, to_json, write_files
-from flow.distributed import BINS
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # files that are read as pictures
 
@@ -181,6 +180,9 @@ def plot_curves(out: Path, guidance: float | None = None):
     lines = read_log(out / "metrics.jsonl")
     trained, evaluated = ("", "") if guidance is None else (" (conditional)", f" (guidance {guidance:g})")
 
+    by_t = [line for line in lines if "norm_ratio_by_t" in line]
+    bins = len(by_t[0]["norm_ratio_by_t"]) if by_t else 0  # equal parts of [0, 1]
+
     def values(key: str) -> list[tuple]:
         return [(line["step"], line.get(key)) for line in lines]
 
@@ -191,9 +193,8 @@ def plot_curves(out: Path, guidance: float | None = None):
             **{key + evaluated: values(key) for key in ("eval_norm_ratio", "eval_norm_ratio_max")}},
         "guard: share of samples over the reference": {"active": values("active")},
         "norm ratio by noise level, training": {
-            f"t {k / BINS:.1f} to {(k + 1) / BINS:.1f}": [
-                (line["step"], line["norm_ratio_by_t"][k]) for line in lines if "norm_ratio_by_t" in line]
-            for k in range(BINS)},
+            f"t {k / bins:.1f} to {(k + 1) / bins:.1f}": [(line["step"], line["norm_ratio_by_t"][k]) for line in by_t]
+            for k in range(bins)},
         "norm ratio along the trajectory": {
             f"epoch {line['epoch']}": enumerate(line["eval_norm_ratio_steps"])
             for line in lines if "eval_norm_ratio_steps" in line}}

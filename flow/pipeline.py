@@ -13,7 +13,6 @@ layout in which the scheduler gets them: (b, channels, h, w), packed tokens, or 
     pictures = decode(pipe, x0)                                  # (n, 3, h, w) or (n, frames, 3, h, w) in [0, 1]
     v = velocity(pipe, add_noise(x0, noise, t), t, prompts)      # with gradients; t (n,), one for each sample
 """
-import copy
 import functools
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +28,7 @@ from flow import intercept
 from flow.cli import InputError, loading, progress, quiet_libraries, reason
 from flow.distributed import base_dtype, shard
 from flow.intercept import Captured, capture, first_step, latents_of, patched, transformer_inputs_hook
-from flow.lora import merged, quantization, use_autocast, use_fast_kernels
+from flow.lora import merged, quantization, shallow_copy, use_autocast, use_fast_kernels
 from flow.prompts import PROBE_PAIR, batches, cache_prompts, call_settings, encode_all, encodes_in_one_go
 from normguard import norm_ratio, reference, renormalize
 
@@ -134,22 +133,6 @@ def learn(pipe):
     flow.picture = tuple(decode_batch(pipe, x.float()).shape[1:])  # (3, h, w), or of a video (frames, 3, h, w)
     flow.in_one_go = encodes_in_one_go(pipe)
     flow.one_by_one = {None: not holds_in_batches(pipe)}
-
-
-def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
-    """Copy a transformer in fp32 with one block of each list of blocks: enough to see how it treats its inputs, at a
-    small part of its size. Quantized layers become random ones."""
-    repeated = {*(transformer._repeated_blocks or ()), *(transformer._no_split_modules or ())}  # if it lists them
-    lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)
-             and (not repeated or any(type(inner).__name__ in repeated for inner in part.modules()))]
-    shortened = {id(blocks): copy.deepcopy(blocks[:1]) for blocks in lists}
-    copied = copy.deepcopy(transformer, shortened)  # takes these for the copies of the lists
-    for name, layer in list(copied.named_modules()):
-        vars(layer).pop("forward", None)  # autocast's, which calls the original
-        if isinstance(layer, torch.nn.Linear) and (type(layer.weight.data) is not Tensor
-                                                   or not layer.weight.is_floating_point()):
-            copied.set_submodule(name, torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None))
-    return torch.nn.Module.float(copied).requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -16,17 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils._pytree import tree_leaves
 
-from flow.cli import (
-    InputError,
-    append,
-    check_flags,
-    check_place,
-    fingerprint,
-    make_dir,
-    reading,
-    to_json,
-    write_files,
-)
+from flow.cli import InputError, append, check_flags, check_place, fingerprint, make_dir, reading, to_json, write_files
 from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, move_to_cpu, shutdown
 from flow.lora import model_card, quantization, save_lora, swapped
 from flow.pictures import digits, epochs_logged, plot_curves, read_log, summarize

@@ -24,7 +24,7 @@ TESTS = {  # name: files and -k of pytest. A mutant lists the names of those tha
     "nonfinite": "tests/test_training.py -k nonfinite",
     "evaluate": "tests/test_evaluate.py",
     "sample": "tests/test_sample.py tests/test_pipeline.py -k 'norms_and_renorm or sample_is_plain or schedule_is'",
-    "resume": "tests/test_run.py -k 'dpo_resumes or killed_runs or extended'",
+    "resume": "tests/test_run.py -k 'twins_resume or killed_runs or extended'",
     "precision": "tests/test_lora.py -k 'merged or swapped or draws'",
     "processes": "tests/test_distributed.py -k 'everything_once or in_order or summed'",
     "two": "tests/test_distributed.py -k two_processes",

@@ -12,10 +12,7 @@ import eval_judge
 import flow.cli
 import flow.judge
 from flow.judge import http_judge, local_judge, read_answer
-from tests.helpers import (
-    CPU,
-    refuses,
-)
+from tests.helpers import CPU, refuses
 
 OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_judge.py's questions only; it has commas
 

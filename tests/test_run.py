@@ -19,6 +19,7 @@ import flow.cli
 import flow.run
 import train_awm
 import train_dpo
+import train_nft
 from flow import cli, pictures, run
 from tests.helpers import CPU, SMALL, contents, lora_bytes, lora_weights, metrics, refuses, small_run, timeless
 
@@ -87,8 +88,9 @@ def test_a_save_cut_short_anywhere_resumes_bit_for_bit(tmp_path, monkeypatch):
         assert lora_bytes(small_run(tmp_path / name, **flags)) == whole
 
 
-def test_dpo_resumes_bit_for_bit(finished, tmp_path, monkeypatch, capsys):
-    """For NFT, test_training.py compares all that a resumed run has kept."""
+@pytest.mark.parametrize("script", [train_nft, train_dpo])
+def test_the_twins_resume_bit_for_bit(script, finished, tmp_path, monkeypatch, capsys):
+    """With a checkpoint of before --ema came, too, which lacks that."""
     honest, calls = flow.run.plot_curves, []
 
     def cut(*args, **kwargs):
@@ -98,10 +100,35 @@ def test_dpo_resumes_bit_for_bit(finished, tmp_path, monkeypatch, capsys):
         return honest(*args, **kwargs)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(flow.run, "plot_curves", cut)
-        small_run(tmp_path, train_dpo, save_every=1)
-    assert lora_bytes(small_run(tmp_path, train_dpo)) == lora_bytes(finished(train_dpo))
+        small_run(tmp_path, script, save_every=1)
+    state = torch.load(tmp_path / "checkpoint/state.pt", weights_only=True)
+    assert state.pop("ema") is None
+    torch.save(state, tmp_path / "checkpoint/state.pt")
+    assert lora_bytes(small_run(tmp_path, script)) == lora_bytes(finished(script))
     assert "resumed at epoch 2" in capsys.readouterr().out
-    assert timeless(tmp_path) == timeless(finished(train_dpo))
+    assert timeless(tmp_path) == timeless(finished(script))
+
+
+def test_a_run_that_another_process_has_begun_meanwhile(tmp_path, monkeypatch, capsys):
+    """While the models are loaded: args.json is there, and this process holds no lock."""
+    load = flow.run.load_models
+
+    def meanwhile(*given):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "args.json").write_text("{}")
+        return load(*given)
+    monkeypatch.setattr(flow.run, "load_models", meanwhile)
+    refuses(capsys, lambda: small_run(tmp_path / "run"), "--out", "another process has been at work there")
+    assert (tmp_path / "run" / "args.json").read_text() == "{}" and not flow.run.LOCKS
+
+
+def test_a_finished_run_holds_no_folder_and_trains_with_checkpointing(tmp_path, monkeypatch):
+    on = []
+    monkeypatch.setattr(train_awm, "evaluate", lambda out, args, pipe, *given, **named: on.append(
+        pipe.transformer.is_gradient_checkpointing))
+    for checkpointing in (None, True):
+        train(tmp_path / str(checkpointing), checkpointing=checkpointing, epochs=1, eval_every=1)
+    assert on == [False, False, True, True] and not flow.run.LOCKS
 
 
 def test_finished_run_says_so(run, capsys):
