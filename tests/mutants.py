@@ -34,7 +34,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("train_awm.py", "v.detach() if u == 0 else v_olds[rows[0].item()].to(device)", "v.detach()", "awm"),
     ("train_nft.py", "r = 0.5 + 0.5 * draws", "r = 0.5 + 0.25 * draws", "nft"),
     ("train_dpo.py", "rewards[w] - rewards[l] > draws.rounding(rewards)", "rewards[w] >= rewards[l]", "dpo"),
-    ("train_dpo.py", "epoch, rows.repeat(2),", "epoch, torch.cat([rows, rows + 99]),", "dpo"),
+    ("train_dpo.py", "epoch, rows, both,", "epoch, torch.cat([rows, rows + 99]), both,", "dpo"),
     ("train_dpo.py", "(loss.sum() / len(update)).backward()", "loss.mean().backward()", "dpo"),
     ("train_awm.py", "(params, args.max_grad_norm)", "(params, 1e9)", "awm"),
     ("train_awm.py", "sigmas[draws.stratified_steps(", "sigmas[1 + draws.stratified_steps(", "awm"),
@@ -52,7 +52,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("normguard.py", "    finally:", "    except ZeroDivisionError:\n        pass\n    else:", "reference"),
     ("normguard.py", "m._active_adapter = disabled, active", "m._active_adapter = False, active", "reference"),
     # the losses
-    ("train_awm.py", "-t.to(v.device).float() / power", "-1 / power", "method"),
+    ("train_awm.py", "-t.float() / power", "-1 / power", "method"),
     ("train_awm.py", "log_prob(v_old.detach())", "log_prob(v_old)", "method"),
     ("train_awm.py", "torch.maximum(-adv", "torch.minimum(-adv", "method"),
     ("train_awm.py", "ratio.clamp(1 - clip, 1 + clip)", "ratio", "method"),
