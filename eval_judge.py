@@ -19,7 +19,7 @@ computes only those that are missing.
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: its idle threads soon free their core
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: idle threads free their core
 
 import hashlib
 import json

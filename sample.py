@@ -16,13 +16,12 @@ the same picture in plain diffusers (in fp32 within 2/255, as on a CPU; on a GPU
     pipe(prompt=row["prompt"], generator=torch.Generator("cpu").manual_seed(row["seed"]), **row["pipe"])
 
 With --renorm, which diffusers cannot do, row["pipe"] is null.
-
 --adjoint asks whether the reward gains from longer or shorter velocities: its signal is coherent if |t statistic| is
 well above 2 (outside the gray band), most pictures agree in sign, and two halves of the pictures agree (cosine near 1).
 """
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: its idle threads soon free their core
+os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: idle threads free their core
 
 from dataclasses import dataclass
 from pathlib import Path

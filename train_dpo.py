@@ -192,7 +192,6 @@ def main(args: Args, rival=None):
         for u, update in enumerate(updates):
             # ---- loss and gradient
             logged = []  # one dict of row values per micro-batch
-            pairs_that_differ = differ[pair[update]].sum()
             for rows in draws.local_batches(update, w[pair], n, max(1, args.batch // 2)):
                 both = torch.cat([w[pair[rows]], l[pair[rows]]])  # winners, then losers, of the same noise and t
                 t_both, differ_b = t[rows].repeat(2), differ[pair[rows]].to(device)
@@ -213,7 +212,7 @@ def main(args: Args, rival=None):
                     oppose(v, v_ref, args.margin)
                 (loss.sum() / len(update)).backward()
                 logit = dpo_logit(*halves, args.dpo_beta).detach()
-                weight = differ_b * len(update) / pairs_that_differ  # for means over these pairs
+                weight = differ_b * len(update) / differ[pair[update]].sum()  # for means over pairs that differ
                 row_log = {"loss": loss, "base_loss": base_loss, "guard": guard, "kl": kl, "norm_ratio": ratio.mean(0),
                            "active": (ratio > 1 + args.margin).float().mean(0), "t": batch["t"][:len(rows)],
                            "accuracy": weight * (logit > 0), "margin": weight * logit}

@@ -191,7 +191,7 @@ def plot_curves(out: Path, guidance: float | None = None):
         "norm ratio to the reference": {
             "norm_ratio" + trained: values("norm_ratio"),
             **{key + evaluated: values(key) for key in ("eval_norm_ratio", "eval_norm_ratio_max")}},
-        "guard: share of samples over the reference": {"active": values("active")},
+        "guard: fraction of samples over the reference": {"active": values("active")},
         "norm ratio by noise level, training": {
             f"t {k / bins:.1f} to {(k + 1) / bins:.1f}": [(line["step"], line["norm_ratio_by_t"][k]) for line in by_t]
             for k in range(bins)},
