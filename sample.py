@@ -191,6 +191,8 @@ def main(args: Args):
     if args.lora:
         load_lora(pipe, args.lora, args.model, args.lora_scale)
     warn_unsuitable(pipe, prompts, args.size)
+    if reward:
+        reward.warn_cut(prompts)
     pipeline.encode_prompts(pipe, prompts, args.guidance)
 
     sigmas = pipeline.schedule(pipe, args.steps)

@@ -63,16 +63,21 @@ def call_settings(pipe, size: int | None, frames: int | None) -> dict:
 
 def warn_unsuitable(pipe, prompts: list[str], size: int | None):
     """Print a note if prompts are longer than any tokenizer can read, and one if `size` is far from the model's."""
-    tokenizers, unique, made_for = tokenizers_of(pipe), list(dict.fromkeys(prompts)), min(sizes_of(pipe))
+    tokenizers, made_for = tokenizers_of(pipe), min(sizes_of(pipe))
     limits = [tokenizer.model_max_length for tokenizer in tokenizers]
     limits[-1] = pipe.flow.settings.get("max_sequence_length", limits[-1])
-    cut = [prompt for prompt in unique if all(len(tokenizer(prompt).input_ids) > limit
-                                              for tokenizer, limit in zip(tokenizers, limits))]
-    if cut:
-        tqdm.write(f"note: {len(cut)} of {len(unique)} prompts are longer than the {max(limits)} tokens that "
-                   f"{type(pipe).__name__} reads; the end is lost, first of {cut[0][:80]!r}")
+    warn_cut(type(pipe).__name__, prompts, list(zip(tokenizers, limits)))
     if size and made_for and not made_for / 2 <= size <= made_for * 2:
         tqdm.write(f"note: --size {size}: {type(pipe).__name__} was made for pictures of {made_for} pixels a side")
+
+
+def warn_cut(reader: str, prompts: list[str], limits: list[tuple]):
+    """Print a note if prompts are longer than `reader` reads: in all of its limits, each (tokenizer, tokens)."""
+    unique = list(dict.fromkeys(prompts))
+    cut = [prompt for prompt in unique if all(len(tokenizer(prompt).input_ids) > most for tokenizer, most in limits)]
+    if cut:
+        tqdm.write(f"note: {len(cut)} of {len(unique)} prompts are longer than the {max(most for _, most in limits)} "
+                   f"tokens that {reader} reads; the end is lost, first of {cut[0][:80]!r}")
 
 
 # ---------------------------------------------------------------- encoding

@@ -25,6 +25,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from flow.cli import InputError, loading, on_error, quiet_libraries, reason
 from flow.pictures import to_image
+from flow.prompts import warn_cut as warn_cut_prompts
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and HPSv2 use its processor
 HUB = {"pickscore": ("yuvalkirstain/PickScore_v1", VIT_H),  # reward: (its model, its processor)
@@ -78,8 +79,9 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     Images are (n, 3, h, w) in [0, 1]; a video (n, frames, 3, h, w) gets the mean of at most four evenly spaced frames.
     `question` is what a vlm is asked (None: VLM_QUESTION); {prompt} in it becomes the image's prompt. `differentiable`
     scores have gradients to the images, which must be square; they differ from the others by rounding to 8 bits.
-    Attributes of the function: `models` and `names` of the parts, `scores_of(images, prompts) -> (parts, n)`, and
-    `weighted(scores) -> (n,)`. A call moves the models to `device`; move them away to free its memory.
+    Attributes of the function: `models` and `names` of the parts, `scores_of(images, prompts) -> (parts, n)`,
+    `weighted(scores) -> (n,)`, and `warn_cut(prompts)`, which prints a note about prompts too long for a part. A call
+    moves the models to `device`; move them away to free its memory.
     Raises InputError if a part cannot be loaded, or later if it returns anything but one finite number per image."""
     quiet_libraries()
     parts = [(name, weight, load_part(name, device, differentiable, question)) for name, weight in split_reward(spec)]
@@ -105,10 +107,15 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         return weighted(scores_of(images, prompts))
 
+    def warn_cut(prompts: list[str]):
+        for name, _, score in parts:
+            if hasattr(score, "limit"):
+                warn_cut_prompts(f"--reward {name}", prompts, [score.limit])
+
     names = [name for name, _, _ in parts]
     short = [short_reward(name) for name in names]
     reward.names = short if len(set(short)) == len(short) else names
-    reward.models, reward.scores_of, reward.weighted = models, scores_of, weighted
+    reward.models, reward.scores_of, reward.weighted, reward.warn_cut = models, scores_of, weighted, warn_cut
     if differentiable:
         images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         for name, (score,) in zip(names, scores_of(images, ["a picture"])):  # NumPy code has no gradient
@@ -216,7 +223,7 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
         out = clip(pixel_values=pixels.to(device), **tokens)  # gives normalized embeddings
         return (out.image_embeds * out.text_embeds).sum(1) * scale
 
-    score.model = clip
+    score.model, score.limit = clip, (processor.tokenizer, padding["max_length"])
     return score
 
 

@@ -78,6 +78,7 @@ def load_models(args, device: torch.device, prompts: list[str], eval_prompts: li
     if not args.size or args.frames:
         try_reward(*pipe.flow.picture)
     warn_unsuitable(pipe, prompts + eval_prompts, args.size)
+    reward.warn_cut(prompts + eval_prompts)
     return reward, pipe
 
 

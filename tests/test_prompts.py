@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 from flow import prompts
 from flow.pipeline import draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from flow.prompts import warn_unsuitable
+from flow.rewards import load_reward
 from tests.helpers import CPU, PROMPTS
 
 LONG = "a very very very very very very red star before a wall"
@@ -30,6 +31,18 @@ def test_prompts_that_are_cut_are_reported_once_with_the_limit(pipe, capsys):
     pipe.tokenizer_2.model_max_length = before
     pipe.flow.settings = settings
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["tiny/pickscore", "tiny/hps"])
+def test_prompts_that_a_reward_cuts_are_reported_once_with_its_name(name, capsys):
+    reward = load_reward(f"{name}:0.5,tiny/pickscore", CPU)
+    reward.warn_cut(["a red star"] * 3)
+    assert capsys.readouterr().out == ""
+    longest = reward.models[0].config.text_config.max_position_embeddings
+    reward.warn_cut(["a red star", "very " * longest, "very " * longest])
+    first, *others = capsys.readouterr().out.splitlines()
+    assert f"note: 1 of 2 prompts are longer than the {longest} tokens that --reward {name} reads" in first
+    assert len(others) == 1 and "--reward tiny/pickscore reads" in others[0]
 
 
 def test_a_size_far_from_the_models_is_reported(pipe, capsys):
