@@ -3,7 +3,7 @@ r"""AWM (Advantage Weighted Matching) + NormGuard for flow-matching models, on o
     python train_awm.py --lam 0.05                              # the miniature world, a minute on two cores
     python train_awm.py --model stabilityai/stable-diffusion-3.5-medium --reward pickscore --prompts FILE \
         --eval-prompts FILE --size 512 --steps 14 --timesteps 6 --group 24 --groups 24 --batch 16 --rollout-batch 16 \
-        --lr 3e-4 --eval-n 32 --eval-steps 40 --epochs 100      # hours: docs/machines.md
+        --lr 3e-4 --eval-n 32 --eval-steps 40 --eval-reward hpsv2.1 --epochs 100  # hours: docs/machines.md
     torchrun --nproc-per-node 8 train_awm.py ...                # the same on eight GPUs
 
 AWM (arXiv 2509.25050, github.com/scxue/advantage_weighted_matching) is policy gradient with the flow-matching loss as
@@ -84,6 +84,7 @@ class Args:
     updates: int = 1  # optimizer steps an epoch; each trains on 1/updates of the pictures
     timesteps: int = 2  # noise levels per picture: one is drawn from each of this many parts of the schedule
     eval_every: int = 10  # epochs between evaluations; 0: never
+    eval_reward: tuple[str, ...] = ()  # rewards that only score evaluations: they show whether --reward is gamed
     eval_n: int = 64  # held-out pictures of an evaluation
     eval_steps: int | None = None  # Euler steps of an evaluation (None: --steps)
     # ---- machine
@@ -135,7 +136,7 @@ def main(args: Args, rival=None):
     device = local_device()
     prompts, eval_prompts = draws.draw_prompts(args)  # epochs * groups prompts to train on, eval_n held-out ones
     out, saved = run.find_run("awm", args, device)  # saved: a checkpoint or None; a finished run exits here
-    reward, pipe = run.load_models(args, device, prompts, eval_prompts)
+    reward, eval_rewards, pipe = run.load_models(args, device, prompts, eval_prompts)
     sigmas = schedule(pipe, args.steps)  # the rollout's noise levels, (steps + 1,), from 1 down to 0
 
     # ---- LoRA and optimizer
@@ -150,7 +151,7 @@ def main(args: Args, rival=None):
     run.encode_local_prompts(out, args, pipe, prompts, eval_prompts)
     prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
     if first_epoch == 0 and args.eval_every:
-        evaluate(out, args, pipe, reward, eval_prompts, step=0, epoch=0)
+        evaluate(out, args, pipe, reward, eval_rewards, eval_prompts, step=0, epoch=0)
 
     bar = progress(range(first_epoch, args.epochs), desc="train", initial=first_epoch, total=args.epochs)
     for epoch in bar:
@@ -236,7 +237,7 @@ def main(args: Args, rival=None):
         done = epoch + 1
         if args.eval_every and (done % args.eval_every == 0 or done == args.epochs):
             with swapped(params, ema):  # if ema is None, nothing is swapped
-                evaluate(out, args, pipe, reward, eval_prompts, step, done)
+                evaluate(out, args, pipe, reward, eval_rewards, eval_prompts, step, done)
         if done % args.save_every == 0 or done == args.epochs:
             run.save_checkpoint(out, "awm", args, pipe, eval_prompts, params, optimizer, epoch=done, step=step,
                                 skipped=skipped, skipped_in_a_row=skipped_in_a_row, ema=ema)

@@ -90,6 +90,7 @@ class Args:
     updates: int = 1  # optimizer steps an epoch; each trains on 1/updates of the pairs
     timesteps: int = 2  # noise levels per pair, logit-normal over the scheduler's training levels
     eval_every: int = 10  # epochs between evaluations; 0: never
+    eval_reward: tuple[str, ...] = ()  # rewards that only score evaluations: they show whether --reward is gamed
     eval_n: int = 64  # held-out pictures of an evaluation
     eval_steps: int | None = None  # Euler steps of an evaluation (None: --steps)
     # ---- machine
@@ -148,7 +149,7 @@ def main(args: Args, rival=None):
     device = local_device()
     prompts, eval_prompts = draws.draw_prompts(args)  # epochs * groups prompts to train on, eval_n held-out ones
     out, saved = run.find_run("dpo", args, device)  # saved: a checkpoint or None; a finished run exits here
-    reward, pipe = run.load_models(args, device, prompts, eval_prompts)
+    reward, eval_rewards, pipe = run.load_models(args, device, prompts, eval_prompts)
     sigmas = schedule(pipe, args.steps)  # the rollout's noise levels, (steps + 1,), from 1 down to 0
     levels = training_levels(pipe)  # the noise levels that are trained at
 
@@ -164,7 +165,7 @@ def main(args: Args, rival=None):
     run.encode_local_prompts(out, args, pipe, prompts, eval_prompts)
     prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
     if first_epoch == 0 and args.eval_every:
-        evaluate(out, args, pipe, reward, eval_prompts, step=0, epoch=0)
+        evaluate(out, args, pipe, reward, eval_rewards, eval_prompts, step=0, epoch=0)
 
     bar = progress(range(first_epoch, args.epochs), desc="train", initial=first_epoch, total=args.epochs)
     for epoch in bar:
@@ -242,7 +243,7 @@ def main(args: Args, rival=None):
         done = epoch + 1
         if args.eval_every and (done % args.eval_every == 0 or done == args.epochs):
             with swapped(params, ema):  # if ema is None, nothing is swapped
-                evaluate(out, args, pipe, reward, eval_prompts, step, done)
+                evaluate(out, args, pipe, reward, eval_rewards, eval_prompts, step, done)
         if done % args.save_every == 0 or done == args.epochs:
             run.save_checkpoint(out, "dpo", args, pipe, eval_prompts, params, optimizer, epoch=done, step=step,
                                 skipped=skipped, skipped_in_a_row=skipped_in_a_row, ema=ema)

@@ -183,11 +183,13 @@ def plot_curves(out: Path, guidance: float | None = None):
     by_t = [line for line in lines if "norm_ratio_by_t" in line]
     bins = len(by_t[0]["norm_ratio_by_t"]) if by_t else 0  # equal parts of [0, 1]
 
+    other_rewards = dict.fromkeys(key for line in lines for key in line if key.startswith("eval_reward/"))
+
     def values(key: str) -> list[tuple]:
         return [(line["step"], line.get(key)) for line in lines]
 
     panels = {  # title: {label: [(x, y or None), ...]}
-        "reward": {key: values(key) for key in ("reward", "eval_reward")},
+        "reward": {key: values(key) for key in ["reward", "eval_reward", *other_rewards]},
         "norm ratio to the reference": {
             "norm_ratio" + trained: values("norm_ratio"),
             **{key + evaluated: values(key) for key in ("eval_norm_ratio", "eval_norm_ratio_max")}},

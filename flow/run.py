@@ -65,21 +65,23 @@ def check_args(args):
 
 
 def load_models(args, device: torch.device, prompts: list[str], eval_prompts: list[str]):
-    """(reward, pipeline). The reward is tried on two random pictures of the run's size. This comes before the pipeline
-    is loaded, which can take minutes, if the flags give the size."""
-    def try_reward(*shape: int):
-        reward(torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)), prompts[:1] * 2)
-        move_to_cpu(reward.models)
+    """(reward, {name: reward that only evaluations use}, pipeline). The rewards are tried on two random pictures of the
+    run's size, before the pipeline is loaded if the size is known by then: that can take minutes."""
+    def try_rewards(*shape: int):
+        for tried in (reward, *others.values()):
+            tried(torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)), prompts[:1] * 2)
+            move_to_cpu(tried.models)
 
     reward = load_reward(args.reward, device, question=args.vlm_question)
+    others = {short_reward(spec): load_reward(spec, device, question=args.vlm_question) for spec in args.eval_reward}
     if args.size and not args.frames:
-        try_reward(3, args.size, args.size)
+        try_rewards(3, args.size, args.size)
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
     if not args.size or args.frames:
-        try_reward(*pipe.flow.picture)
+        try_rewards(*pipe.flow.picture)
     warn_unsuitable(pipe, prompts + eval_prompts, args.size)
     reward.warn_cut(prompts + eval_prompts)
-    return reward, pipe
+    return reward, others, pipe
 
 
 def encode_local_prompts(out: Path, args, pipe, prompts: list[str], eval_prompts: list[str]):

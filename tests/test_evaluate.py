@@ -14,7 +14,7 @@ import train_awm
 from flow.evaluate import score
 from flow.pipeline import decode, draw_noise, encode_prompts, load_pipeline
 from flow.rewards import load_reward
-from tests.helpers import CPU, PROMPTS, flat_copy, generator, metrics, small_run
+from tests.helpers import CPU, PROMPTS, flat_copy, generator, lora_bytes, metrics, small_run
 
 REWARDS = """
 import torch
@@ -117,3 +117,21 @@ def test_a_rewards_model_waits_on_the_cpu(monkeypatch):
     (scores,) = score(pipe, reward, x0, PROMPTS)
     assert sent == [CPU, "cpu"] and isinstance(sent[0], torch.device) and isinstance(sent[1], str)
     torch.testing.assert_close(scores, reward(decode(pipe, x0), PROMPTS))
+
+
+def test_other_rewards_score_evaluations_and_change_nothing(tmp_path):
+    """--eval-reward: logged by name beside the trained reward, also a sum; the training is the same, byte for byte."""
+    (tmp_path / "r.py").write_text(REWARDS)
+    flags = dict(epochs=1, group=2, steps=2, eval_n=3, eval_every=1, save_every=1, reward=f"{tmp_path}/r.py:red")
+    plain = small_run(tmp_path / "plain", **flags)
+    others = f"{tmp_path}/r.py:length", f"{tmp_path}/r.py:length:2,{tmp_path}/r.py:spoiling:0"
+    both = small_run(tmp_path / "both", eval_reward=others, **flags)
+    assert lora_bytes(plain) == lora_bytes(both)
+    held_out = Path("tiny/eval_prompts.txt").read_text().splitlines()[:3]
+    length = np.mean([len(prompt) for prompt in held_out])
+    for line, other in zip(metrics(plain), metrics(both)):
+        if "eval_reward" in line:
+            assert other.pop("eval_reward/r.py:red") == pytest.approx(line["eval_reward"])
+            assert other.pop("eval_reward/r.py:length") == pytest.approx(length)
+            assert other.pop("eval_reward/r.py:length:2,r.py:spoiling:0") == pytest.approx(2 * length)
+        assert {**line, "img_per_s": 0} == {**other, "img_per_s": 0}
