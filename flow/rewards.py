@@ -7,6 +7,7 @@ A reward is given as text:
   vlm:MODEL, vlm:MODEL@URL         P(yes) of a vision-language model's answer to a question, here or on a server
   A:0.5,B:0.5                      a weighted sum of these
 """
+import inspect
 import math
 import re
 import runpy
@@ -24,7 +25,7 @@ from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from flow.cli import InputError, loading, on_error, quiet_libraries, reason
-from flow.pictures import to_image
+from flow.pictures import to_bytes, to_image
 from flow.prompts import warn_cut as warn_cut_prompts
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and HPSv2 use its processor
@@ -126,15 +127,18 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
 
 def call_part(name: str, score: Callable, images: Tensor, prompts: list[str]) -> Tensor:
     """score(images, prompts) as (b,) fp32 on the CPU. Raises InputError unless it is one finite number per image."""
+    n, path = len(images), reward_model(name)
     try:
-        values = torch.as_tensor(score(images, prompts)).float().cpu()
-    except InputError:  # a vlm's
+        returned = score(images, prompts)
+        values = torch.as_tensor(returned).float().cpu()
+    except InputError:  # a vlm's, or about a dict's keys
         raise
     except (Exception, SystemExit) as e:  # a function is the user's code: name its file and line
-        at = traceback.extract_tb(e.__traceback__)[:2][-1]
+        frames = traceback.extract_tb(e.__traceback__)
+        at = next((frame for frame in frames if frame.filename == path), frames[-1])
         why = f"{type(e).__name__}: {reason(e)}; {at.filename}:{at.lineno}"
         raise InputError(f"--reward {name}: failed on {tuple(images.shape)} pictures ({why})")
-    n = len(images)
+    values = values[:, 0] if values.shape == (n, 1) else values
     if values.shape != (n,):
         raise InputError(f"--reward {name}: returned shape {tuple(values.shape)} for {n} pictures; it must be ({n},)")
     for value, prompt in zip(values.tolist(), prompts):
@@ -150,14 +154,44 @@ def load_part(name: str, device: torch.device, differentiable: bool, question: s
     if name.endswith(".py"):
         raise InputError(f"--reward {name}: which function of it? Give {name}:FUNCTION")
     if ".py:" in name:
-        path, _, function = name.rpartition(":")
-        with on_error(f"--reward {name}: cannot be imported"):
-            functions = runpy.run_path(path)
-        if not callable(functions.get(function)):
-            raise InputError(f"--reward {name}: there is no function {function} in {path}")
-        return functions[function]
+        return load_function(name, device)
     with loading("--reward", name, KNOWN, needs=HUB.get(name, ())):
         return load_clip(name, device, differentiable)
+
+
+def load_function(name: str, device: torch.device) -> Callable:
+    """file.py:FUNCTION as score(images, prompts). FUNCTION takes images (b, 3, h, w) in [0, 1] on `device`, or as
+    FUNCTION@pil a list of PIL images, as FUNCTION@uint8 a NumPy array (b, h, w, 3) of bytes; prompts; and, if it has a
+    third parameter, a dict of metadata per image. It returns scores, (scores, anything), or a dict of scores, of which
+    FUNCTION[KEY] takes one; without KEY it is "avg", or the mean of all. A class, or a function that takes nothing or
+    `device` alone, is called once, and returns the reward."""
+    path, _, function_name = name.rpartition(":")
+    function_name, _, key = function_name.rstrip("]").partition("[")
+    function_name, _, kind = function_name.partition("@")
+    if kind not in ("", "pil", "uint8"):
+        raise InputError(f"--reward {name}: give {function_name}, {function_name}@pil or {function_name}@uint8")
+    with on_error(f"--reward {name}: cannot be imported"):
+        function = runpy.run_path(path).get(function_name)
+        parameters = inspect.signature(function).parameters if callable(function) else ()
+        if isinstance(function, type) or callable(function) and set(parameters) <= {"device"}:
+            function = function(**({"device": device} if "device" in parameters else {}))
+            parameters = inspect.signature(function).parameters if callable(function) else ()
+    if not callable(function):
+        raise InputError(f"--reward {name}: there is no function {function_name} in {path}")
+    takes_metadata = len(parameters) > 2
+
+    def score(images: Tensor, prompts: list[str]):
+        given = {"": lambda: images.to(device), "pil": lambda: [to_image(x) for x in images],
+                 "uint8": lambda: to_bytes(images).permute(0, 2, 3, 1).numpy()}[kind]()
+        returned = function(given, prompts, *[[{} for _ in prompts]] * takes_metadata)
+        returned = returned[0] if isinstance(returned, tuple) else returned
+        if isinstance(returned, dict):
+            if key and key not in returned or not returned:
+                raise InputError(f"--reward {name}: returned scores named {', '.join(returned)}; there is no {key}")
+            chosen = [returned[key]] if key else [returned["avg"]] if "avg" in returned else list(returned.values())
+            returned = torch.stack([torch.as_tensor(values).float().cpu() for values in chosen]).mean(0)
+        return returned
+    return score
 
 
 def load_vlm(name: str, device: torch.device, question: str) -> Callable:

@@ -304,3 +304,111 @@ def test_parts_and_short_name_of_a_reward(spec, parts, short):
     """A port, or a function that is called like a number, is no weight."""
     assert [(name, weight, reward_model(name)) for name, weight in split_reward(spec)] == parts
     assert short_reward(spec) == short
+
+
+FOREIGN = """
+import io
+import numpy as np
+import torch
+from PIL import Image
+
+def red(images):
+    return images[:, 0].mean((1, 2))
+
+def as_list(images, prompts):
+    return red(images).tolist()
+
+def as_array(images, prompts):
+    return red(images).numpy()
+
+def as_column(images, prompts):
+    return red(images)[:, None]
+
+def with_info(images, prompts, metadata):
+    assert metadata == [{} for _ in prompts]
+    return red(images).tolist(), {"anything": 1}
+
+def with_default(images, prompts, metadata=None):
+    assert metadata == [{} for _ in prompts]
+    return red(images)
+
+def named(images, prompts):
+    return {"red": red(images).tolist(), "none": [0.0] * len(prompts)}
+
+def averaged(images, prompts):
+    return {"strict": [9.0] * len(prompts), "avg": red(images)}
+
+def of_pil(images, prompts):
+    assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in images)
+    return [np.asarray(image)[:, :, 0].mean() / 255 for image in images]
+
+def of_bytes(images, prompts):
+    assert images.dtype == np.uint8 and images.shape[3] == 3
+    return images[..., 0].mean((1, 2)) / 255
+
+def factory():
+    def score(images, prompts, metadata):
+        return red(images), {}
+    return score
+
+def factory_on(device):
+    assert device.type == "cpu"
+    return as_column
+
+class Scorer(torch.nn.Module):
+    def __init__(self, device="cuda"):
+        super().__init__()
+        self.to(device)
+    def forward(self, images, prompts):
+        return red(images).requires_grad_()
+
+def sizes():
+    def kilobytes(image):
+        content = io.BytesIO()
+        image.save(content, "JPEG", quality=95)
+        return content.tell() / 1000
+    return lambda images, prompts, metadata: (np.array([-kilobytes(image) for image in images]), {})
+"""
+
+
+@pytest.mark.parametrize("function, factor", [
+    ("as_list", 1),
+    ("as_array", 1),
+    ("as_column", 1),
+    ("with_info", 1),
+    ("with_default", 1),
+    ("named[red]", 1),
+    ("named", 0.5),  # the mean of both
+    ("averaged", 1),
+    ("of_pil@pil", 1),
+    ("of_bytes@uint8", 1),
+    ("factory", 1),
+    ("factory_on", 1),
+    ("Scorer", 1),
+])
+def test_rewards_of_other_repositories(tmp_path, function, factor):
+    """As others write them: what they take, what they return, and what makes them."""
+    (tmp_path / "f.py").write_text(FOREIGN)
+    images = torch.rand(3, 3, 8, 6, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
+    scores = load_reward(f"{tmp_path}/f.py:{function}:2", CPU)(images, ["a", "b", "c"])
+    torch.testing.assert_close(scores, 2 * factor * images[:, 0].mean((1, 2)))
+
+
+def test_a_compressibility_reward_prefers_a_flat_picture(tmp_path):
+    (tmp_path / "f.py").write_text(FOREIGN)
+    noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([torch.full((3, 64, 64), 0.5), noise])
+    flat, noisy = load_reward(f"{tmp_path}/f.py:sizes@pil", CPU)(images, ["a", "b"])
+    assert flat > noisy
+
+
+def test_foreign_rewards_that_are_refused(tmp_path, capsys):
+    (tmp_path / "f.py").write_text(FOREIGN)
+    for function, words in [
+        ("red@png", ["red@pil", "red@uint8"]),
+        ("named[blue]", ["red, none", "blue"]),
+        ("nothing", ["no function nothing"]),
+        ("red", ["failed", "f.py"]),  # it takes no prompts
+    ]:
+        refuses(capsys, lambda: load_reward(f"{tmp_path}/f.py:{function}", CPU)(torch.rand(2, 3, 8, 8), ["a", "b"]),
+                "--reward", *words)
