@@ -28,7 +28,7 @@ from flow import intercept
 from flow.cli import InputError, loading, progress, quiet_libraries, reason
 from flow.distributed import base_dtype, shard
 from flow.intercept import Captured, capture, first_step, latents_of, patched, transformer_inputs_hook
-from flow.lora import merged, quantization, shallow_copy, use_autocast, use_fast_kernels
+from flow.lora import merged, only_variant, quantization, shallow_copy, use_autocast, use_fast_kernels
 from flow.prompts import PROBE_PAIR, batches, cache_prompts, call_settings, encode_all, encodes_in_one_go
 from normguard import norm_ratio, reference, renormalize
 
@@ -44,7 +44,7 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
     options = {"dtype": {"default": base, "vae": torch.float32}, "quantization_config": quantization(quantize)}
     with loading("--model", model):
         check_parts(model, diffusers.DiffusionPipeline.load_config(model))
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, variant=only_variant(model), **options)
     probe = shallow_copy(pipe.transformer)  # before it is divided among processes
     if sharded:
         shard(pipe.transformer, device)
