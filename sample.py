@@ -53,7 +53,7 @@ class Args:
     steps: int = 28  # Euler steps
     # guidance scale (None: no guidance; a model with a guidance embedding gets its default)
     guidance: float | None = None
-    size: int | None = None  # pixels per side (None: the model's default)
+    size: int | str | None = None  # pixels a side, or WIDTHxHEIGHT like 768x512 (None: the model's default)
     frames: int | None = None  # frames per video, for a model that makes videos (None: the model's default)
     seed: int = 0  # picture i starts from the noise of seed + i
     batch: int = 64  # pictures sampled at once
@@ -165,7 +165,7 @@ def main(args: Args):
     """Check the flags, sample, write the pictures, measure."""
     if args.renorm not in ("none", *pipeline.REPAIRS):
         raise cli.InputError(f"--renorm {args.renorm}: give one of none, {', '.join(pipeline.REPAIRS)}")
-    cli.check_flags(args, {"n": 1, "steps": 1, "batch": 1, "size": 1, "frames": 1, "seed": 0, "guidance": 0})
+    cli.check_flags(args, {"n": 1, "steps": 1, "batch": 1, "frames": 1, "seed": 0, "guidance": 0})
     if (args.norms or args.renorm != "none") and not args.lora:
         raise cli.InputError("--norms and --renorm compare a LoRA with its base: give --lora")
     if args.adjoint and not args.reward:

@@ -15,9 +15,10 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+MOST_PIXELS = 8_192  # of a picture's side
 # Larger values are typing errors: they would take all memory, or days.
 MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, "steps": 1_000, "timesteps": 1_000,
-        "eval_steps": 1_000, "rank": 4_096, "size": 8_192, "frames": 1_000, "eval_n": 10_000, "n": 100_000,
+        "eval_steps": 1_000, "rank": 4_096, "frames": 1_000, "eval_n": 10_000, "n": 100_000,
         "renders": 10**7, "bootstrap": 100_000, "judge_retries": 100, "judge_concurrency": 1_000,
         "judge_timeout": 86_400}
 
@@ -157,10 +158,25 @@ def check_flags(args, least: dict[str, float]):
         flag = f"--{field.replace('_', '-')}"
         if value == "" or isinstance(value, tuple) and "" in value:
             raise InputError(f"{flag} '': is empty; give a value, or leave the flag out")
+        if field == "size":
+            width_and_height(value)
         low, high = least.get(field, -math.inf), MOST.get(field, math.inf)
         if isinstance(value, (int, float)) and not (low <= value <= high and -math.inf < value < math.inf):
             limits = [f", at least {low:g}"] * (low > -math.inf) + [f", at most {high}"] * (high < math.inf)
             raise InputError(f"{flag} {value}: must be a finite number{''.join(limits)}")
+
+
+def width_and_height(size: int | str | None) -> tuple[int, int] | None:
+    """The value of --size as (width, height) in pixels: 512 or "512" is (512, 512), "768x512" is (768, 512), None is
+    None. Raises InputError for anything else."""
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(size).lower())
+    sides = [int(side) for side in found.groups(default=found[1])] if found else [0]
+    if not 1 <= min(sides) <= max(sides) <= MOST_PIXELS:
+        raise InputError(f"--size {size}: give pixels a side, or WIDTHxHEIGHT like 768x512; at least 1, at most "
+                         f"{MOST_PIXELS}")
+    return sides[0], sides[1]
 
 
 def check_model(flag: str, name: str, or_else: str = ""):

@@ -18,6 +18,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from flow import cli
 from flow.cli import InputError, append, check_flags, check_place, fingerprint, make_dir, reading, to_json, write_files
 from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, move_to_cpu, shutdown
 from flow.lora import check_compiler, model_card, quantization, save_lora, swapped
@@ -40,7 +41,7 @@ LOCKS, WANDB = {}, {}  # by folder: this process's open lock file; its wandb run
 
 def check_args(args):
     """Raise InputError, naming the flag, for numbers that cannot work. Flags that a script lacks are skipped."""
-    at_least = {"epochs groups rank updates batch rollout_batch timesteps save_every eval_n eval_steps size frames": 1,
+    at_least = {"epochs groups rank updates batch rollout_batch timesteps save_every eval_n eval_steps frames": 1,
                 "group steps": 2, "seed eval_every lam margin kl guidance": 0}
     check_flags(args, {flag: low for flags, low in at_least.items() for flag in flags.split()})
     if isinstance(args.lam, str) and args.lam != "auto":
@@ -76,7 +77,8 @@ def load_models(args, device: torch.device, prompts: list[str], eval_prompts: li
 
     reward = load_reward(args.reward, device, question=args.vlm_question)
     if args.size and not args.frames:
-        try_reward(3, args.size, args.size)
+        width, height = cli.width_and_height(args.size)
+        try_reward(3, height, width)
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
     if not args.size or args.frames:
         try_reward(*pipe.flow.picture)
