@@ -3,6 +3,7 @@
     python sample.py --prompt "a red star" --n 16 --out runs/base
     python sample.py --lora runs/awm-sd3-pickscore-lam0.05-s0/lora --norms --out runs/guarded
     python sample.py --lora DIR --renorm match --out runs/renorm          # the norm repaired at inference, to compare
+    torchrun --nproc-per-node 8 sample.py ...                             # the same pictures on eight GPUs
 
 Writes PNGs (of a video its middle frame, and a GIF), grid.png and samples.jsonl to OUT. Each row of samples.jsonl makes
 the same picture in plain diffusers (in fp32 within 2/255, as on a CPU; on a GPU our latents are fp32, diffusers' bf16):
@@ -30,10 +31,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from flow import cli, pipeline
+from flow import cli, distributed, pipeline
+from flow.distributed import RANK, all_gather_tensor, gather_tensor
 from flow.intercept import guided
 from flow.lora import check_lora, load_lora
-from flow.pictures import earlier_samples, png, save_samples
+from flow.pictures import earlier_samples, png, save_samples, to_bytes
 from flow.prompts import read_prompts, warn_unsuitable
 from flow.rewards import load_reward
 
@@ -51,7 +53,7 @@ class Args:
     steps: int = 28  # Euler steps
     # guidance scale (None: no guidance; a model with a guidance embedding gets its default)
     guidance: float | None = None
-    size: int | None = None  # pixels per side (None: the model's default)
+    size: int | str | None = None  # pixels a side, or WIDTHxHEIGHT like 768x512 (None: the model's default)
     frames: int | None = None  # frames per video, for a model that makes videos (None: the model's default)
     seed: int = 0  # picture i starts from the noise of seed + i
     batch: int = 64  # pictures sampled at once
@@ -163,7 +165,7 @@ def main(args: Args):
     """Check the flags, sample, write the pictures, measure."""
     if args.renorm not in ("none", *pipeline.REPAIRS):
         raise cli.InputError(f"--renorm {args.renorm}: give one of none, {', '.join(pipeline.REPAIRS)}")
-    cli.check_flags(args, {"n": 1, "steps": 1, "batch": 1, "size": 1, "frames": 1, "seed": 0, "guidance": 0})
+    cli.check_flags(args, {"n": 1, "steps": 1, "batch": 1, "frames": 1, "seed": 0, "guidance": 0})
     if (args.norms or args.renorm != "none") and not args.lora:
         raise cli.InputError("--norms and --renorm compare a LoRA with its base: give --lora")
     if args.adjoint and not args.reward:
@@ -177,10 +179,15 @@ def main(args: Args):
     seeds = list(range(args.seed, args.seed + len(prompts)))
     if args.lora:
         check_lora(args.lora)
+    if len(prompts) < distributed.PROCESSES:
+        raise cli.InputError(f"--n {args.n}: makes {len(prompts)} pictures, fewer than the {distributed.PROCESSES} "
+                             "processes")
     cli.check_place(args.out, "--out", FILES)
     earlier_samples(args.out)  # refuses a folder with pictures from elsewhere
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.local_device()
+    local = distributed.local_slice(len(prompts))  # the pictures that this process draws
+    local_prompts = prompts[local]
     reward = load_reward(args.reward, device, question=args.vlm_question) if args.reward else None
     rewards = {"energy (control)": energy}
     if args.adjoint:
@@ -193,11 +200,13 @@ def main(args: Args):
     warn_unsuitable(pipe, prompts, args.size)
     if reward:
         reward.warn_cut(prompts)
-    pipeline.encode_prompts(pipe, prompts, args.guidance)
+    pipeline.encode_prompts(pipe, local_prompts, args.guidance)
+    distributed.barrier()  # connects the processes
 
     sigmas = pipeline.schedule(pipe, args.steps)
-    noise = pipeline.draw_noise(pipe, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])
-    x0, ratios = pipeline.integrate(pipe, noise, prompts, sigmas, guidance=args.guidance, renorm=args.renorm,
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds[local]]
+    noise = pipeline.draw_noise(pipe, len(generators), generators)
+    x0, ratios = pipeline.integrate(pipe, noise, local_prompts, sigmas, guidance=args.guidance, renorm=args.renorm,
                                     compare=args.norms, batch=args.batch)
     pictures = pipeline.decode(pipe, x0)
 
@@ -209,18 +218,25 @@ def main(args: Args):
              "scheduler": pipe.flow.scheduler, "renorm": args.renorm, "pipe": settings}
             for prompt, seed in zip(prompts, seeds)]
     if reward:
-        scores = reward(pictures, prompts)
+        scores = all_gather_tensor(reward(pictures, local_prompts))
         rows = [{**row, "reward": score} for row, score in zip(rows, scores.tolist())]
         print(f"reward: {scores.mean():.4f}")
-    save_samples(args.out, pictures, rows)
+    pictures = gather_tensor(to_bytes(pictures))  # only the first process has them, and writes
+    if RANK == 0:
+        save_samples(args.out, pictures, rows)
 
     out = Path(args.out)
     if args.adjoint:
-        sensitivity = adjoint(pipe, noise, prompts, sigmas, list(rewards.values()), guidance=args.guidance,
+        sensitivity = adjoint(pipe, noise, local_prompts, sigmas, list(rewards.values()), guidance=args.guidance,
                               batch=1 if device.type == "cuda" else max(1, args.batch // 8))
-        write_adjoint(out, sigmas, dict(zip(rewards, sensitivity)), prompts)
+        sensitivity = dict(zip(rewards, map(all_gather_tensor, sensitivity)))
+        if RANK == 0:
+            write_adjoint(out, sigmas, sensitivity, prompts)
     if args.norms:
-        write_norms(out, sigmas, ratios, args.renorm != "none")
+        ratios = all_gather_tensor(ratios)
+        if RANK == 0:
+            write_norms(out, sigmas, ratios, args.renorm != "none")
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class Args:
     steps: int = 8  # Euler steps of a rollout
     # guidance scale of rollouts and evaluations, for a guidance embedding also of training (None: none, or its default)
     guidance: float | None = None
-    size: int | None = None  # pixels a side (None: the model's own)
+    size: int | str | None = None  # pixels a side, or WIDTHxHEIGHT like 768x512 (None: the model's own)
     frames: int | None = None  # frames of a video (None: the model's own)
     # ---- training
     seed: int = 0  # seed of the LoRA, the prompts and all noise

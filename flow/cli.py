@@ -9,16 +9,31 @@ import re
 import signal
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import tyro
 from tqdm import tqdm
 
+MOST_PIXELS = 8_192  # of a picture's side
 # Larger values are typing errors: they would take all memory, or days.
 MOST = {"epochs": 100_000, "groups": 10_000, "group": 1_000, "updates": 10_000, "steps": 1_000, "timesteps": 1_000,
-        "eval_steps": 1_000, "rank": 4_096, "size": 8_192, "frames": 1_000, "eval_n": 10_000, "n": 100_000,
+        "eval_steps": 1_000, "rank": 4_096, "frames": 1_000, "eval_n": 10_000, "n": 100_000,
         "renders": 10**7, "bootstrap": 100_000, "judge_retries": 100, "judge_concurrency": 1_000,
         "judge_timeout": 86_400}
+
+
+def torchrun_processes() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun says. (0, 1) without torchrun, also where something
+    else, like a sweep, sets only a RANK or a WORLD_SIZE."""
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    rank, processes, *address = [os.environ.get(name, "") for name in names]
+    if all(address) and rank.isdigit() and processes.isdigit() and int(rank) < int(processes):
+        return int(rank), int(processes)
+    return 0, 1
+
+
+RANK, PROCESSES = torchrun_processes()
 
 
 class InputError(Exception):
@@ -38,7 +53,7 @@ def exit_with(message):
     """Print one line on stderr and end the process with exit code 2."""
     line = " ".join(str(message).split())
     line = re.sub(r"\S{200,}", lambda word: f"{word[0][:60]}...{word[0][-60:]}", line)
-    if os.environ.get("RANK", "0") != "0":
+    if RANK > 0:
         time.sleep(2)  # when all processes fail alike, only the first prints: torchrun then ends the others
     tqdm.write(f"error: {line}", file=sys.stderr)
     sys.exit(2)
@@ -77,16 +92,36 @@ def loading(flag: str, name: str, or_else: str = "", needs: tuple[str, ...] = ()
               f"licence there and `hf auth login`; if offline, {offline}")
     if Path(name).is_dir():
         advice = "the folder is broken, holds another kind of model, or needs the package that the error names"
+    if Path(name).is_dir() and (others := other_versions()):
+        advice = f"here are {others}: pip install -r requirements.txt"
     return on_error(f"{flag} {name}: cannot be loaded", f"; {advice}")
+
+
+def other_versions() -> str:
+    """The libraries that load models, where another version is installed than requirements.txt asks for; or ""."""
+    file = Path(__file__).parent.parent / "requirements.txt"
+    asked = dict(re.findall(r"^(transformers|diffusers|peft)==(\S+)", file.read_text() if file.exists() else "", re.M))
+    return ", ".join(f"{name} {version(name)} (requirements.txt: {wanted})" for name, wanted in asked.items()
+                     if version(name) != wanted)
 
 
 # ---------------------------------------------------------------- flags
 
 
 def parse(args_class, doc: str):
-    """Read a script's Args from the command line with tyro. Also installs `excepthook` in this process."""
+    """Read a script's Args from the command line with tyro; ~/ at the start of a path is the home folder. Also installs
+    `excepthook` in this process."""
     sys.excepthook = excepthook
-    return tyro.cli(args_class, description=doc, config=(tyro.conf.DisallowNone,))
+    args = tyro.cli(args_class, description=doc, config=(tyro.conf.DisallowNone,))
+    for field, value in vars(args).items():
+        setattr(args, field, tuple(map(expand_home, value)) if isinstance(value, tuple) else expand_home(value))
+    return args
+
+
+def expand_home(value):
+    """Text with ~/ replaced by the home folder, at its start and after : or , (as in vlm:~/judge). Else the value."""
+    home = os.path.expanduser("~/")
+    return re.sub(r"(^|[:,])~/", lambda found: found[1] + home, value) if isinstance(value, str) else value
 
 
 def excepthook(kind, error, trace):
@@ -107,7 +142,7 @@ def excepthook(kind, error, trace):
 
 def progress(items=None, **options) -> tqdm:
     """A tqdm bar. Silent where stderr is no terminal, and on all processes but the first."""
-    return tqdm(items, disable=None if os.environ.get("RANK", "0") == "0" else True, **options)
+    return tqdm(items, disable=None if RANK == 0 else True, **options)
 
 
 def quiet_libraries():
@@ -123,10 +158,25 @@ def check_flags(args, least: dict[str, float]):
         flag = f"--{field.replace('_', '-')}"
         if value == "" or isinstance(value, tuple) and "" in value:
             raise InputError(f"{flag} '': is empty; give a value, or leave the flag out")
+        if field == "size":
+            width_and_height(value)
         low, high = least.get(field, -math.inf), MOST.get(field, math.inf)
         if isinstance(value, (int, float)) and not (low <= value <= high and -math.inf < value < math.inf):
             limits = [f", at least {low:g}"] * (low > -math.inf) + [f", at most {high}"] * (high < math.inf)
             raise InputError(f"{flag} {value}: must be a finite number{''.join(limits)}")
+
+
+def width_and_height(size: int | str | None) -> tuple[int, int] | None:
+    """The value of --size as (width, height) in pixels: 512 or "512" is (512, 512), "768x512" is (768, 512), None is
+    None. Raises InputError for anything else."""
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(size).lower())
+    sides = [int(side) for side in found.groups(default=found[1])] if found else [0]
+    if not 1 <= min(sides) <= max(sides) <= MOST_PIXELS:
+        raise InputError(f"--size {size}: give pixels a side, or WIDTHxHEIGHT like 768x512; at least 1, at most "
+                         f"{MOST_PIXELS}")
+    return sides[0], sides[1]
 
 
 def check_model(flag: str, name: str, or_else: str = ""):
@@ -168,8 +218,8 @@ def to_json(value, indent: int | None = None) -> str:
 def write_files(contents: dict[Path, bytes | str]):
     """Write files under temporary names, then rename them: a kill leaves each file old or new, never half. On a full
     disk all stay old, and InputError is raised."""
-    rank = os.environ.get("RANK", "0")  # several processes may write the same file
-    temporary = {file: file.with_name(f".{file.name}.{rank}.tmp") for file in contents}
+    # several processes may write the same file
+    temporary = {file: file.with_name(f".{file.name}.{RANK}.tmp") for file in contents}
     try:
         for file, content in contents.items():
             temporary[file].write_bytes(content if isinstance(content, bytes) else content.encode())

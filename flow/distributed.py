@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from flow.cli import InputError
+from flow.cli import PROCESSES, RANK, InputError
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 BINS = 5  # equal parts of t's range [0, 1] in norm_ratio_by_t
 
 
@@ -29,7 +28,7 @@ def local_device() -> torch.device:
         sys.stdout = open(os.devnull, "w")
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if PROCESSES > 1 else 0)
     return torch.device("cuda", torch.cuda.current_device())
 
 

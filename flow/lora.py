@@ -2,7 +2,10 @@
 import copy
 import importlib.util
 import json
+import os
+import re
 import shlex
+import shutil
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -245,6 +248,15 @@ def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.Module.float(copied).requires_grad_(False).eval()
 
 
+def only_variant(model: str) -> str | None:
+    """The variant, for example fp16, of a folder in which a part has weights of that variant alone; or None."""
+    for part in sorted({file.parent for file in Path(model).glob("*/*.safetensors")}):
+        names = [re.sub(r"-\d+-of-\d+", "", file.name) for file in sorted(part.glob("*.safetensors"))]
+        if all(name.count(".") == 2 for name in names):
+            return names[0].split(".")[1]
+    return None
+
+
 def prepare_transformer(pipe, args):
     """Gradient checkpointing (by default on a GPU) and torch.compile, as the flags say."""
     on = pipe.device.type == "cuda" if args.checkpointing is None else args.checkpointing
@@ -252,6 +264,14 @@ def prepare_transformer(pipe, args):
         pipe.transformer.enable_gradient_checkpointing()
     if args.compile:
         compile_blocks(pipe.transformer)
+
+
+def check_compiler(wanted: bool):
+    """Raise InputError if torch.compile is wanted and lacks its compiler: on a CPU for C++, on a GPU for C."""
+    kinds = ("CC", "gcc", "clang") if torch.cuda.is_available() else ("CXX", "g++")
+    if wanted and not any(shutil.which(os.environ.get(kind, kind)) for kind in kinds):
+        raise InputError(f"--compile: needs the compiler {kinds[1]}, which is not there; install it (apt install g++), "
+                         "or leave --compile out")
 
 
 def compile_blocks(model: torch.nn.Module, backend: str = "inductor"):

@@ -25,26 +25,27 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from flow import intercept
-from flow.cli import InputError, loading, progress, quiet_libraries, reason
+from flow.cli import InputError, loading, progress, quiet_libraries, reason, width_and_height
 from flow.distributed import base_dtype, shard
 from flow.intercept import Captured, capture, first_step, latents_of, patched, transformer_inputs_hook
-from flow.lora import merged, quantization, shallow_copy, use_autocast, use_fast_kernels
+from flow.lora import merged, only_variant, quantization, shallow_copy, use_autocast, use_fast_kernels
 from flow.prompts import PROBE_PAIR, batches, cache_prompts, call_settings, encode_all, encodes_in_one_go
 from normguard import norm_ratio, reference, renormalize
 
 # ---------------------------------------------------------------- loading
 
-def load_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None,
+def load_pipeline(model: str, device: torch.device, size: int | str | None = None, frames: int | None = None,
                   quantize: str = "none", sharded: bool = False, base: torch.dtype | None = None):
-    """Load a frozen pipeline from a diffusers folder or hub id, for pictures of `size` pixels a side and videos of
-    `frames` frames (None: the model's own). The transformer is on `device` in `base` (None: base_dtype) or quantized,
-    the VAE there in fp32, text encoders on the CPU. InputError if it is no flow pipeline that needs only a prompt."""
+    """Load a frozen pipeline from a diffusers folder or hub id, for pictures of `size` (pixels a side, or WIDTHxHEIGHT)
+    and videos of `frames` frames (None: the model's own). The transformer is on `device` in `base` (None: base_dtype)
+    or quantized, the VAE in fp32, text encoders on the CPU. InputError if it is no flow pipeline that needs only a
+    prompt."""
     quiet_libraries()
     base = base or base_dtype(device)
     options = {"dtype": {"default": base, "vae": torch.float32}, "quantization_config": quantization(quantize)}
     with loading("--model", model):
         check_parts(model, diffusers.DiffusionPipeline.load_config(model))
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, variant=only_variant(model), **options)
     probe = shallow_copy(pipe.transformer)  # before it is divided among processes
     if sharded:
         shard(pipe.transformer, device)
@@ -53,8 +54,8 @@ def load_pipeline(model: str, device: torch.device, size: int | None = None, fra
     return prepare_pipeline(pipe, model, device, size, frames, probe=probe)
 
 
-def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = None, frames: int | None = None,
-                     probe: torch.nn.Module | None = None):
+def prepare_pipeline(pipe, model: str, device: torch.device, size: int | str | None = None,
+                     frames: int | None = None, probe: torch.nn.Module | None = None):
     """Freeze a pipeline, take out its text encoders, and find out how it works, into `pipe.flow`. Arguments as for
     load_pipeline; `probe`: its transformer's shallow_copy."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
@@ -90,7 +91,7 @@ def prepare_pipeline(pipe, model: str, device: torch.device, size: int | None = 
         kind = ", an image-to-image pipeline," if "image" in intercept.call_parameters(pipe) and not size else ""
         raise InputError(f"{flags}: {name}{kind} cannot draw that, given a prompt ({type(e).__name__}: {reason(e)})")
     *video, _, height, width = pipe.flow.picture
-    if frames and video != [frames] or size and (height, width) != (size, size):
+    if frames and video != [frames] or size and (width, height) != width_and_height(size):
         raise InputError(f"{flags}: {name} draws {width}x{height} pixels; frames in videos: {(video or ['none'])[0]}")
     return pipe
 

@@ -12,7 +12,7 @@ import transformers
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from flow.cli import InputError, progress, reading, write_files
+from flow.cli import InputError, progress, reading, width_and_height, write_files
 from flow.intercept import call_parameters, patched, run_loop
 
 CHUNK = 16  # prompts per call of the text encoders; always that many, since another number can change the last bits
@@ -46,7 +46,7 @@ def sizes_of(pipe) -> tuple[int, int]:
     return default, vae_size if isinstance(vae_size, int) else default
 
 
-def call_settings(pipe, size: int | None, frames: int | None) -> dict:
+def call_settings(pipe, size: int | str | None, frames: int | None) -> dict:
     """The pipeline's arguments besides steps and guidance. If no size is given and the VAE is made for less than the
     pipeline's default, the VAE's size. The text length is at most what the last tokenizer reads."""
     parameters, tokenizers, (default, vae_size) = call_parameters(pipe), tokenizers_of(pipe), sizes_of(pipe)
@@ -55,19 +55,21 @@ def call_settings(pipe, size: int | None, frames: int | None) -> dict:
         length = min(length, tokenizers[-1].model_max_length)
     if size is None and vae_size < default and "height" in parameters and parameters["height"].default is None:
         size = vae_size
-    settings = {"height": size, "width": size, "num_frames": frames, "frames": frames, "max_sequence_length": length,
+    width, height = width_and_height(size) or (None, None)
+    settings = {"height": height, "width": width, "num_frames": frames, "frames": frames, "max_sequence_length": length,
                 "enable_prompt_rewrite": False,  # rewards judge the prompt that was given
                 "use_resolution_binning": False}  # the transformer draws in the size that was given
     return {name: value for name, value in settings.items() if value is not None and name in parameters}
 
 
-def warn_unsuitable(pipe, prompts: list[str], size: int | None):
+def warn_unsuitable(pipe, prompts: list[str], size: int | str | None):
     """Print a note if prompts are longer than any tokenizer can read, and one if `size` is far from the model's."""
     tokenizers, made_for = tokenizers_of(pipe), min(sizes_of(pipe))
     limits = [tokenizer.model_max_length for tokenizer in tokenizers]
     limits[-1] = pipe.flow.settings.get("max_sequence_length", limits[-1])
     warn_cut(type(pipe).__name__, prompts, list(zip(tokenizers, limits)))
-    if size and made_for and not made_for / 2 <= size <= made_for * 2:
+    width, height = width_and_height(size) or (made_for, made_for)
+    if made_for and not made_for / 2 <= (width * height) ** 0.5 <= made_for * 2:
         tqdm.write(f"note: --size {size}: {type(pipe).__name__} was made for pictures of {made_for} pixels a side")
 
 

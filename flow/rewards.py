@@ -246,7 +246,9 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         if differentiable:
             side = (getattr(prepare, "crop_size", None) or prepare.size)["height"]
-            pixels = torch_pixels(images, side, prepare.image_mean, prepare.image_std)
+            crop = min if getattr(prepare, "do_center_crop", False) else None
+            fit = max if name == "hpsv2.1" else crop
+            pixels = torch_pixels(images, side, prepare.image_mean, prepare.image_std, fit)
         elif name == "hpsv2.1":
             pixels = torch.stack([hps_pixels(x) for x in images])
         else:
@@ -268,10 +270,18 @@ VISION = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, pa
 VIT_H_CONFIG = dict(text_config=TEXT, vision_config=VISION, projection_dim=1024)
 
 
-def torch_pixels(images: Tensor, side: int, mean: list[float], std: list[float]) -> Tensor:
-    """Resize square images (b, 3, h, h) in [0, 1] to (b, 3, side, side) and normalize them, with a gradient."""
-    if images.shape[2] != side:
-        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+def torch_pixels(images: Tensor, side: int, mean: list[float], std: list[float], fit: Callable | None = None) -> Tensor:
+    """Resize images (b, 3, h, w) in [0, 1] to (b, 3, side, side) and normalize them, with a gradient. fit=min resizes
+    the shorter side to `side` and crops, fit=max resizes the longer one and pads with black, None stretches."""
+    shape = images.shape[2:]
+    if fit is None:
+        height, width = side, side
+    else:
+        height, width = [(round if fit is max else int)(side * length / fit(shape)) for length in shape]
+    if shape != (height, width):
+        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    left, top = (side - width) // 2, (side - height) // 2  # negative where it crops
+    images = F.pad(images, (left, side - width - left, top, side - height - top))
     return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
 
 

@@ -1,5 +1,6 @@
 """A training run's folder: found, opened, resumed, logged to, saved to. Only files that the run itself wrote are ever
 overwritten or deleted."""
+import errno
 import fcntl
 import io
 import json
@@ -15,10 +16,12 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
+from flow import cli
 from flow.cli import InputError, append, check_flags, check_place, fingerprint, make_dir, reading, to_json, write_files
 from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, move_to_cpu, shutdown
-from flow.lora import model_card, quantization, save_lora, swapped
+from flow.lora import check_compiler, model_card, quantization, save_lora, swapped
 from flow.pictures import digits, epochs_logged, plot_curves, read_log, summarize
 from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import warn_unsuitable
@@ -38,7 +41,7 @@ LOCKS, WANDB = {}, {}  # by folder: this process's open lock file; its wandb run
 
 def check_args(args):
     """Raise InputError, naming the flag, for numbers that cannot work. Flags that a script lacks are skipped."""
-    at_least = {"epochs groups rank updates batch rollout_batch timesteps save_every eval_n eval_steps size frames": 1,
+    at_least = {"epochs groups rank updates batch rollout_batch timesteps save_every eval_n eval_steps frames": 1,
                 "group steps": 2, "seed eval_every lam margin kl guidance": 0}
     check_flags(args, {flag: low for flags, low in at_least.items() for flag in flags.split()})
     if isinstance(args.lam, str) and args.lam != "auto":
@@ -57,6 +60,7 @@ def check_args(args):
         if not 0 < getattr(args, flag, 1) < math.inf:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
     quantization(args.quantize)
+    check_compiler(args.compile)
     try:
         if args.wandb:
             import wandb  # noqa: F401 - an optional package
@@ -75,7 +79,8 @@ def load_models(args, device: torch.device, prompts: list[str], eval_prompts: li
     reward = load_reward(args.reward, device, question=args.vlm_question)
     others = {short_reward(spec): load_reward(spec, device, question=args.vlm_question) for spec in args.eval_reward}
     if args.size and not args.frames:
-        try_rewards(3, args.size, args.size)
+        width, height = cli.width_and_height(args.size)
+        try_rewards(3, height, width)
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
     if not args.size or args.frames:
         try_rewards(*pipe.flow.picture)
@@ -232,15 +237,18 @@ def open_run(out: Path, method: str, args, pipe, saved: dict | None):
 
 
 def lock(out: Path):
-    """Lock a folder until the run or the process ends. Raises InputError if another run has locked it."""
+    """Lock a folder until the run or the process ends. Raises InputError if another run has locked it. Prints a
+    warning on a file system without locks."""
     if RANK > 0 or out in LOCKS:
         return  # the first process locks it for all
     LOCKS[out] = open(out / "checkpoint" / "lock", "a")
     try:
         fcntl.lockf(LOCKS[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        LOCKS.pop(out).close()
-        raise InputError(f"--out {out}: another process is at work there; give another --out")
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            LOCKS.pop(out).close()
+            raise InputError(f"--out {out}: another process is at work there; give another --out")
+        tqdm.write(f"warning: --out {out}: cannot be locked there ({e.strerror}); start no second run in it")
 
 
 def unlock():

@@ -58,6 +58,9 @@ train_awm | --timesteps 8 | --timesteps 8 --steps
 train_awm | --size {BIG} | --size {BIG} most
 train_awm | --size -64 | --size -64
 train_awm | --size 65 | --size 65 tiny/sd3
+train_awm | --size 64x | --size 64x 768x512
+train_awm | --size 0 | --size 0 least
+train_awm | --size 64x33 | --size 64x33 tiny/sd3
 train_awm | --size 256 | --size 256 tiny/sd3
 train_awm | --frames 5 | --frames 5 videos
 train_awm | --frames 0 | --frames 0
@@ -214,6 +217,7 @@ sample | --n {BIG} | --n {BIG} most
 sample | --n 99999 | --n 99999 pictures
 sample | --size {BIG} | --size {BIG} most
 sample | --size 63 | --size 63
+sample | --size wide | --size wide 768x512
 sample | --frames 3 | --frames 3 videos
 sample | --batch -1 | --batch -1
 sample | --seed {2**64} | --seed 2^63

@@ -138,3 +138,21 @@ def test_a_fingerprint_sees_names_sizes_and_bytes(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     (tmp_path / "b").write_bytes(bytes(3_000_000))
     assert cli.fingerprint(str(tmp_path)) != before
+
+
+@pytest.mark.parametrize("size, sides", [
+    (None, None),
+    (512, (512, 512)),
+    ("512", (512, 512)),
+    ("768x512", (768, 512)),
+    ("512X768", (512, 768)),
+])
+def test_a_size_is_a_side_or_width_x_height(size, sides):
+    assert cli.width_and_height(size) == sides
+
+
+@pytest.mark.parametrize("size", [0, -64, 9000, "64x0", "64x9000", "64x", "x64", "64x64x3", "64*32", "6.4", "large"])
+def test_other_sizes_are_refused(size):
+    with pytest.raises(cli.InputError, match="--size .* at most 8192") as said:
+        cli.width_and_height(size)
+    assert f"--size {size}:" in str(said.value)

@@ -203,3 +203,11 @@ def test_the_bench_measures_each_phase_next_to_its_estimate(monkeypatch, capsys)
         assert rows[phase]["peak_gb"] == pytest.approx(rows[phase]["estimated_gb"], rel=0.05)
     update = rows["update"]
     assert update["pictures_per_s"] == pytest.approx(8 / update["seconds"]) and update["tflop_per_s"] > 0
+
+
+def test_half_a_picture_costs_less():
+    """--size 64x32 and 32x64 cost the same FLOPs, fewer than 64."""
+    whole, wide, high = (count.count(replace(FLAGS, size=size)) for size in (64, "64x32", "32x64"))
+    for part in ("step", "row", "update True", "decode"):
+        assert wide["flops"][part] == pytest.approx(high["flops"][part]) and wide["flops"][part] < whole["flops"][part]
+    assert "--size 64x32" in budget.report(replace(FLAGS, size="64x32"), wide)

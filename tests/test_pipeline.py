@@ -116,6 +116,23 @@ def test_a_size_is_the_size_that_the_transformer_draws(family, tmp_path):
     assert json.loads((tmp_path / "samples.jsonl").read_text())["pipe"]["use_resolution_binning"] is False
 
 
+@pytest.mark.parametrize("name, size", [
+    ("tiny/sd3", "64x32"),
+    ("tiny/flux", "32x64"),
+    ("qwen_image", "64x32"),
+    ("wan", "32x64"),
+])
+def test_wide_and_high_pictures_are_plain_diffusers(family, tmp_path, name, size):
+    """--size is width x height."""
+    frames = VIDEOS.get(name)
+    sample.main(sample.Args(model=family(name), prompt=PROMPTS[1], seed=5, steps=3, n=2, size=size, frames=frames,
+                            out=str(tmp_path)))
+    row = compare_with_plain(tmp_path)[0]
+    width, height = map(int, size.split("x"))
+    assert (row["pipe"]["width"], row["pipe"]["height"]) == (width, height)
+    assert Image.open(tmp_path / "00000.png").size == (width, height)
+
+
 def timesteps_given(pipe, run) -> list[dict]:
     """The timesteps that the transformer is given, for each call during run(): {position or name: values}."""
     told, clock = [], pipe.flow.timestep_names

@@ -42,6 +42,23 @@ def test_differentiable_rewards_are_the_rewards(size):
         assert (pil - own).abs().mean() < 0.02  # both in standard deviations: half a level of 255
 
 
+@pytest.mark.parametrize("height, width", [(64, 128), (128, 64), (96, 65)])
+def test_differentiable_rewards_of_wide_and_high_pictures(height, width):
+    """They are cropped as CLIP's processor does, and padded as HPSv2's."""
+    drawn = world.render(world.scene(torch.arange(8), torch.Generator().manual_seed(1)))
+    pictures = torch.nn.functional.interpolate(drawn, (height, width), mode="bicubic").clamp(0, 1)
+    ours, theirs = (
+        flow.rewards.load_reward("tiny/pickscore", CPU, differentiable=d)(pictures, world.CAPTIONS[:8])
+        for d in (True, False)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=0.01)
+    mean, std = flow.rewards.OPENAI_CLIP_MEAN, flow.rewards.OPENAI_CLIP_STD
+    for picture in pictures[:2]:
+        pil = flow.rewards.hps_pixels(picture)
+        own = flow.rewards.torch_pixels(picture[None], 224, mean, std, max)[0]
+        assert (pil - own).abs().mean() < 0.02
+
+
 def test_pickscore_formula():
     from transformers import CLIPModel, CLIPTokenizer
     pictures = world.render(world.scene(torch.arange(4), torch.Generator().manual_seed(0)))

@@ -70,6 +70,26 @@ def test_killed_runs_resume_bit_for_bit(run, tmp_path, capsys):
     assert timeless(tmp_path / "run") == timeless(run)
 
 
+@pytest.mark.parametrize("given, recorded", [
+    ("64", 64),
+    ("64x32", "64x32"),
+])
+def test_a_run_of_a_size_resumes(tmp_path, monkeypatch, capsys, given, recorded):
+    """args.json has a number if the flag is one, as it had before a size could be WIDTHxHEIGHT."""
+    out, flags = tmp_path / "run", {**SMALL, "epochs": 1, "eval_every": 1, "size": given, "out": tmp_path / "run"}
+
+    def go_on(epochs: int):
+        argv = [f"--{name.replace('_', '-')}={value}" for name, value in {**flags, "epochs": epochs}.items()]
+        monkeypatch.setattr(sys, "argv", ["train_awm.py", *argv])
+        train_awm.main(flow.cli.parse(train_awm.Args, ""))
+    go_on(1)
+    assert json.loads((out / "args.json").read_text())["size"] == recorded
+    go_on(2)
+    assert "resumed at epoch 1" in capsys.readouterr().out
+    state = torch.load(out / "checkpoint/state.pt")
+    assert state["epoch"] == 2 and metrics(out)[-1]["eval_reward"] is not None
+
+
 def test_a_save_cut_short_anywhere_resumes_bit_for_bit(tmp_path, monkeypatch):
     """save_checkpoint is interrupted at each of its steps in turn; the next start goes on."""
     flags = dict(epochs=2, group=2, updates=1, steps=2, eval_every=0, save_every=1)

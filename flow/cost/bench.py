@@ -41,8 +41,8 @@ class Args:
     """a diffusers folder or hub id; five models are known offline (PUBLISHED in flow/cost/shapes.py)"""
     reward: str = "pickscore"
     """pickscore, hpsv2.1 or a CLIPModel folder; none is not measured"""
-    size: int | None = 512
-    """pixels a side"""
+    size: int | str | None = 512
+    """pixels a side, or WIDTHxHEIGHT"""
     frames: int | None = None
     """frames of a video"""
     steps: int = 14

@@ -29,8 +29,8 @@ class Args:
     """the training script"""
     reward: str = "pickscore"
     """pickscore, hpsv2.1 or a CLIPModel folder; another reward counts as nothing"""
-    size: int | None = 512
-    """pixels a side"""
+    size: int | str | None = 512
+    """pixels a side, or WIDTHxHEIGHT"""
     frames: int | None = None
     """frames of a video"""
     steps: int = 14

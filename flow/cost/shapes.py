@@ -163,7 +163,7 @@ def fake_encoder(name: str, config: dict, dtype: torch.dtype, device: torch.devi
     return encoder
 
 
-def blank_pipeline(model: str, device: torch.device, size: int | None = None, frames: int | None = None,
+def blank_pipeline(model: str, device: torch.device, size: int | str | None = None, frames: int | None = None,
                    fake: bool = False, dtype: torch.dtype | None = None):
     """A pipeline as flow.pipeline.load_pipeline's, with random weights; `fake`: of fake tensors.
     The transformer is in bf16 under autocast on a GPU and if fake, else in fp32, unless dtype says otherwise. Prompts
