@@ -47,7 +47,7 @@ class Args:
     model: str = "tiny/sd3"  # any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id
     lora: str | None = None  # folder with pytorch_lora_weights.safetensors; a training run writes OUT/lora
     lora_scale: float = 1.0  # strength of the LoRA; 0 gives the base's pictures
-    prompts: str = "tiny/eval_prompts.txt"  # text file with one prompt per line
+    prompts: str = "tiny/eval_prompts.txt"  # .txt (one prompt a line), .jsonl, .json, .csv, .tsv, .parquet
     prompt: str | None = None  # one prompt, instead of --prompts
     n: int = 1  # pictures per prompt
     steps: int = 28  # Euler steps
@@ -170,8 +170,8 @@ def main(args: Args):
         raise cli.InputError("--norms and --renorm compare a LoRA with its base: give --lora")
     if args.adjoint and not args.reward:
         raise cli.InputError("--adjoint measures how a reward would change: give --reward")
-    prompts = [args.prompt] if args.prompt is not None else read_prompts(args.prompts, "--prompts")
-    prompts = [prompt for prompt in prompts for _ in range(args.n)]
+    rows = [{"prompt": args.prompt}] if args.prompt is not None else read_prompts(args.prompts, "--prompts")
+    prompts = [row["prompt"] for row in rows for _ in range(args.n)]
     if len(prompts) > cli.MOST["n"]:
         raise cli.InputError(f"--n {args.n}: makes {len(prompts)} pictures; at most {cli.MOST['n']}")
     if args.seed >= 2**63 - len(prompts):

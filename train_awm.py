@@ -68,8 +68,8 @@ class Args:
     # pickscore, hpsv2.1, clipscore, a CLIPModel folder, file.py:function, vlm:MODEL[@URL], or a sum: A:0.5,B:0.5
     reward: str = "tiny/pickscore"
     vlm_question: str | None = None  # what vlm: asks; {prompt}: the picture's prompt (None: does it show the prompt?)
-    prompts: str = "tiny/prompts.txt"  # text file, one training prompt a line
-    eval_prompts: str = "tiny/eval_prompts.txt"  # text file of held-out prompts
+    prompts: str = "tiny/prompts.txt"  # training prompts: .txt (one a line), .jsonl, .json, .csv, .tsv, .parquet
+    eval_prompts: str | None = None  # held-out prompts (None: tiny's; of other --prompts the last tenth)
     # ---- sampling
     group: int = 16  # pictures of each prompt (a group)
     groups: int = 6  # groups of an epoch, one for each prompt
@@ -147,7 +147,7 @@ def main(args: Args, rival=None):
     # ---- start or resume
     first_epoch, step, skipped, skipped_in_a_row = run.resume(
         out, saved, pipe.transformer, params, optimizer, ema=ema)
-    run.open_run(out, "awm", args, pipe, saved)
+    run.open_run(out, "awm", args, pipe, saved, eval_prompts)
     run.encode_local_prompts(out, args, pipe, prompts, eval_prompts)
     prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
     if first_epoch == 0 and args.eval_every:

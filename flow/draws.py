@@ -9,7 +9,7 @@ from torch import Tensor
 from flow.cli import InputError
 from flow.distributed import local_slice
 from flow.pipeline import add_noise, draw_noise
-from flow.prompts import read_prompts
+from flow.prompts import read_split
 
 PROMPTS, EPOCH, ROLLOUT, TRAINING = range(4)  # purposes of a generator
 
@@ -22,9 +22,9 @@ def rng(*key: int) -> torch.Generator:
 def draw_prompts(args) -> tuple[list[str], list[str]]:
     """The run's training prompts, one per group (epochs * groups), and its eval_n held-out prompts. Each pass over the
     file is shuffled anew."""
-    prompts, held_out = read_prompts(args.prompts, "--prompts"), read_prompts(args.eval_prompts, "--eval-prompts")
+    prompts, held_out = [[row["prompt"] for row in rows] for rows in read_split(args)]
     if args.groups > len(prompts):
-        raise InputError(f"--groups {args.groups}: more than the {len(prompts)} prompts in {args.prompts}")
+        raise InputError(f"--groups {args.groups}: more than the {len(prompts)} training prompts in {args.prompts}")
     n = args.epochs * args.groups
     passes = range(n // len(prompts) + 1)
     shuffles = [torch.randperm(len(prompts), generator=rng(args.seed, PROMPTS, i)) for i in passes]

@@ -1,9 +1,12 @@
 """Prompts: read them from a file, encode each once, keep the encodings in memory and on disk, make batches of them."""
+import csv
 import functools
 import hashlib
 import inspect
 import io
+import json
 import pickle
+import re
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,19 +18,100 @@ from tqdm import tqdm
 from flow.cli import InputError, progress, reading, width_and_height, write_files
 from flow.intercept import call_parameters, patched, run_loop
 
+COLUMNS = "prompt", "prompts", "text", "caption"  # names of a column of prompts; the first that is there
+NO_TEXT = re.compile("[\0-\x08\x0e-\x1b\x7f\ud800-\udfff]")  # control characters and halves of characters
 CHUNK = 16  # prompts per call of the text encoders; always that many, since another number can change the last bits
 PROBE_PAIR = ["a grey cat", "a grey dog"]  # prompts of the same length, to try a pipeline
 PROBE_PROMPTS = [*PROBE_PAIR, "", "a grey cat asleep beside a grey dog by the fire"] * (CHUNK // 4)
 
 
-def read_prompts(path: str, flag: str) -> list[str]:
-    """The non-empty lines of a text file. An error names `flag`."""
-    with reading(f"{flag} {path}", "give a text file (the default one is in the repository's folder)"):
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"{flag} {path}: holds no prompt; one a line")
-    return prompts
+def read_prompts(path: str, flag: str) -> list[dict]:
+    """The rows of a .txt, .jsonl, .json, .csv, .tsv or .parquet file: {"prompt", "metadata": the other fields}. Prints
+    how many prompts repeat. Raises InputError, which names `flag`, for any other file."""
+    formats = ".txt (UTF-8, a prompt a line), .jsonl, .json, .csv, .tsv or .parquet (pip install pyarrow)"
+    with reading(f"{flag} {path}", f"give {formats}"):
+        fields = read_fields(Path(path).read_bytes(), Path(path).suffix.lower())
+    if not fields:
+        raise InputError(f"{flag} {path}: holds no prompt; one a line, or a table with a column prompt")
+    columns = {name.strip().lower(): name for name in reversed(fields[0])}
+    column = next((columns[name] for name in COLUMNS if name in columns), None)
+    if column is None:
+        raise InputError(f"{flag} {path}: has no column prompt, text or caption; rename one of {', '.join(fields[0])}")
+    for i, row in enumerate(fields, 1):
+        prompt = row.get(column)
+        if not isinstance(prompt, str) or not prompt.strip() or NO_TEXT.search(prompt):
+            raise InputError(f"{flag} {path}: row {i} has no text as its {column} ({prompt!r:.50}); correct it")
+    rows = [{"prompt": row.pop(column).strip(), "metadata": row} for row in fields]
+    if repeated := len(rows) - len({row["prompt"] for row in rows}):
+        tqdm.write(f"note: {flag} {path}: {repeated} of {len(rows)} prompts repeat an earlier one; all are kept")
+    return rows
+
+
+def read_fields(content: bytes, suffix: str) -> list[dict]:
+    """A file's rows with all their fields, by its content and its suffix."""
+    if content.startswith(b"PAR1") or suffix == ".parquet":
+        from pyarrow import BufferReader, parquet  # an optional package
+
+        rows = parquet.read_table(BufferReader(content)).to_pylist()  # in JSON's types; bytes (pictures) become None
+        return json.loads(json.dumps(rows, default=lambda value: None if isinstance(value, bytes) else str(value)))
+    text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+    if "\0" in text:
+        raise ValueError("holds NULs: it is binary, or UTF-16 without a BOM")
+    lines = [line.strip() for line in re.split("\r?\n", text) if line.strip()]
+    if (listed := read_json(text, list)) is not None:
+        return [row if isinstance(row, dict) else {"prompt": row} for row in listed]
+    rows, is_table = [read_json(line, dict) for line in lines], suffix in (".csv", ".tsv")
+    is_json = [row is not None for row in rows]
+    if suffix in (".json", ".jsonl") or (all if is_table else any)(is_json):
+        if not all(is_json):
+            raise ValueError(f"row {rows.index(None) + 1} is no JSON object")
+        return rows
+    header = re.split("[,;\t]", lines[0].lower()) if lines else []
+    if is_table or len(header) > 1 and all(map(str.isidentifier, header)) and {*COLUMNS} & {*header}:
+        return read_table(text, "\t" if suffix == ".tsv" else max(",;\t", key=lines[0].count))
+    return [{"prompt": line} for line in lines]
+
+
+def read_json(text: str, kind: type):
+    """JSON of a kind (dict or list), or None."""
+    try:
+        value = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, kind) else None
+
+
+def read_table(text: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> list[dict]:
+    """The rows of a table with a header. In one with tabs quotes may be part of a cell, as in PartiPrompts."""
+    try:
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+        header, *rows = [row for row in table if any(map(str.strip, row))]
+    except csv.Error:
+        if delimiter == "\t" and quoting != csv.QUOTE_NONE:
+            return read_table(text, delimiter, csv.QUOTE_NONE)
+        raise
+    if long := [i for i, row in enumerate(rows, 1) if len(row) > len(header)]:
+        raise ValueError(f"row {long[0]} has more cells than the header: put text with {delimiter!r} in quotes")
+    return [dict(zip(header, row)) for row in rows]
+
+
+def eval_file(args) -> str | None:
+    """The file of a run's held-out prompts; None if they are a part of --prompts."""
+    return args.eval_prompts or ("tiny/eval_prompts.txt" if args.prompts == "tiny/prompts.txt" else None)
+
+
+def read_split(args) -> tuple[list[dict], list[dict]]:
+    """The rows to train on, and the held-out ones: a file's, or the last tenth of the distinct prompts (1 to 64)."""
+    rows, file = read_prompts(args.prompts, "--prompts"), eval_file(args)
+    if file:
+        return rows, read_prompts(file, "--eval-prompts")
+    distinct = list(dict.fromkeys(row["prompt"] for row in rows))
+    held_out = distinct[-min(64, max(1, len(distinct) // 10)):]
+    if len(distinct) == 1:
+        raise InputError(f"--prompts {args.prompts}: has one prompt, none to evaluate on; give --eval-prompts")
+    print(f"{args.prompts}: the last {len(held_out)} of {len(distinct)} prompts are held out for the evaluation, for "
+          "want of --eval-prompts")
+    return [row for row in rows if row["prompt"] not in held_out], [row for row in rows if row["prompt"] in held_out]
 
 
 # ---------------------------------------------------------------- what a model is made for

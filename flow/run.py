@@ -24,7 +24,7 @@ from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, 
 from flow.lora import check_compiler, model_card, quantization, save_lora, swapped
 from flow.pictures import digits, epochs_logged, plot_curves, read_log, summarize
 from flow.pipeline import encode_prompts, load_pipeline
-from flow.prompts import warn_unsuitable
+from flow.prompts import eval_file, warn_unsuitable
 from flow.rewards import load_reward, reward_model, short_reward, split_reward
 
 # flags that may differ in a resumed run: without an effect on the result, or with a difference in rounding only
@@ -146,7 +146,7 @@ def find_run(method: str, args, device: torch.device) -> tuple[Path, dict | None
 
 def flags_of(args, recorded: dict = {}) -> dict:
     """{"--flag": value} of all args but --out, in JSON's types; a value in `recorded` takes precedence."""
-    values = json.loads(to_json(asdict(args)))
+    values = json.loads(to_json(asdict(args))) | {"eval_prompts": eval_file(args)}
     return {f"--{name.replace('_', '-')}": recorded.get(name, value) for name, value in values.items() if name != "out"}
 
 
@@ -175,7 +175,7 @@ def read_args(out: Path, method: str, files: set[str]) -> dict:
 def inputs_of(args) -> dict[str, str | None]:
     """Fingerprints of what the run reads, by flag; None where there is nothing to compare."""
     rewards = [str(fingerprint(reward_model(name))) for name, _ in split_reward(args.reward)]
-    return {"prompts": fingerprint(args.prompts), "eval_prompts": fingerprint(args.eval_prompts),
+    return {"prompts": fingerprint(args.prompts), "eval_prompts": fingerprint(eval_file(args) or ""),
             "model": fingerprint(args.model) or revision(args.model), "reward": " ".join(rewards)}
 
 
@@ -206,7 +206,7 @@ def machine(device: torch.device) -> dict:
             "versions": {library: version(library) for library in ("torch", "diffusers", "transformers", "peft")}}
 
 
-def open_run(out: Path, method: str, args, pipe, saved: dict | None):
+def open_run(out: Path, method: str, args, pipe, saved: dict | None, eval_prompts: list[str]):
     """Make the folder, lock it, write args.json, and start wandb if asked for. Of several processes the first does it.
     Log lines newer than the checkpoint are cut off; the resumed run writes them again."""
     barrier(epoch=saved["epoch"] if saved else 0, step=saved["step"] if saved else 0)
@@ -224,8 +224,10 @@ def open_run(out: Path, method: str, args, pipe, saved: dict | None):
         resumed_on = known["resumed_on"] + [here] * (here not in (first, *known["resumed_on"]))
         wandb_id = known.get("wandb_id") or (uuid.uuid4().hex[:8] if args.wandb else None)
         flags = {flag: value for flag, value in asdict(args).items() if flag != "out"}
+        flags["eval_prompts"] = eval_file(args)
         text = json.dumps({"script": f"train_{method}.py", "format": FORMAT, **flags, **first, "resumed_on": resumed_on,
                            "wandb_id": wandb_id, "inputs": inputs_of(args),
+                           "held_out": None if eval_file(args) else list(dict.fromkeys(eval_prompts)),
                            "max_sequence_length": pipe.flow.settings.get("max_sequence_length")}, indent=2)
         write_files({file: text + "\n"})
         with open(out / "metrics.jsonl", "a") as log:

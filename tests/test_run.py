@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import world
 
 import eval_judge
 import flow.cli
@@ -242,6 +243,22 @@ def test_a_changed_input_is_named(tmp_path, capsys, flag):
     if flag == "reward":
         file.write_text(text)
         train(out, epochs=3, **given)
+
+
+def test_what_a_run_holds_out_of_its_own_prompts_is_recorded(tmp_path, capsys):
+    """Resuming agrees with it; other held-out prompts are refused."""
+    given = dict(prompts=f"{tmp_path}/p.txt", eval_every=1)
+    Path(given["prompts"]).write_text("\n".join(world.CAPTIONS[:22]))
+    out = train(tmp_path / "run", **given)
+    args = json.loads((out / "args.json").read_text())
+    assert args["eval_prompts"] is None and args["held_out"] == world.CAPTIONS[20:22]
+    assert all(prompt in (out / "lora/README.md").read_text() for prompt in args["held_out"])
+    train(out, epochs=3, **given)
+    assert json.loads((out / "args.json").read_text()) == {**args, "epochs": 3}
+    refuses(capsys, lambda: train(out, epochs=4, eval_prompts="tiny/eval_prompts.txt", **given), "--eval-prompts",
+            unchanged=out)
+    default = json.loads((train(tmp_path / "default") / "args.json").read_text())
+    assert default["eval_prompts"] == "tiny/eval_prompts.txt" and default["held_out"] is None
 
 
 def test_a_run_of_an_earlier_version_is_not_resumed(trained, capsys):

@@ -214,7 +214,7 @@ def main(args: Args):
         raise InputError(f"--seed {args.seed}: must be below 2^63")
     check_place(args.out, "--out", ("samples.jsonl", "grid.png"))
     earlier_samples(args.out)
-    captions = read_prompts(args.prompts, "--prompts") if args.prompts else CAPTIONS
+    captions = [row["prompt"] for row in read_prompts(args.prompts, "--prompts")] if args.prompts else CAPTIONS
     strange = [c for c in captions if c not in CAPTIONS]
     if strange:
         raise InputError(f"--prompts {args.prompts}: the world has no {strange[0]!r}; its captions read like "
