@@ -111,12 +111,19 @@ def swapped(params: list[torch.nn.Parameter], values: list[torch.Tensor] | None)
 
 
 def save_lora(pipe, folder: Path):
-    """Write the LoRA to a folder, for `pipe.load_lora_weights(folder)`, which also restores rank and alpha. Not by
+    """Write the LoRA to a folder, for `pipe.load_lora_weights(folder)`. The file has alpha = rank, and B times the
+    scale alpha / rank of the training, so that readers that ignore metadata draw the same picture. Not by
     `pipe.save_lora_weights`: it writes its metadata in random order, and equal runs must write equal files."""
-    lora = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(pipe.transformer).items()}
-    config = {f"transformer.{k}": v for k, v in pipe.transformer.peft_config["default"].to_dict().items()}
+    lora, config = get_peft_model_state_dict(pipe.transformer), pipe.transformer.peft_config["default"].to_dict()
+    for name, value in lora.items():
+        layer, _, part = name.partition(".lora_")
+        scale = pipe.transformer.get_submodule(layer).scaling["default"] if part.startswith("B") else 1
+        lora[name] = (scale * value).contiguous()
+    config |= {"lora_alpha": config["r"], "alpha_pattern": config["rank_pattern"]}
+    config = {f"transformer.{name}": value for name, value in config.items()}
     metadata = json.dumps(config, sort_keys=True, default=sorted)  # it has a set
     make_dir(str(folder), "--out")
+    lora = {f"transformer.{name}": value for name, value in lora.items()}
     write_files({folder / NAME: save(lora, {"lora_adapter_metadata": metadata})})
 
 
@@ -216,13 +223,15 @@ def model_card(method: str, args, eval_prompts: list[str]) -> str:
         else:
             command += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(eval_prompts[:4]))
+    base_model = "" if Path(args.model).is_dir() else f"base_model: {args.model}\n"  # the hub does not know a folder
+    guard = f" and NormGuard (arXiv 2606.27771), lam {args.lam}" if args.lam != 0 else ""
+    tags = ["lora", "diffusers", *["normguard"] * bool(guard), method]
     return f"""---
-base_model: {args.model}
-library_name: diffusers
-tags: [lora, diffusers, normguard, {method}]
+{base_model}library_name: diffusers
+tags: [{', '.join(tags)}]
 ---
-A LoRA of rank {args.rank} for `{args.model}` (`pipe.load_lora_weights(FOLDER)`), trained for the reward
-`{args.reward}` with {method.upper()} and NormGuard (arXiv 2606.27771), lam {args.lam}:
+A LoRA of rank {args.rank} and alpha {args.rank} for `{Path(args.model).name if not base_model else args.model}`
+(`pipe.load_lora_weights(FOLDER)`), trained for the reward `{args.reward}` with {method.upper()}{guard}:
 
     {shlex.join(command)}
 

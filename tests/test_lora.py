@@ -5,9 +5,10 @@ import json
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sample
-from flow.lora import add_lora, lora_layers, lora_targets, merged, quantization, save_lora, swapped
+from flow.lora import NAME, add_lora, lora_layers, lora_targets, merged, quantization, save_lora, swapped
 from flow.pictures import load_pictures
 from flow.pipeline import add_noise, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from normguard import norm_hinge, norm_ratio, reference
@@ -173,6 +174,29 @@ def test_lora_goes_where_it_went_before():
         listed = [name for name in parts if any(name.endswith("." + target) for target in names)]
         assert lora_targets(model) == listed and len(listed) == count
         assert any(".attn2." in name for name in parts) == bool(getattr(model.config, "dual_attention_layers", ()))
+
+
+def test_the_file_does_without_its_metadata(tmp_path):
+    """alpha = rank and the scale in B: read with metadata or without, by diffusers or sample.py, it draws what the
+    trained LoRA draws. The trained B is left as it is."""
+    pipe, _ = ready("tiny/sd3")
+    before = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
+    save_lora(pipe, tmp_path / "lora")
+    assert all(torch.equal(p, before[name]) for name, p in pipe.transformer.named_parameters())
+    t, x = torch.tensor([0.9, 0.4]), draw_noise(pipe, 2, torch.Generator().manual_seed(0))
+    trained = velocity(pipe, x, t, PROMPTS)
+    (tmp_path / "plain").mkdir()
+    save_file(load_file(tmp_path / "lora" / NAME), tmp_path / "plain" / NAME)  # without metadata
+    found = []
+    for name in ("lora", "plain"):
+        theirs = load_pipeline("tiny/sd3", CPU)
+        encode_prompts(theirs, PROMPTS)
+        theirs.load_lora_weights(tmp_path / name)
+        torch.testing.assert_close(velocity(theirs, x, t, PROMPTS), trained)
+        out = str(tmp_path / f"{name}-out")
+        sample.main(sample.Args(prompt="a red star", steps=2, lora=f"{tmp_path}/{name}", out=out))
+        found.append(load_pictures([f"{out}/00000.png"]))
+    assert torch.equal(*found)
 
 
 def test_a_scaled_lora_is_plain_diffusers(tmp_path):

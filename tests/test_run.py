@@ -22,6 +22,7 @@ import train_awm
 import train_dpo
 import train_nft
 from flow import cli, pictures, run
+from flow.lora import model_card
 from tests.helpers import CPU, SMALL, contents, lora_bytes, lora_weights, metrics, refuses, small_run, timeless
 
 SHORT = dict(epochs=2, group=2, updates=1, steps=3, eval_n=2, save_every=2)
@@ -318,7 +319,13 @@ def test_a_run_ends_by_saying_what_came_of_it(tmp_path, capsys):
 
 def test_the_model_card_has_what_the_hub_wants(trained):
     card = (trained / "lora/README.md").read_text()
-    assert card.startswith("---\nbase_model: tiny/sd3\n") and "--rank 4" in card and "license" not in card
+    assert card.startswith("---\nlibrary_name: diffusers\n") and "base_model" not in card  # the model is a folder
+    assert "rank 4 and alpha 4" in card and "--rank 4" in card and "NormGuard" in card and "license" not in card
+
+
+def test_the_model_card_of_a_hub_model_without_the_guard():
+    card = model_card("nft", train_nft.Args(model="some/model", lam=0.0), ["a red star"])
+    assert card.startswith("---\nbase_model: some/model\n") and "normguard" not in card.lower()
 
 
 @pytest.fixture()
