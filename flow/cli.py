@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -113,13 +114,14 @@ def parse(args_class, doc: str):
     `excepthook` in this process."""
     sys.excepthook = excepthook
     args = tyro.cli(args_class, description=doc, config=(tyro.conf.DisallowNone,))
-    for field, value in vars(args).items():
-        setattr(args, field, tuple(map(expand_home, value)) if isinstance(value, tuple) else expand_home(value))
-    return args
+    return replace(args, **{field: expand_home(value) for field, value in vars(args).items()})
 
 
 def expand_home(value):
-    """Text with ~/ replaced by the home folder, at its start and after : or , (as in vlm:~/judge). Else the value."""
+    """A text, or a tuple of texts, with ~/ replaced by the home folder, at the start and after : or , (as in
+    vlm:~/judge). Any other value as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(expand_home, value))
     home = os.path.expanduser("~/")
     return re.sub(r"(^|[:,])~/", lambda found: found[1] + home, value) if isinstance(value, str) else value
 

@@ -109,7 +109,7 @@ def test_other_versions_are_named(tmp_path, monkeypatch, capsys):
     assert "broken" not in str(said.value) and "diffusers" not in str(said.value)
 
 
-@dataclass
+@dataclass(frozen=True)  # as tiny/make.py's
 class Paths:
     out: str = "runs"
     model: str | None = None
