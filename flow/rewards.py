@@ -1,4 +1,4 @@
-"""Rewards: functions (images (b, 3, h, w) in [0, 1], prompts) -> (b,).
+"""Rewards: functions (images (b, 3, h, w) in [0, 1], prompts), or (images, prompts, metadata), -> (b,).
 
 A reward is given as text:
   pickscore, hpsv2.1, clipscore    yuvalkirstain/PickScore_v1, xswu/HPSv2, CLIP ViT-L/14
@@ -7,6 +7,9 @@ A reward is given as text:
   vlm:MODEL, vlm:MODEL@URL         P(yes) of a vision-language model's answer to a question, here or on a server
   A:0.5,B:0.5                      a weighted sum of these
 """
+import contextlib
+import copy
+import inspect
 import math
 import re
 import runpy
@@ -79,31 +82,35 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     `question` is what a vlm is asked (None: VLM_QUESTION); {prompt} in it becomes the image's prompt. `differentiable`
     scores have gradients to the images, which must be square; they differ from the others by rounding to 8 bits.
     Attributes of the function: `models` and `names` of the parts, `scores_of(images, prompts) -> (parts, n)`, and
-    `weighted(scores) -> (n,)`. A call moves the models to `device`; move them away to free its memory.
+    `weighted(scores) -> (n,)`. It and scores_of take as `metadata` a dict per image, for parts that take a third
+    argument. A call moves the models to `device`; move them away to free its memory.
     Raises InputError if a part cannot be loaded, or later if it returns anything but one finite number per image."""
     quiet_libraries()
     parts = [(name, weight, load_part(name, device, differentiable, question)) for name, weight in split_reward(spec)]
     models = [score.model for _, _, score in parts if hasattr(score, "model")]
 
     @torch.set_grad_enabled(differentiable)
-    def scores_of(images: Tensor, prompts: list[str]) -> Tensor:
+    def scores_of(images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
+        metadata = metadata or [{} for _ in prompts]
         if images.ndim == 5:
             frames = torch.linspace(0, images.shape[1] - 1, min(4, images.shape[1])).round().long()
-            scores = scores_of(images[:, frames].flatten(0, 1), [prompt for prompt in prompts for _ in frames])
+            prompts, metadata = [[x for x in values for _ in frames] for values in (prompts, metadata)]
+            scores = scores_of(images[:, frames].flatten(0, 1), prompts, metadata)
             return scores.view(len(parts), len(images), len(frames)).mean(2)
         for model in models:
             model.to(device)
         rows = []
         for name, _, score in parts:  # each part gets its own copy of the images, in case it writes into them
-            rows.append(torch.cat([call_part(name, score, images[i:i + batch].clone(), prompts[i:i + batch])
+            rows.append(torch.cat([call_part(name, score, images[i:i + batch].clone(), prompts[i:i + batch],
+                                             metadata[i:i + batch])
                                    for i in range(0, len(images), batch)]))
         return torch.stack(rows)
 
     def weighted(scores: Tensor) -> Tensor:
         return sum(weight * score for (_, weight, _), score in zip(parts, scores))
 
-    def reward(images: Tensor, prompts: list[str]) -> Tensor:
-        return weighted(scores_of(images, prompts))
+    def reward(images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
+        return weighted(scores_of(images, prompts, metadata))
 
     names = [name for name, _, _ in parts]
     short = [short_reward(name) for name in names]
@@ -117,10 +124,20 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     return reward
 
 
-def call_part(name: str, score: Callable, images: Tensor, prompts: list[str]) -> Tensor:
-    """score(images, prompts) as (b,) fp32 on the CPU. Raises InputError unless it is one finite number per image."""
+def takes_metadata(function: Callable) -> bool:
+    """Whether a function takes a third argument by position."""
+    with contextlib.suppress(TypeError, ValueError):  # of a built-in function, which has no signature
+        parameters = inspect.signature(function).parameters.values()
+        return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 2
+    return False
+
+
+def call_part(name: str, score: Callable, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """score(images, prompts), or score(images, prompts, metadata) if it takes that, as (b,) fp32 on the CPU. Raises
+    InputError unless it is one finite number per image."""
     try:
-        values = torch.as_tensor(score(images, prompts)).float().cpu()
+        third = [[copy.deepcopy(fields) for fields in metadata]] if takes_metadata(score) else []
+        values = torch.as_tensor(score(images, prompts, *third)).float().cpu()
     except InputError:  # a vlm's
         raise
     except (Exception, SystemExit) as e:  # a function is the user's code: name its file and line
