@@ -143,7 +143,7 @@ def cached(out: Path, who: str, jobs: list[list[dict]], load: Callable, batch: i
     Scores that are not in scores.jsonl are computed by load()(jobs), `batch` jobs at once, and added to it. NaN is not
     kept, so the next run tries again. Jobs are sorted, so that the order of folders does not change the batches."""
     def key(job: list[dict]) -> str:
-        depends_on = json.dumps([who, [[row["prompt"], row["hash"]] for row in job]])
+        depends_on = json.dumps([who, [[row["prompt"], row["hash"], *filter(None, [row["metadata"]])] for row in job]])
         return hashlib.sha256(depends_on.encode()).hexdigest()[:32]
 
     known = read_scores(out / "scores.jsonl")
@@ -201,7 +201,7 @@ def compare_pairs(folders: Folders, margins: dict[tuple[str, str], Tensor], draw
 def reward_scorer(spec: str, device: torch.device, question: str | None) -> Callable:
     reward = load_reward(spec, device, question=question)
     return lambda jobs: reward(load_pictures([row["file"] for [row] in jobs]),
-                               [row["prompt"] for [row] in jobs]).tolist()
+                               [row["prompt"] for [row] in jobs], [row["metadata"] for [row] in jobs]).tolist()
 
 
 def detector_scorer(name: str, real_label: str | None, device: torch.device) -> Callable:

@@ -69,10 +69,10 @@ class Args:
     out: str = "runs/samples"  # folder for the results
 
 
-def adjoint(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, rewards: list, *, guidance: float | None = None,
-            batch: int = 8) -> list[Tensor]:
+def adjoint(pipe, noise: Tensor, prompts: list[str], metadata: list[dict], sigmas: Tensor, rewards: list, *,
+            guidance: float | None = None, batch: int = 8) -> list[Tensor]:
     """How each reward R would change if one step's velocity were scaled: dR/ds_k at s = 0, (n, steps) for each R, where
-    x_{k+1} = x_k + dt_k (1 + s_k) v_k. The rewards are differentiable functions (images in [0, 1], prompts) -> (b,).
+    x_{k+1} = x_k + dt_k (1 + s_k) v_k. The rewards are differentiable functions (images in [0, 1], prompts, metadata).
 
     By the discrete adjoint a_N = dR/dx_N, a_k = a_{k+1} + dt_k (dv_k/dx_k)^T a_{k+1}, dR/ds_k = <a_{k+1}, dt_k v_k>.
     Only one step's graph is held at a time, so it needs as much memory as one training step."""
@@ -86,7 +86,7 @@ def adjoint(pipe, noise: Tensor, prompts: list[str], sigmas: Tensor, rewards: li
                 path.append(path[-1] + dt * pipeline.velocity(pipe, path[-1], t[k], chunk, guidance))
         end = path[-1].requires_grad_()
         pictures = pipeline.decode_batch(pipe, end)
-        a = [torch.autograd.grad(reward(pictures, chunk).sum(), end, retain_graph=r < last)[0]
+        a = [torch.autograd.grad(reward(pictures, chunk, metadata[i:i + batch]).sum(), end, retain_graph=r < last)[0]
              for r, reward in enumerate(rewards)]
         s = [[] for _ in rewards]
         for k, dt in reversed(list(enumerate(dts))):
@@ -155,7 +155,7 @@ def write_adjoint(out: Path, sigmas: Tensor, sensitivity: dict[str, Tensor], pro
     cli.write_files({out / "adjoint.json": cli.to_json(rows, indent=2) + "\n", out / "adjoint.png": png(figure, 130)})
 
 
-def energy(images: Tensor, prompts: list[str]) -> Tensor:
+def energy(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
     """A picture's mean square, (b,): a control whose gradient is along the velocity."""
     return (2 * images - 1).square().flatten(1).mean(1)
 
@@ -170,8 +170,11 @@ def main(args: Args):
         raise cli.InputError("--norms and --renorm compare a LoRA with its base: give --lora")
     if args.adjoint and not args.reward:
         raise cli.InputError("--adjoint measures how a reward would change: give --reward")
-    rows = [{"prompt": args.prompt}] if args.prompt is not None else read_prompts(args.prompts, "--prompts")
-    prompts = [row["prompt"] for row in rows for _ in range(args.n)]
+    given = [{"prompt": args.prompt, "metadata": {}}]
+    if args.prompt is None:
+        given = read_prompts(args.prompts, "--prompts")
+    given = [row for row in given for _ in range(args.n)]
+    prompts, metadata = [row["prompt"] for row in given], [row["metadata"] for row in given]
     if len(prompts) > cli.MOST["n"]:
         raise cli.InputError(f"--n {args.n}: makes {len(prompts)} pictures; at most {cli.MOST['n']}")
     if args.seed >= 2**63 - len(prompts):
@@ -215,10 +218,11 @@ def main(args: Args):
         settings = {"num_inference_steps": args.steps, **pipe.flow.settings, **guided(pipe, args.guidance),
                     "height": pictures.shape[-2], "width": pictures.shape[-1]}
     rows = [{"prompt": prompt, "seed": seed, "model": args.model, "lora": args.lora, "lora_scale": args.lora_scale,
-             "scheduler": pipe.flow.scheduler, "renorm": args.renorm, "pipe": settings}
-            for prompt, seed in zip(prompts, seeds)]
+             "scheduler": pipe.flow.scheduler, "renorm": args.renorm, "pipe": settings,
+             **({"metadata": fields} if fields else {})}
+            for prompt, seed, fields in zip(prompts, seeds, metadata)]
     if reward:
-        scores = all_gather_tensor(reward(pictures, local_prompts))
+        scores = all_gather_tensor(reward(pictures, local_prompts, metadata[local]))
         rows = [{**row, "reward": score} for row, score in zip(rows, scores.tolist())]
         print(f"reward: {scores.mean():.4f}")
     pictures = gather_tensor(to_bytes(pictures))  # only the first process has them, and writes
@@ -227,8 +231,8 @@ def main(args: Args):
 
     out = Path(args.out)
     if args.adjoint:
-        sensitivity = adjoint(pipe, noise, local_prompts, sigmas, list(rewards.values()), guidance=args.guidance,
-                              batch=1 if device.type == "cuda" else max(1, args.batch // 8))
+        sensitivity = adjoint(pipe, noise, local_prompts, metadata[local], sigmas, list(rewards.values()),
+                              guidance=args.guidance, batch=1 if device.type == "cuda" else max(1, args.batch // 8))
         sensitivity = dict(zip(rewards, map(all_gather_tensor, sensitivity)))
         if RANK == 0:
             write_adjoint(out, sigmas, sensitivity, prompts)

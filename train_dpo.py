@@ -147,7 +147,7 @@ def main(args: Args, rival=None):
 
     # ---- load; errors come before anything is written
     device = local_device()
-    prompts, eval_prompts = draws.draw_prompts(args)  # epochs * groups prompts to train on, eval_n held-out ones
+    prompts, eval_prompts = draws.draw_prompts(args)  # rows: epochs * groups to train on, eval_n held-out ones
     out, saved = run.find_run("dpo", args, device)  # saved: a checkpoint or None; a finished run exits here
     reward, eval_rewards, pipe = run.load_models(args, device, prompts, eval_prompts)
     sigmas = schedule(pipe, args.steps)  # the rollout's noise levels, (steps + 1,), from 1 down to 0
@@ -170,7 +170,8 @@ def main(args: Args, rival=None):
     bar = progress(range(first_epoch, args.epochs), desc="train", initial=first_epoch, total=args.epochs)
     for epoch in bar:
         start, g = time.time(), draws.rng(args.seed, draws.EPOCH, epoch)
-        texts = [p for p in prompts[epoch * args.groups:(epoch + 1) * args.groups] for _ in range(args.group)]  # (n,)
+        drawn = [p for p in prompts[epoch * args.groups:(epoch + 1) * args.groups] for _ in range(args.group)]  # (n,)
+        texts = [row["prompt"] for row in drawn]  # (n,)
 
         # ---- rollout: `group` pictures of each prompt from the policy as it stands
         noise = draws.row_noise(pipe, args.seed, draws.ROLLOUT, epoch, range(n)[local])
@@ -178,7 +179,7 @@ def main(args: Args, rival=None):
                           batch=args.rollout_batch or args.batch, desc="rollout")
 
         # ---- reward and pairs
-        scores = score(pipe, reward, x0, texts[local])  # (parts of the reward, n), of all processes
+        scores = score(pipe, reward, x0, drawn[local])  # (parts of the reward, n), of all processes
         rewards, stats = reward.weighted(scores), reward_stats(reward, scores, args.group)
         w, l = best_and_worst(rewards, args.group, pairs_each)  # (pairs,) each: indices of winners and losers
         differ = (rewards[w] - rewards[l] > draws.rounding(rewards)).float()  # (pairs,)

@@ -19,10 +19,10 @@ def rng(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
-def draw_prompts(args) -> tuple[list[str], list[str]]:
-    """The run's training prompts, one per group (epochs * groups), and its eval_n held-out prompts. Each pass over the
-    file is shuffled anew."""
-    prompts, held_out = [[row["prompt"] for row in rows] for rows in read_split(args)]
+def draw_prompts(args) -> tuple[list[dict], list[dict]]:
+    """The rows of read_prompts that the run trains on, one per group (epochs * groups), and its eval_n held-out ones.
+    Each pass over the file is shuffled anew."""
+    prompts, held_out = read_split(args)
     if args.groups > len(prompts):
         raise InputError(f"--groups {args.groups}: more than the {len(prompts)} training prompts in {args.prompts}")
     n = args.epochs * args.groups

@@ -13,24 +13,24 @@ from flow.pipeline import decode, decode_size, draw_noise, integrate, schedule
 from flow.run import log_line
 
 
-def decode_and_score(pipe, reward, x0: Tensor, prompts: list[str], others: dict = {}):
-    """Yield (pictures, scores (parts + others, chunk)) of latents x0 (n, ...), 16 megapixels at a time."""
+def decode_and_score(pipe, reward, x0: Tensor, prompts: list[dict], others: dict = {}):
+    """Yield (pictures, scores (parts + others, chunk)) of latents x0 (n, ...) of rows, 16 megapixels at a time."""
     most_pictures = max(1, 16 * 3 * 2**20 // int(np.prod(pipe.flow.picture)))
     chunk = max(decode_size(pipe), most_pictures - most_pictures % decode_size(pipe))
     for rows in torch.arange(len(x0)).split(chunk):
         pictures = decode(pipe, x0[rows])
-        texts = [prompts[i] for i in rows]
-        scores = [reward.scores_of(pictures, texts)]
+        texts, metadata = map(list, zip(*[(prompts[i]["prompt"], prompts[i]["metadata"]) for i in rows]))
+        scores = [reward.scores_of(pictures, texts, metadata)]
         for other in others.values():
-            scores.append(other(pictures, texts)[None])
+            scores.append(other(pictures, texts, metadata)[None])
             move_to_cpu(other.models)
         yield pictures, torch.cat(scores)
     move_to_cpu(reward.models)
 
 
-def score(pipe, reward, x0: Tensor, prompts: list[str]) -> Tensor:
-    """Decode and score this process's latents x0 (local n, ...). Returns each part of the reward for all processes'
-    pictures, (parts, n)."""
+def score(pipe, reward, x0: Tensor, prompts: list[dict]) -> Tensor:
+    """Decode and score this process's latents x0 (local n, ...) of these rows of read_prompts. Returns each part of the
+    reward for all processes' pictures, (parts, n)."""
     return all_gather_tensor(torch.cat([scores for _, scores in decode_and_score(pipe, reward, x0, prompts)], 1).T).T
 
 
@@ -53,16 +53,17 @@ def saturation(pictures: Tensor) -> Tensor:
     return ((top - low) / top.clamp_min(1e-3)).flatten(1).mean(1)
 
 
-def evaluate(out: Path, args, pipe, reward, eval_rewards: dict, eval_prompts: list[str], step: int, epoch: int):
+def evaluate(out: Path, args, pipe, reward, eval_rewards: dict, eval_prompts: list[dict], step: int, epoch: int):
     """Draw the held-out prompts with the LoRA as it is, always from the same noise; write the eval_* numbers to the log
     and the pictures to OUT/samples/. eval_rewards: other rewards by name. epoch: how many epochs are done."""
     local = local_slice(args.eval_n)
-    prompts, seeds = eval_prompts[local], range(args.eval_n)[local]
-    noise = draw_noise(pipe, len(prompts), [torch.Generator().manual_seed(seed) for seed in seeds])
-    x0, ratios = integrate(pipe, noise, prompts, schedule(pipe, args.eval_steps or args.steps), guidance=args.guidance,
-                           compare=True, batch=args.rollout_batch or args.batch, desc="evaluate")
+    texts, seeds = [row["prompt"] for row in eval_prompts], range(args.eval_n)[local]
+    noise = draw_noise(pipe, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds])
+    sigmas = schedule(pipe, args.eval_steps or args.steps)
+    x0, ratios = integrate(pipe, noise, texts[local], sigmas, guidance=args.guidance, compare=True,
+                           batch=args.rollout_batch or args.batch, desc="evaluate")
     chunks = [(to_bytes(pictures), scores.T, saturation(pictures))
-              for pictures, scores in decode_and_score(pipe, reward, x0, prompts, eval_rewards)]
+              for pictures, scores in decode_and_score(pipe, reward, x0, eval_prompts[local], eval_rewards)]
     pictures, scores, saturations = map(torch.cat, zip(*chunks))
     pictures, scores = gather_tensor(pictures), all_gather_tensor(scores).T
     saturations, ratios = all_gather_tensor(saturations), all_gather_tensor(ratios)
@@ -71,7 +72,7 @@ def evaluate(out: Path, args, pipe, reward, eval_rewards: dict, eval_prompts: li
     rewards, ratio_by_step = reward.weighted(scores), ratios.mean(0)
     parts = dict(zip([*reward.names, *eval_rewards], scores)) if len(scores) > 1 else {}
     grid = out / "samples" / f"{epoch:05d}.png"
-    save_grid(grid, pictures, 8, eval_prompts)
+    save_grid(grid, pictures, 8, texts)
     log_line(out, {
         "step": step, "epoch": epoch, "eval_guidance": args.guidance, "eval_reward": rewards.mean().item(),
         "eval_reward_se": (rewards.std() / len(rewards) ** 0.5).item(),

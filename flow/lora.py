@@ -213,7 +213,7 @@ def use_fast_kernels(vae: torch.nn.Module | None):
             layer.to(memory_format=torch.channels_last)
 
 
-def model_card(method: str, args, eval_prompts: list[str]) -> str:
+def model_card(method: str, args, eval_prompts: list[dict]) -> str:
     """lora/README.md: a model card for the hub. The user chooses the licence."""
     command, defaults = ["python", f"train_{method}.py"], vars(type(args)())
     changed = {name.replace("_", "-"): value for name, value in vars(args).items() if value != defaults[name]}
@@ -222,7 +222,7 @@ def model_card(method: str, args, eval_prompts: list[str]) -> str:
             command.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             command += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(eval_prompts[:4]))
+    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(row["prompt"] for row in eval_prompts[:4]))
     base_model = "" if Path(args.model).is_dir() else f"base_model: {args.model}\n"  # the hub does not know a folder
     guard = f" and NormGuard (arXiv 2606.27771), lam {args.lam}" if args.lam != 0 else ""
     tags = ["lora", "diffusers", *["normguard"] * bool(guard), method]

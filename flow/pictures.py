@@ -99,7 +99,8 @@ def save_samples(out: str, pictures: Tensor, rows: list[dict]):
 
 
 def read_folder(folder: str, plain: bool = False) -> list[dict]:
-    """A row per picture: prompt, file, size, hash of its content, and a key that pairs it with other folders' pictures.
+    """A row per picture: prompt, metadata, file, size, hash of its content, and a key that pairs it with other folders'
+    pictures.
 
     Reads samples.jsonl. With `plain` a folder without one is read too: all its pictures, with empty prompts."""
     rows, seen, listed = [], Counter(), Path(folder) / "samples.jsonl"
@@ -108,20 +109,20 @@ def read_folder(folder: str, plain: bool = False) -> list[dict]:
     with reading(listed, "give a folder that sample.py wrote"):
         if plain and not listed.exists():
             found = sorted(file.name for file in Path(folder).iterdir() if file.suffix.lower() in SUFFIXES)
-            lines = [("", i, name) for i, name in enumerate(found)]
+            lines = [("", i, name, {}) for i, name in enumerate(found)]
         else:
             lines = [json.loads(line) for line in listed.read_text().splitlines()]
-            lines = [(line["prompt"], line["seed"], line["file"]) for line in lines]
-        if not all(isinstance(prompt, str) for prompt, _, _ in lines):
-            raise ValueError("a prompt is no text")
-    for prompt, seed, name in lines:
+            lines = [(line["prompt"], line["seed"], line["file"], line.get("metadata", {})) for line in lines]
+        if not all(isinstance(prompt, str) and isinstance(metadata, dict) for prompt, _, _, metadata in lines):
+            raise ValueError("a prompt is no text, or its metadata no object")
+    for prompt, seed, name, metadata in lines:
         file = f"{folder}/{name}"
         with reading(file, "restore it"):
             content = Path(file).read_bytes()
             size = Image.open(io.BytesIO(content)).convert("RGB").size  # decodes it, to find a broken file now
         seen[prompt, seed] += 1  # a prompt and seed that come again are told apart by their order
-        rows.append({"key": (prompt, seed, seen[prompt, seed]), "prompt": prompt, "file": file, "size": size,
-                     "hash": hashlib.sha256(content).hexdigest()})
+        rows.append({"key": (prompt, seed, seen[prompt, seed]), "prompt": prompt, "metadata": metadata, "file": file,
+                     "size": size, "hash": hashlib.sha256(content).hexdigest()})
     if not rows:
         raise InputError(f"{folder}: holds no picture")
     return rows

@@ -1,4 +1,4 @@
-"""Rewards: functions (images (b, 3, h, w) in [0, 1], prompts) -> (b,).
+"""Rewards: functions (images (b, 3, h, w) in [0, 1], prompts), or (images, prompts, metadata), -> (b,).
 
 A reward is given as text:
   pickscore, hpsv2.1, clipscore    yuvalkirstain/PickScore_v1, xswu/HPSv2, CLIP ViT-L/14
@@ -7,6 +7,8 @@ A reward is given as text:
   vlm:MODEL, vlm:MODEL@URL         P(yes) of a vision-language model's answer to a question, here or on a server
   A:0.5,B:0.5                      a weighted sum of these
 """
+import contextlib
+import copy
 import inspect
 import math
 import re
@@ -81,32 +83,36 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     `question` is what a vlm is asked (None: VLM_QUESTION); {prompt} in it becomes the image's prompt. `differentiable`
     scores have gradients to the images, which must be square; they differ from the others by rounding to 8 bits.
     Attributes of the function: `models` and `names` of the parts, `scores_of(images, prompts) -> (parts, n)`,
-    `weighted(scores) -> (n,)`, and `warn_cut(prompts)`, which prints a note about prompts too long for a part. A call
-    moves the models to `device`; move them away to free its memory.
+    `weighted(scores) -> (n,)`, and `warn_cut(prompts)`, which prints a note about prompts too long for a part. It and
+    scores_of take as `metadata` a dict per image, for functions that take a third argument. A call moves the models to
+    `device`; move them away to free its memory.
     Raises InputError if a part cannot be loaded, or later if it returns anything but one finite number per image."""
     quiet_libraries()
     parts = [(name, weight, load_part(name, device, differentiable, question)) for name, weight in split_reward(spec)]
     models = [score.model for _, _, score in parts if hasattr(score, "model")]
 
     @torch.set_grad_enabled(differentiable)
-    def scores_of(images: Tensor, prompts: list[str]) -> Tensor:
+    def scores_of(images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
+        metadata = metadata or [{} for _ in prompts]
         if images.ndim == 5:
             frames = torch.linspace(0, images.shape[1] - 1, min(4, images.shape[1])).round().long()
-            scores = scores_of(images[:, frames].flatten(0, 1), [prompt for prompt in prompts for _ in frames])
+            prompts, metadata = [[x for x in values for _ in frames] for values in (prompts, metadata)]
+            scores = scores_of(images[:, frames].flatten(0, 1), prompts, metadata)
             return scores.view(len(parts), len(images), len(frames)).mean(2)
         for model in models:
             model.to(device)
         rows = []
         for name, _, score in parts:  # each part gets its own copy of the images, in case it writes into them
-            rows.append(torch.cat([call_part(name, score, images[i:i + batch].clone(), prompts[i:i + batch])
+            rows.append(torch.cat([call_part(name, score, images[i:i + batch].clone(), prompts[i:i + batch],
+                                             metadata[i:i + batch])
                                    for i in range(0, len(images), batch)]))
         return torch.stack(rows)
 
     def weighted(scores: Tensor) -> Tensor:
         return sum(weight * score for (_, weight, _), score in zip(parts, scores))
 
-    def reward(images: Tensor, prompts: list[str]) -> Tensor:
-        return weighted(scores_of(images, prompts))
+    def reward(images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
+        return weighted(scores_of(images, prompts, metadata))
 
     def warn_cut(prompts: list[str]):
         for name, _, score in parts:
@@ -125,12 +131,21 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     return reward
 
 
-def call_part(name: str, score: Callable, images: Tensor, prompts: list[str]) -> Tensor:
-    """score(images, prompts) as (b,) fp32 on the CPU. Raises InputError unless it is one finite number per image."""
+def takes_metadata(function: Callable) -> bool:
+    """Whether a function takes a third argument by position."""
+    with contextlib.suppress(TypeError, ValueError):  # of a built-in function, which has no signature
+        parameters = inspect.signature(function).parameters.values()
+        return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 2
+    return False
+
+
+def call_part(name: str, score: Callable, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+    """score(images, prompts), or score(images, prompts, metadata) if it takes that, as (b,) fp32 on the CPU. Raises
+    InputError unless it is one finite number per image."""
     n, path = len(images), reward_model(name)
     try:
-        returned = score(images, prompts)
-        values = torch.as_tensor(returned).float().cpu()
+        third = [[copy.deepcopy(fields) for fields in metadata]] if takes_metadata(score) else []
+        values = torch.as_tensor(score(images, prompts, *third)).float().cpu()
     except InputError:  # a vlm's, or about a dict's keys
         raise
     except (Exception, SystemExit) as e:  # a function is the user's code: name its file and line
@@ -175,15 +190,13 @@ def load_function(name: str, device: torch.device) -> Callable:
         parameters = inspect.signature(function).parameters if callable(function) else ()
         if isinstance(function, type) or callable(function) and set(parameters) <= {"device"}:
             function = function(**({"device": device} if "device" in parameters else {}))
-            parameters = inspect.signature(function).parameters if callable(function) else ()
     if not callable(function):
         raise InputError(f"--reward {name}: there is no function {function_name} in {path}")
-    takes_metadata = len(parameters) > 2
 
-    def score(images: Tensor, prompts: list[str]):
+    def score(images: Tensor, prompts: list[str], metadata: list[dict]):
         given = {"": lambda: images.to(device), "pil": lambda: [to_image(x) for x in images],
                  "uint8": lambda: to_bytes(images).permute(0, 2, 3, 1).numpy()}[kind]()
-        returned = function(given, prompts, *[[{} for _ in prompts]] * takes_metadata)
+        returned = function(given, prompts, *[metadata] * takes_metadata(function))
         returned = returned[0] if isinstance(returned, tuple) else returned
         if isinstance(returned, dict):
             if key and key not in returned or not returned:

@@ -68,12 +68,13 @@ def check_args(args):
         raise InputError("--wandb: needs a package that is not installed: pip install wandb")
 
 
-def load_models(args, device: torch.device, prompts: list[str], eval_prompts: list[str]):
+def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: list[dict]):
     """(reward, {name: reward that only evaluations use}, pipeline). The rewards are tried on two random pictures of the
     run's size, before the pipeline is loaded if the size is known by then: that can take minutes."""
     def try_rewards(*shape: int):
+        images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
         for tried in (reward, *others.values()):
-            tried(torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)), prompts[:1] * 2)
+            tried(images, [prompts[0]["prompt"]] * 2, [prompts[0]["metadata"]] * 2)
             move_to_cpu(tried.models)
 
     reward = load_reward(args.reward, device, question=args.vlm_question)
@@ -84,17 +85,19 @@ def load_models(args, device: torch.device, prompts: list[str], eval_prompts: li
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
     if not args.size or args.frames:
         try_rewards(*pipe.flow.picture)
-    warn_unsuitable(pipe, prompts + eval_prompts, args.size)
-    reward.warn_cut(prompts + eval_prompts)
+    texts = [row["prompt"] for row in prompts + eval_prompts]
+    warn_unsuitable(pipe, texts, args.size)
+    reward.warn_cut(texts)
     return reward, others, pipe
 
 
-def encode_local_prompts(out: Path, args, pipe, prompts: list[str], eval_prompts: list[str]):
+def encode_local_prompts(out: Path, args, pipe, prompts: list[dict], eval_prompts: list[dict]):
     """Encode the prompts that this process draws pictures of: its slices of the held-out prompts and of each epoch's.
     They are kept in OUT/checkpoint/prompts for a resumed run."""
     epochs = torch.arange(len(prompts)).split(args.groups)
     local = eval_prompts[local_slice(len(eval_prompts))]
     local = local + [prompts[i] for epoch in epochs for i in epoch[local_slice(args.groups)]]
+    local = [row["prompt"] for row in local]
     encode_prompts(pipe, local, args.guidance, out / "checkpoint" / "prompts")
     if args.shard and len({pipe.flow.shapes.get(prompt) for prompt in local}) > 1:  # the processes' calls would differ
         raise InputError(f"--shard: {type(pipe).__name__} encodes prompts to several lengths; it takes a model that "
@@ -206,7 +209,7 @@ def machine(device: torch.device) -> dict:
             "versions": {library: version(library) for library in ("torch", "diffusers", "transformers", "peft")}}
 
 
-def open_run(out: Path, method: str, args, pipe, saved: dict | None, eval_prompts: list[str]):
+def open_run(out: Path, method: str, args, pipe, saved: dict | None, eval_prompts: list[dict]):
     """Make the folder, lock it, write args.json, and start wandb if asked for. Of several processes the first does it.
     Log lines newer than the checkpoint are cut off; the resumed run writes them again."""
     barrier(epoch=saved["epoch"] if saved else 0, step=saved["step"] if saved else 0)
@@ -224,10 +227,10 @@ def open_run(out: Path, method: str, args, pipe, saved: dict | None, eval_prompt
         resumed_on = known["resumed_on"] + [here] * (here not in (first, *known["resumed_on"]))
         wandb_id = known.get("wandb_id") or (uuid.uuid4().hex[:8] if args.wandb else None)
         flags = {flag: value for flag, value in asdict(args).items() if flag != "out"}
-        flags["eval_prompts"] = eval_file(args)
+        flags["eval_prompts"], texts = eval_file(args), [row["prompt"] for row in eval_prompts]
         text = json.dumps({"script": f"train_{method}.py", "format": FORMAT, **flags, **first, "resumed_on": resumed_on,
                            "wandb_id": wandb_id, "inputs": inputs_of(args),
-                           "held_out": None if eval_file(args) else list(dict.fromkeys(eval_prompts)),
+                           "held_out": None if eval_file(args) else list(dict.fromkeys(texts)),
                            "max_sequence_length": pipe.flow.settings.get("max_sequence_length")}, indent=2)
         write_files({file: text + "\n"})
         with open(out / "metrics.jsonl", "a") as log:
@@ -294,7 +297,7 @@ def log_line(out: Path, line: dict, picture: Path | None = None):
 
 # ---------------------------------------------------------------- checkpoint
 
-def save_checkpoint(out: Path, method: str, args, pipe, eval_prompts: list[str], params: list, optimizer, *,
+def save_checkpoint(out: Path, method: str, args, pipe, eval_prompts: list[dict], params: list, optimizer, *,
                     epoch: int, step: int, skipped: int, skipped_in_a_row: int, ema: list | None, **copies: list):
     """Write lora/ (of `ema`, if given), curves.png and, at the end, checkpoint/state.pt. A run that is killed before
     that repeats the epochs since the last checkpoint and writes the same files. copies: other lists of tensors like

@@ -14,7 +14,7 @@ import train_awm
 import train_dpo
 import train_nft
 from flow.cli import parse
-from tests.helpers import ROOT, lora_weights, refuses, timeless
+from tests.helpers import ROOT, generator, lora_weights, refuses, timeless
 
 # ---------------------------------------------------------------- played by one process
 
@@ -132,6 +132,10 @@ def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
     flags = [*FLAGS, "--reward", f"{folder}/red.py:red"]  # CLIP's see 8 bits, of which rounding can flip one
     runs = [(name, [*flags, "--out", f"{folder}/{name}"]) for name in SCRIPTS]
     runs += [("nft", [*flags, *EVEN, "--out", f"{folder}/sharded", "--shard"])]
+    (folder / "rows.jsonl").write_text("".join(f'{{"prompt": "a red star", "n": {i}}}\n' for i in range(4)))
+    (folder / "n.py").write_text("def n(images, prompts, metadata):\n    return [row['n'] for row in metadata]\n")
+    rows = ["--prompts", f"{folder}/rows.jsonl", "--eval-prompts", f"{folder}/rows.jsonl"]
+    runs += [("awm", [*FLAGS, *rows, "--reward", f"{folder}/n.py:n", "--out", f"{folder}/rows"])]
     ended = torchrun(folder, runs, SHARDED + FAILING.format(flags=[*flags, "--out", f"{folder}/failed"]))
     return folder, ended, time.time() - (folder / "failed/metrics.jsonl").stat().st_mtime
 
@@ -140,8 +144,16 @@ def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
 def two(launch) -> Path:
     """The folder of these runs."""
     folder, ended, _ = launch
-    assert ended.stdout.count("done: ") == 4, ended.stderr[-4000:]  # by the first process alone
+    assert ended.stdout.count("done: ") == 5, ended.stderr[-4000:]  # by the first process alone
     return folder
+
+
+def test_each_process_scores_the_rows_of_its_own_pictures(two):
+    """All rows have one text; two of four are drawn in an epoch, three are held out."""
+    lines = timeless(two / "rows")
+    order = [i for k in range(2) for i in torch.randperm(4, generator=generator(0, 0, k)).tolist()]
+    assert [x["reward"] for x in lines if "loss" in x][::2] == [sum(order[i:i + 2]) / 2 for i in (0, 2, 4)]
+    assert [x["eval_reward"] for x in lines if "eval_reward" in x] == [1.0] * 3
 
 
 def run_here(name: str, flags: list[str], monkeypatch):

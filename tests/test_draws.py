@@ -50,7 +50,7 @@ def test_each_pass_over_the_prompts_has_another_order():
     args = train_awm.Args(seed=5, epochs=21, groups=5, eval_n=100)
     captions = Path("tiny/prompts.txt").read_text().splitlines()
     held_out = Path("tiny/eval_prompts.txt").read_text().splitlines()
-    prompts, eval_prompts = flow.draws.draw_prompts(args)
+    prompts, eval_prompts = [[row["prompt"] for row in rows] for rows in flow.draws.draw_prompts(args)]
     order = torch.cat([torch.randperm(len(captions), generator=generator(5, 0, i)) for i in range(3)])
     assert len(captions) == 48 and prompts == [captions[i] for i in order[:105]] and prompts[:48] != prompts[48:96]
     assert eval_prompts == list(itertools.islice(itertools.cycle(held_out), 100))

@@ -36,7 +36,8 @@ def test_a_summed_rewards_parts_see_the_same_pictures_with_their_prompts(tmp_pat
     reward = flow.rewards.load_reward(spec, CPU, batch=3)
     monkeypatch.setattr(flow.evaluate, "decode", lambda pipe, x0: x0)
     large = SimpleNamespace(flow=SimpleNamespace(picture=(3, 2048, 2048)))  # four of them are decoded at a time
-    images, prompts = torch.rand(10, 3, 8, 8, generator=generator(0)), ["x" * k for k in range(10)]
+    images = torch.rand(10, 3, 8, 8, generator=generator(0))
+    prompts = [{"prompt": "x" * k, "metadata": {}} for k in range(10)]
     before, red, length = images.clone(), images[:, 0].double().mean((1, 2)), torch.arange(10.0)
     scores = flow.evaluate.score(large, reward, images, prompts)
     torch.testing.assert_close(reward.weighted(scores).double(), 2 * (1 - red) + red - 0.5 * length)
@@ -114,7 +115,7 @@ def test_a_rewards_model_waits_on_the_cpu(monkeypatch):
     (model,) = reward.models
     monkeypatch.setattr(model, "to", sent.append)
     x0 = draw_noise(pipe, 3, torch.Generator().manual_seed(0))
-    (scores,) = score(pipe, reward, x0, PROMPTS)
+    (scores,) = score(pipe, reward, x0, [{"prompt": prompt, "metadata": {}} for prompt in PROMPTS])
     assert sent == [CPU, "cpu"] and isinstance(sent[0], torch.device) and isinstance(sent[1], str)
     torch.testing.assert_close(scores, reward(decode(pipe, x0), PROMPTS))
 

@@ -2,6 +2,7 @@
 import base64
 import functools
 import io
+import json
 import math
 
 import numpy as np
@@ -11,13 +12,15 @@ import world
 from PIL import Image
 
 import eval_judge
+import flow.evaluate
 import flow.rewards
 import sample
+import train_dpo
 from flow.judge import local_judge, read_answer
 from flow.pictures import to_image
 from flow.rewards import VLM_QUESTION, load_reward, reward_model, short_reward, split_reward
 from tests.families import fast_tokenizer, vocab_size
-from tests.helpers import CPU, answer, refuses, renders, small_run
+from tests.helpers import CPU, SCRIPTS, answer, generator, metrics, refuses, renders, sample_rows, small_run
 
 OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_judge.py's questions only; it has commas
 
@@ -204,6 +207,64 @@ def test_reward_from_a_function(tmp_path):
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     ours = flow.rewards.load_reward(f"{tmp_path}/red.py:red", CPU, batch=2)(images, ["a"] * 3)
     np.testing.assert_allclose(ours.numpy(), images[:, 0].numpy().reshape(3, -1).mean(1) + [2, 2, 1], rtol=1e-6)
+
+
+METADATA = """import functools
+import torch
+def third(images, prompts, metadata):
+    assert len(images) == len(prompts) == len(metadata) and all(type(fields) is dict for fields in metadata)
+    return torch.tensor([float(fields.pop("n", -1)) for fields in metadata])
+def default(images, prompts, fields={}):
+    return third(images, prompts, fields)
+def two(images, prompts, *, metadata=None):
+    return torch.full((len(prompts),), 7.0 + (metadata is not None))
+def wrap(function):
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        return function(*args, **kwargs)
+    return inner
+wrapped = wrap(third)
+needs = lambda images, prompts, metadata: torch.tensor([float(fields["n"]) for fields in metadata])
+"""
+ROWS = [{"prompt": "a red star", "n": i} for i in range(5)]  # of one text: only the row tells them apart
+
+
+def test_metadata_reaches_functions_that_take_a_third_argument(tmp_path):
+    """One dict a picture, in parts of a sum and in batches, a copy each; a video's for each frame."""
+    (tmp_path / "m.py").write_text(METADATA)
+    spec = ",".join(f"{tmp_path}/m.py:{name}" for name in ("third", "default", "two", "wrapped"))
+    reward, fields = flow.rewards.load_reward(spec, CPU, batch=2), [{"n": i} for i in range(5)]
+    for images in (torch.rand(5, 3, 8, 8), torch.rand(5, 2, 3, 8, 8)):
+        assert reward.scores_of(images, ["a"] * 5, fields).tolist() == [[*range(5)]] * 2 + [[7] * 5] + [[*range(5)]]
+        assert reward(images, ["a"] * 5, [{"n": 3}] * 5).tolist() == [16] * 5
+        assert reward.scores_of(images, ["a"] * 5)[0].tolist() == [-1] * 5
+    assert fields == [{"n": i} for i in range(5)]
+
+
+def test_metadata_goes_by_row_from_the_file_to_the_reward(tmp_path, monkeypatch):
+    """In training (shuffled), in its evaluations, in sample.py and eval_judge.py; a resumed run has the same."""
+    (tmp_path / "m.py").write_text(METADATA)
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    given = dict(prompts=f"{tmp_path}/p.jsonl", eval_prompts=f"{tmp_path}/p.jsonl", reward=f"{tmp_path}/m.py:needs",
+                 group=2, groups=5, updates=1, batch=16, save_every=1, steps=3, eval_n=5, eval_every=1)
+    for script in SCRIPTS:
+        seen, pairs = [], {"pairs": 1} if script is train_dpo else {}
+        monkeypatch.setattr(script, "score", lambda *args: seen.append(flow.evaluate.score(*args)) or seen[-1])
+        out = small_run(tmp_path / script.__name__, script, epochs=1, **given, **pairs)
+        small_run(out, script, epochs=2, **given, **pairs)
+        for epoch, (scores,) in enumerate(seen):
+            order = torch.randperm(5, generator=generator(0, 0, epoch))
+            assert scores.tolist() == order.repeat_interleave(2).tolist()
+        assert len(seen) == 2 and [x["eval_reward"] for x in metrics(out) if "eval_reward" in x] == [2.0] * 3
+    sample.main(sample.Args(prompts=given["prompts"], n=2, steps=2, reward=given["reward"], out=f"{tmp_path}/out"))
+    assert [row["reward"] for row in sample_rows(tmp_path / "out")] == [i // 2 for i in range(10)]
+    assert [row["metadata"] for row in sample_rows(tmp_path / "out")] == [{"n": i // 2} for i in range(10)]
+    eval_judge.main(eval_judge.Args(dirs=(f"{tmp_path}/out",), reward=(given["reward"],), judge=None, forensic=(),
+                                    out=f"{tmp_path}/eval"))
+    report = json.loads((tmp_path / "eval/report.json").read_text())
+    assert report["metrics"]["reward/m.py:needs"][f"{tmp_path}/out"]["mean"] == 2
+    sample.main(sample.Args(prompt="a red star", steps=2, reward=f"{tmp_path}/m.py:third", out=f"{tmp_path}/one"))
+    assert sample_rows(tmp_path / "one")[0]["reward"] == -1 and "metadata" not in sample_rows(tmp_path / "one")[0]
 
 
 def test_a_reward_cannot_change_pictures_that_others_see(tmp_path):

@@ -103,10 +103,10 @@ def test_adjoint_is_autograd_through_the_whole_trajectory(model, guidance):
         part.double()
     encode_prompts(pipe, prompts, guidance)
     noise, sigmas = draw_noise(pipe, 2, seeded(2, first=1)).double(), schedule(pipe, 4).double()
-    rewards = [lambda images, _: images[:, 0].double().mean((1, 2)),
-               lambda images, _: images.double().square().mean((1, 2, 3))]
+    rewards = [lambda images, *_: images[:, 0].double().mean((1, 2)),
+               lambda images, *_: images.double().square().mean((1, 2, 3))]
     pipe.transformer.enable_gradient_checkpointing()  # as on a GPU
-    ours = sample.adjoint(pipe, noise, prompts, sigmas, rewards, guidance=guidance, batch=2)
+    ours = sample.adjoint(pipe, noise, prompts, [{}] * 2, sigmas, rewards, guidance=guidance, batch=2)
     pipe.transformer.disable_gradient_checkpointing()
     s, x = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True), noise
     for k in range(4):
