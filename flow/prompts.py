@@ -86,6 +86,8 @@ def read_table(text: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> l
     try:
         table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
         header, *rows = [row for row in table if any(map(str.strip, row))]
+        if delimiter == "\t" and any("\t" in cell for row in rows for cell in row):
+            raise csv.Error("a quote swallowed the next cells")
     except csv.Error:
         if delimiter == "\t" and quoting != csv.QUOTE_NONE:
             return read_table(text, delimiter, csv.QUOTE_NONE)

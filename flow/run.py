@@ -184,7 +184,8 @@ def inputs_of(args) -> dict[str, str | None]:
 
 def check_inputs(out: Path, args, recorded: dict):
     """Raise InputError if what a run reads is not what it was when the run began."""
-    changed = [f"--{flag.replace('_', '-')} {getattr(args, flag)}" for flag, value in inputs_of(args).items()
+    changed = [f"--{flag.replace('_', '-')} {getattr(args, flag) or eval_file(args)}"
+               for flag, value in inputs_of(args).items()
                if value is not None and recorded["inputs"].get(flag) not in (value, None)]
     if changed:
         raise InputError(f"--out {out}: {' and '.join(changed)} changed since the run began; restore it, or give "

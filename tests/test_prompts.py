@@ -116,6 +116,8 @@ def test_tables(tmp_path):
         assert read(tmp_path, name, parti) == [
             {"prompt": '"Hi" on a wall, in red', "metadata": {"Category": "Arts", "Note": ""}},
             {"prompt": "a cat", "metadata": {"Category": "Animals", "Note": "one, two"}}]
+    swallowing = b'Prompt\tn\n"a cat\t1\na dog"\t2\n'
+    assert [row["prompt"] for row in read(tmp_path, "p.tsv", swallowing)] == ['"a cat', 'a dog"']
     assert read(tmp_path, "p.csv", b",caption,url\n0,a cat,x\n1,a dog,y\n") == [
         {"prompt": "a cat", "metadata": {"": "0", "url": "x"}}, {"prompt": "a dog", "metadata": {"": "1", "url": "y"}}]
     assert read(tmp_path, "p.txt", b"text,prompt\nHELLO,a sign\n") == [
