@@ -324,7 +324,7 @@ def test_the_model_card_has_what_the_hub_wants(trained):
 
 
 def test_the_model_card_of_a_hub_model_without_the_guard():
-    card = model_card("nft", train_nft.Args(model="some/model", lam=0.0), ["a red star"])
+    card = model_card("nft", train_nft.Args(model="some/model", lam=0.0), [{"prompt": "a red star"}])
     assert card.startswith("---\nbase_model: some/model\n") and "normguard" not in card.lower()
 
 
