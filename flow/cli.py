@@ -246,9 +246,9 @@ def append(file: Path, text: str):
 
 
 def fingerprint(path: str) -> str | None:
-    """A hash of a file, or of all files in a folder: their names, sizes and 16 samples of each. None of a hub id."""
+    """A hash of a file, or of a folder's files: their names, sizes and 16 samples of each. None of a hub id and of ""."""
     root, digest = Path(path), hashlib.sha256()
-    if not root.exists():
+    if not path or not root.exists():
         return None
     for file in sorted(part for part in (root, *root.rglob("*")) if part.is_file()):
         size = file.stat().st_size

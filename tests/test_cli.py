@@ -132,7 +132,7 @@ def test_json_has_no_nan():
 def test_a_fingerprint_sees_names_sizes_and_bytes(tmp_path):
     (tmp_path / "a").write_bytes(bytes(3_000_000))
     before = cli.fingerprint(str(tmp_path))
-    assert before == cli.fingerprint(str(tmp_path)) and cli.fingerprint("a/hub-id") is None
+    assert before == cli.fingerprint(str(tmp_path)) and cli.fingerprint("a/hub-id") is cli.fingerprint("") is None
     (tmp_path / "a").write_bytes(bytes([1]) * 3_000_000)
     assert cli.fingerprint(str(tmp_path)) != before
     (tmp_path / "a").rename(tmp_path / "b")
