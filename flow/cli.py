@@ -246,7 +246,7 @@ def append(file: Path, text: str):
 
 
 def fingerprint(path: str) -> str | None:
-    """A hash of a file, or of a folder's files: their names, sizes and 16 samples of each. None of a hub id and of ""."""
+    """A hash of a file, or of a folder's files: names, sizes and 16 samples of each. None of a hub id and of ""."""
     root, digest = Path(path), hashlib.sha256()
     if not path or not root.exists():
         return None
