@@ -78,7 +78,11 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
             move_to_cpu(tried.models)
 
     reward = load_reward(args.reward, device, question=args.vlm_question)
-    others = {short_reward(spec): load_reward(spec, device, question=args.vlm_question) for spec in args.eval_reward}
+    others = {}
+    for spec in args.eval_reward:
+        name = short_reward(spec)
+        name = spec if name in [*reward.names, *others] else name  # so that none is logged under another's name
+        others[name] = load_reward(spec, device, question=args.vlm_question)
     if args.size and not args.frames:
         width, height = cli.width_and_height(args.size)
         try_rewards(3, height, width)
@@ -87,7 +91,8 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
         try_rewards(*pipe.flow.picture)
     texts = [row["prompt"] for row in prompts + eval_prompts]
     warn_unsuitable(pipe, texts, args.size)
-    reward.warn_cut(texts)
+    for loaded in (reward, *others.values()):
+        loaded.warn_cut(texts)
     return reward, others, pipe
 
 
@@ -177,7 +182,8 @@ def read_args(out: Path, method: str, files: set[str]) -> dict:
 
 def inputs_of(args) -> dict[str, str | None]:
     """Fingerprints of what the run reads, by flag; None where there is nothing to compare."""
-    rewards = [str(fingerprint(reward_model(name))) for name, _ in split_reward(args.reward)]
+    specs = ",".join([args.reward, *args.eval_reward])
+    rewards = [str(fingerprint(reward_model(name))) for name, _ in split_reward(specs)]
     return {"prompts": fingerprint(args.prompts), "eval_prompts": fingerprint(eval_file(args) or ""),
             "model": fingerprint(args.model) or revision(args.model), "reward": " ".join(rewards)}
 

@@ -14,7 +14,7 @@ import train_awm
 from flow.evaluate import score
 from flow.pipeline import decode, draw_noise, encode_prompts, load_pipeline
 from flow.rewards import load_reward
-from tests.helpers import CPU, PROMPTS, flat_copy, generator, lora_bytes, metrics, small_run
+from tests.helpers import CPU, PROMPTS, flat_copy, generator, lora_bytes, metrics, refuses, small_run
 
 REWARDS = """
 import torch
@@ -136,3 +136,17 @@ def test_other_rewards_score_evaluations_and_change_nothing(tmp_path):
             assert other.pop("eval_reward/r.py:length") == pytest.approx(length)
             assert other.pop("eval_reward/r.py:length:2,r.py:spoiling:0") == pytest.approx(2 * length)
         assert {**line, "img_per_s": 0} == {**other, "img_per_s": 0}
+
+
+def test_other_rewards_of_one_name_are_logged_apart_and_may_not_change(tmp_path, capsys):
+    """Two files of one name, one of them the trained reward's; a change of either is seen when the run resumes."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "r.py").write_text(REWARDS)
+    flags = dict(epochs=2, group=2, steps=2, eval_n=3, eval_every=1, save_every=1, reward=f"{tmp_path}/a/r.py:red",
+                 eval_reward=(f"{tmp_path}/b/r.py:red", f"{tmp_path}/b/r.py:length", f"{tmp_path}/a/r.py:length"))
+    out = small_run(tmp_path / "run", **flags | dict(epochs=1))
+    names = {key.removeprefix("eval_reward/") for key in metrics(out)[0] if key.startswith("eval_reward/")}
+    assert names == {"r.py:red", f"{tmp_path}/b/r.py:red", "r.py:length", f"{tmp_path}/a/r.py:length"}
+    (tmp_path / "b" / "r.py").write_text(REWARDS + "# changed\n")
+    refuses(capsys, lambda: small_run(out, **flags), "--reward", "changed since the run began")
