@@ -206,8 +206,10 @@ def use_autocast(transformer: torch.nn.Module, device: torch.device, dtype: torc
 
 
 def use_fast_kernels(vae: torch.nn.Module | None):
-    """On a GPU, allow TF32 for matrix products in fp32, and store the VAE's convolutions in their fastest layout."""
+    """On a GPU, allow TF32 for matrix products in fp32, and store the VAE's convolutions in their fastest layout.
+    Turn off cuDNN's attention, whose backward pass fails in FLUX.1-dev (docs/models.md)."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for layer in vae.modules() if vae is not None else ():
         if isinstance(layer, torch.nn.Conv2d):
             layer.to(memory_format=torch.channels_last)
