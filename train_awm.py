@@ -55,6 +55,8 @@ class Args:
     # ---- method
     lam: float | Literal["auto"] = 0.05  # weight of the hinge; 0: plain AWM; auto: scale it to the loss's gradient
     margin: float = 0.0  # the hinge acts above this excess of the velocity norm over the reference's (0.02: 2 %)
+    # the guard compares velocities of this guidance scale, as people sample (None: without guidance)
+    guard_guidance: float | None = None
     kl: float = 1e-4  # weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass
     power: float = 0.25  # a, the power of the generalized Huber loss
     adv_clip: float = 5.0  # advantages are clipped to +- this many standard deviations, then scaled to +- 1
@@ -196,11 +198,17 @@ def main(args: Args, rival=None):
                 if args.lam != 0 or args.kl > 0:
                     with reference(pipe.transformer):
                         v_ref = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
-                    guard = norm_hinge(v, v_ref, args.margin)
-                    if rival is not None:
-                        guard = rival(v, v_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
                     kl = (v - v_ref).square().flatten(1).mean(1)
-                    ratio = norm_ratio(v.detach(), v_ref)
+                    guarded, guarded_ref = v, v_ref
+                    if args.guard_guidance is not None:  # the velocities with which people sample
+                        guarded = velocity(pipe, batch["xt"], t[rows], batch["prompts"], args.guard_guidance)
+                        with reference(pipe.transformer):
+                            guarded_ref = velocity(pipe, batch["xt"], t[rows], batch["prompts"], args.guard_guidance)
+                    guard = norm_hinge(guarded, guarded_ref, args.margin)
+                    if rival is not None:
+                        guard = rival(guarded, guarded_ref, pipe,
+                                      {**batch, "scores": scores, "step": step, "epoch": epoch})
+                    ratio = norm_ratio(guarded.detach(), guarded_ref)
                     row_log |= {"norm_ratio": ratio, "active": ratio > 1 + args.margin, "t": batch["t"]}
                 loss = base_loss + lam * guard + args.kl * kl
                 if args.lam == "auto":

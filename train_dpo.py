@@ -60,6 +60,8 @@ class Args:
     # ---- method
     lam: float | Literal["auto"] = 0.05  # weight of the hinge; 0: plain DPO; auto: scale it to the loss's gradient
     margin: float = 0.0  # the hinge acts above this excess of the velocity norm over the reference's (0.02: 2 %)
+    # the guard compares velocities of this guidance scale, as people sample (None: without guidance)
+    guard_guidance: float | None = None
     kl: float = 0.0  # weight of an additional velocity KL to the reference
     dpo_beta: float = 10.0  # beta: the larger, the less a pair counts once its order is learnt (official: 100)
     # pairs a prompt: best and worst picture, second best and second worst, ... (None: 4, or half of --group)
@@ -203,12 +205,18 @@ def main(args: Args, rival=None):
                     v_ref = velocity(pipe, batch["xt"], t_both, batch["prompts"])
                 halves = *v.chunk(2), *v_ref.chunk(2), *(batch["noise"] - batch["x0"]).chunk(2)
                 base_loss = 2 / args.dpo_beta * differ_b * dpo_loss(*halves, args.dpo_beta)
-                guard = norm_hinge(v, v_ref, args.margin)
-                if rival is not None:
-                    guard = rival(v, v_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
-                guard = rearrange(guard, "(two b) -> two b", two=2).mean(0)
                 kl = rearrange((v - v_ref).square().flatten(1).mean(1), "(two b) -> two b", two=2).mean(0)
-                ratio = rearrange(norm_ratio(v.detach(), v_ref), "(two b) -> two b", two=2)
+                guarded, guarded_ref = v, v_ref
+                if args.guard_guidance is not None:  # the velocities with which people sample
+                    guarded = velocity(pipe, batch["xt"], t_both, batch["prompts"], args.guard_guidance)
+                    with reference(pipe.transformer):
+                        guarded_ref = velocity(pipe, batch["xt"], t_both, batch["prompts"], args.guard_guidance)
+                guard = norm_hinge(guarded, guarded_ref, args.margin)
+                if rival is not None:
+                    guard = rival(guarded, guarded_ref, pipe,
+                                  {**batch, "scores": scores, "step": step, "epoch": epoch})
+                guard = rearrange(guard, "(two b) -> two b", two=2).mean(0)
+                ratio = rearrange(norm_ratio(guarded.detach(), guarded_ref), "(two b) -> two b", two=2)
                 loss = base_loss + lam * guard + args.kl * kl
                 if args.lam == "auto":
                     oppose(v, v_ref, args.margin)

@@ -42,10 +42,13 @@ LOCKS, WANDB = {}, {}  # by folder: this process's open lock file; its wandb run
 def check_args(args):
     """Raise InputError, naming the flag, for numbers that cannot work. Flags that a script lacks are skipped."""
     at_least = {"epochs groups rank updates batch rollout_batch timesteps save_every eval_n eval_steps frames": 1,
-                "group steps": 2, "seed eval_every lam margin kl guidance": 0}
+                "group steps": 2, "seed eval_every lam margin kl guidance guard_guidance": 0}
     check_flags(args, {flag: low for flags, low in at_least.items() for flag in flags.split()})
     if isinstance(args.lam, str) and args.lam != "auto":
         raise InputError(f"--lam {args.lam}: must be at least 0, or auto")
+    if args.lam == "auto" and args.guard_guidance is not None:  # the loss has no gradient at the guided velocity
+        raise InputError("--lam auto: scales the guard to the loss's gradient at the velocity that the loss trains, which "
+                         "is not the one of --guard-guidance; give a number")
     if args.ema is not None and not 0 < args.ema < 1:
         raise InputError(f"--ema {args.ema}: must be above 0 and below 1")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
@@ -87,6 +90,9 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
         width, height = cli.width_and_height(args.size)
         try_rewards(3, height, width)
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
+    if args.guard_guidance is not None and pipe.transformer.config.get("guidance_embeds"):
+        raise InputError(f"--guard-guidance: {type(pipe).__name__} is told its guidance (--guidance) in every call, so the "
+                         "guard sees it already; leave the flag out")
     if not args.size or args.frames:
         try_rewards(*pipe.flow.picture)
     texts = [row["prompt"] for row in prompts + eval_prompts]
@@ -103,7 +109,7 @@ def encode_local_prompts(out: Path, args, pipe, prompts: list[dict], eval_prompt
     local = eval_prompts[local_slice(len(eval_prompts))]
     local = local + [prompts[i] for epoch in epochs for i in epoch[local_slice(args.groups)]]
     local = [row["prompt"] for row in local]
-    encode_prompts(pipe, local, args.guidance, out / "checkpoint" / "prompts")
+    encode_prompts(pipe, local, args.guidance, out / "checkpoint" / "prompts", args.guard_guidance)
     if args.shard and len({pipe.flow.shapes.get(prompt) for prompt in local}) > 1:  # the processes' calls would differ
         raise InputError(f"--shard: {type(pipe).__name__} encodes prompts to several lengths; it takes a model that "
                          "pads to one")
