@@ -491,9 +491,9 @@ def distance(ours: dict, theirs: dict) -> float:
     ("auto", 5, False, None),
 ])
 def test_updates_are_the_methods(tmp_path, monkeypatch, script, lam, batch, checkpointing, guidance):
-    """Every update's gradient, before and after clipping, is that of the paper's loss plus lam times the hinge (with
-    auto, of the loss with its gradient opposed at the velocities): in micro-batches or at once, with gradient
-    checkpointing or without, with the guard at the guided velocities or at the conditional ones. And the log's numbers are that update's."""
+    """Every update's gradient, before and after clipping, is that of the paper's loss plus lam times the hinge, of the
+    guided velocities if asked for (with auto, of the loss with its gradient opposed at the velocities): in
+    micro-batches or at once, with gradient checkpointing or without. And the log's numbers are that update's."""
     method = script.__name__.removeprefix("train_")
     velocity, sigmas = plain_sd3()
     flags = dict(lam=lam, batch=batch, checkpointing=checkpointing, guard_guidance=guidance)

@@ -46,9 +46,9 @@ def check_args(args):
     check_flags(args, {flag: low for flags, low in at_least.items() for flag in flags.split()})
     if isinstance(args.lam, str) and args.lam != "auto":
         raise InputError(f"--lam {args.lam}: must be at least 0, or auto")
-    if args.lam == "auto" and args.guard_guidance is not None:  # the loss has no gradient at the guided velocity
-        raise InputError("--lam auto: scales the guard to the loss's gradient at the velocity that the loss trains, which "
-                         "is not the one of --guard-guidance; give a number")
+    if args.lam == "auto" and args.guard_guidance is not None:
+        raise InputError("--lam auto: needs the loss's gradient at the guarded velocity; with --guard-guidance there "
+                         "is none: give a number")
     if args.ema is not None and not 0 < args.ema < 1:
         raise InputError(f"--ema {args.ema}: must be above 0 and below 1")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
@@ -91,8 +91,8 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
         try_rewards(3, height, width)
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
     if args.guard_guidance is not None and pipe.transformer.config.get("guidance_embeds"):
-        raise InputError(f"--guard-guidance: {type(pipe).__name__} is told its guidance (--guidance) in every call, so the "
-                         "guard sees it already; leave the flag out")
+        raise InputError(f"--guard-guidance: {type(pipe).__name__} is told --guidance in every call, so the guard sees "
+                         "it already; leave the flag out")
     if not args.size or args.frames:
         try_rewards(*pipe.flow.picture)
     texts = [row["prompt"] for row in prompts + eval_prompts]
