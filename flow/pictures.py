@@ -34,6 +34,12 @@ def middle_frames(pictures: Tensor) -> Tensor:
     return pictures[:, pictures.shape[1] // 2] if pictures.ndim == 5 else pictures
 
 
+def saturation(pictures: Tensor) -> Tensor:
+    """HSV saturation, the mean over a picture's pixels (of a video: its middle frame): (n, ...) in [0, 1] -> (n,)."""
+    top, low = middle_frames(pictures).amax(1), middle_frames(pictures).amin(1)
+    return ((top - low) / top.clamp_min(1e-3)).flatten(1).mean(1)
+
+
 def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> Image.Image:
     """One picture of many (n, 3, h, w), row by row, each with its caption below."""
     tiles = [to_image(picture) for picture in pictures]
