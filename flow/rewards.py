@@ -140,7 +140,7 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
 
 def running_deviations(scores: Tensor, variances: list[Tensor], epoch: int) -> Tensor:
     """The deviation of each row of an epoch's scores (rows, n), root mean square over the epochs so far, (rows, 1); 1
-    for rows that are constant up to rounding. variances: [(rows, 1)], summed over the earlier epochs; this one is added."""
+    for rows that are constant up to rounding. variances: [(rows, 1)], summed over the epochs; this one's are added."""
     variances[0] += scores.nan_to_num().double().var(1, keepdim=True)
     std = (variances[0] / (epoch + 1)).sqrt().float()
     return torch.where(std > 1e-6 * scores.abs().amax(1, keepdim=True), std, 1.0)
