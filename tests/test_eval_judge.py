@@ -261,14 +261,13 @@ def test_a_report_of_odd_names(tmp_path):
     assert list(report["metrics"]) == ["reward/pickscore:0.5,hps:0.5"] and (tmp_path / "report/report.png").exists()
 
 
-def test_a_sums_parts_have_a_mean_and_a_deviation(tmp_path, capsys):
+def test_a_sums_parts_have_a_mean_and_a_deviation(folders, tmp_path, capsys):
     """Each is scored once; the sum is theirs, and so are the scores that are kept."""
-    dirs = [render_folder(tmp_path / name, n=4, seed=seed) for name, seed in (("a", 3), ("b", 4))]
-    report = compare(*dirs, reward=("tiny/pickscore:0.5,tiny/hps:2",), out=tmp_path / "report")
+    report = compare(*folders, reward=("tiny/pickscore:0.5,tiny/hps:2",), out=tmp_path / "report")
     table = capsys.readouterr().out
-    alone = compare(*dirs, reward=("tiny/pickscore", "tiny/hps"), out=tmp_path / "report")["metrics"]
+    alone = compare(*folders, reward=("tiny/pickscore", "tiny/hps"), out=tmp_path / "report")["metrics"]
     (summed,) = report["metrics"].values()
-    for d in dirs:
+    for d in folders:
         parts, means = summed[d]["parts"], [alone[f"reward/{name}"][d]["mean"] for name in ("pickscore", "hps")]
         assert [parts["pickscore"]["mean"], parts["hps"]["mean"]] == pytest.approx(means)
         assert summed[d]["mean"] == pytest.approx(0.5 * means[0] + 2 * means[1])
@@ -276,10 +275,10 @@ def test_a_sums_parts_have_a_mean_and_a_deviation(tmp_path, capsys):
         pictures = flow.pictures.load_pictures([f"{d}/{row['file']}" for row in rows])
         scores = load_reward("tiny/hps", CPU)(pictures, [row["prompt"] for row in rows])
         assert parts["hps"]["std"] == pytest.approx(scores.std().item(), rel=1e-4)
-    hps = [summed[d]["parts"]["hps"] for d in dirs]
+    hps = [summed[d]["parts"]["hps"] for d in folders]
     cells = [f"{part['mean']:.4f} (deviation {part['std']:.4f})" for part in hps]
     assert "| of it: hps | " + " | ".join(cells) + " |" in table and "| of it: pickscore | " in table
-    assert len(eval_judge.read_scores(tmp_path / "report/scores.jsonl")) == 2 * 2 * 4
+    assert len(eval_judge.read_scores(tmp_path / "report/scores.jsonl")) == 2 * 2 * 3
 
 
 # ---------------------------------------------------------------- errors and files
