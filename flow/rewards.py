@@ -78,6 +78,11 @@ def short_reward(spec: str) -> str:
     return ",".join(short)
 
 
+def without_key(name: str) -> str:
+    """A reward's name without a [KEY] at its end."""
+    return re.sub(r"\[[^]]*]$", "", name)
+
+
 def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False,
                 question: str | None = None) -> Callable:
     """Load a reward as a function (images, prompts) -> (n,) fp32 on the CPU, which scores `batch` images at once.
@@ -109,8 +114,7 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
             rows.append(torch.cat([call_part(name, score, images[i:i + batch].clone(), prompts[i:i + batch],
                                              metadata[i:i + batch])
                                    for i in range(0, len(images), batch)], 1))
-            function = re.sub(r"\[[^]]*]$", "", short)
-            reward.names += [short, *(f"{function}[{key}]" for key in getattr(score, "logged", ()))]
+            reward.names += [short, *(f"{without_key(short)}[{key}]" for key in getattr(score, "logged", ()))]
         return torch.cat(rows)
 
     def weighted(scores: Tensor) -> Tensor:
@@ -127,7 +131,8 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
 
     names = [name for name, _, _ in parts]
     short = [short_reward(name) for name in names]
-    names = reward.names = short if len(set(short)) == len(short) else names
+    same = len({*map(without_key, short)}) == len({*map(without_key, names)})  # no two functions have one short name
+    names = reward.names = short if same else names
     reward.models, reward.scores_of, reward.weighted = models, scores_of, weighted
     reward.check_prompts, reward.deviations = check_prompts, running_deviations
     if differentiable:
@@ -234,7 +239,7 @@ def load_function(name: str, device: torch.device) -> Callable:
         for other in returned.keys() - {key}:
             with contextlib.suppress(Exception):  # it is not one number per picture
                 others[other] = torch.as_tensor(returned[other]).float().cpu().reshape(len(images))
-        score.logged = first.setdefault("logged", sorted(others))
+        score.logged = first.setdefault("logged", sorted(others, key=str))
         return [used, *(others[other] for other in score.logged)]
     return score
 

@@ -533,6 +533,27 @@ def test_each_score_of_a_dict_has_a_name_and_a_row(tmp_path):
         torch.testing.assert_close(reward.weighted(scores), 2 * red + (red + blue) / 2)
 
 
+@pytest.mark.parametrize("specs, names", [
+    (["a/d.py:scores[red]", "a/d.py:scores[blue]:3"], ["d.py:scores[red]", "d.py:scores[blue]"]),  # one function
+    (["b/d.py:scores[blue]", "a/d.py:scores:3"], ["b/d.py:scores[blue]", "a/d.py:scores"]),
+    (["a/d.py:scores", "b/d.py:scores[blue]:3"], ["a/d.py:scores", "b/d.py:scores[blue]"]),
+])
+def test_the_scores_of_two_dicts_are_kept_apart(tmp_path, monkeypatch, specs, names):
+    """Two files of one name whose scores have other values: each is what its name says, and weighs what it should."""
+    monkeypatch.chdir(tmp_path)
+    for folder, text in (("a", DICTS), ("b", DICTS.replace("images[:, 2]", "10 * images[:, 2]"))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "d.py").write_text(text)
+    images = torch.rand(3, 3, 8, 8, generator=generator(0))
+    alone = [load_reward(spec.removesuffix(":3"), CPU)(images, ["a"] * 3) for spec in specs]
+    both = load_reward(",".join(specs), CPU)
+    scores = both.scores_of(images, ["a"] * 3)
+    assert {*names} <= {*both.names}
+    torch.testing.assert_close(both.weighted(scores), alone[0] + 3 * alone[1])
+    for name, score in zip(names, alone):
+        torch.testing.assert_close(dict(zip(both.names, scores))[name], score)
+
+
 def test_each_score_of_a_dict_is_logged_in_training_and_at_evaluations(tmp_path):
     (tmp_path / "d.py").write_text(DICTS)
     out = small_run(tmp_path / "run", epochs=1, group=3, updates=1, steps=2, eval_every=1, eval_n=3,
