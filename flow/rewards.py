@@ -38,6 +38,7 @@ HUB = {"pickscore": ("yuvalkirstain/PickScore_v1", VIT_H),  # reward: (its model
        "clipscore": (VIT_L, VIT_L),
        "aesthetic": (VIT_L, VIT_L, "camenduru/improved-aesthetic-predictor")}
 KNOWN = f"{', '.join(HUB)}, ocr, file.py:function, vlm:MODEL, "
+KEY = re.compile(r"\[[^]]*]$")  # at the end of a function's name: which score of its dict is used
 VLM_QUESTION = 'Does this picture show "{prompt}", without defects? Answer yes or no.'
 
 
@@ -78,11 +79,6 @@ def short_reward(spec: str) -> str:
     return ",".join(short)
 
 
-def without_key(name: str) -> str:
-    """A reward's name without a [KEY] at its end."""
-    return re.sub(r"\[[^]]*]$", "", name)
-
-
 def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False,
                 question: str | None = None) -> Callable:
     """Load a reward as a function (images, prompts) -> (n,) fp32 on the CPU, which scores `batch` images at once.
@@ -114,7 +110,7 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
             rows.append(torch.cat([call_part(name, score, images[i:i + batch].clone(), prompts[i:i + batch],
                                              metadata[i:i + batch])
                                    for i in range(0, len(images), batch)], 1))
-            reward.names += [short, *(f"{without_key(short)}[{key}]" for key in getattr(score, "logged", ()))]
+            reward.names += [short, *(f"{KEY.sub('', short)}[{key}]" for key in getattr(score, "logged", ()))]
         return torch.cat(rows)
 
     def weighted(scores: Tensor) -> Tensor:
@@ -131,14 +127,15 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
 
     names = [name for name, _, _ in parts]
     short = [short_reward(name) for name in names]
-    same = len({*map(without_key, short)}) == len({*map(without_key, names)})  # no two functions have one short name
-    names = reward.names = short if same else names
+    functions, short_functions = [{KEY.sub("", text) for text in texts} for texts in (names, short)]
+    names = reward.names = short if len(short_functions) == len(functions) else names
     reward.models, reward.scores_of, reward.weighted = models, scores_of, weighted
     reward.check_prompts, reward.deviations = check_prompts, running_deviations
     if differentiable:
         images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        for name, (score,) in zip(names, scores_of(images, ['"a picture"'])):  # NumPy code has no gradient
-            if not torch.autograd.grad(score + 0 * images.sum(), images, retain_graph=True)[0].any():
+        scores = scores_of(images, ['"a picture"'])
+        for name, (score,) in zip(reward.names, scores):  # NumPy code has no gradient
+            if name in names and not torch.autograd.grad(score + 0 * images.sum(), images, retain_graph=True)[0].any():
                 raise InputError(f"--adjoint: --reward {name} has no gradient")
     return reward
 

@@ -25,7 +25,7 @@ from flow.lora import check_compiler, model_card, quantization, save_lora, swapp
 from flow.pictures import digits, epochs_logged, plot_curves, read_log, summarize
 from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import eval_file, warn_unsuitable
-from flow.rewards import load_reward, reward_model, short_reward, split_reward, without_key
+from flow.rewards import KEY, load_reward, reward_model, short_reward, split_reward
 
 # flags that may differ in a resumed run: without an effect on the result, or with a difference in rounding only
 MAY_CHANGE = "--epochs", "--save-every", "--eval-every", "--wandb"
@@ -81,8 +81,8 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
     others = {}
     for spec in args.eval_reward:
         name = short_reward(spec)
-        taken = map(without_key, [*reward.names, *others])
-        name = spec if without_key(name) in taken else name  # so that none is logged under another's name
+        taken = [KEY.sub("", known) for known in (*reward.names, *others)]
+        name = spec if KEY.sub("", name) in taken else name  # so that none is logged under another's name
         others[name] = load_reward(spec, device, question=args.vlm_question)
     rows_of = {reward: prompts + eval_prompts, **{other: eval_prompts for other in others.values()}}
     for loaded, rows in rows_of.items():

@@ -569,6 +569,28 @@ def test_each_score_of_a_dict_is_logged_in_training_and_at_evaluations(tmp_path)
         assert line["eval_reward/d.py:scores[avg]"] == pytest.approx(both / 2)
 
 
+def test_an_eval_reward_is_no_score_of_the_trained_dict(tmp_path):
+    """Of two files of one name: their scores of one name are logged apart."""
+    for folder, text in (("a", DICTS), ("b", DICTS.replace("images[:, 2]", "10 * images[:, 2]"))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "d.py").write_text(text)
+    out = small_run(tmp_path / "run", epochs=1, group=3, updates=1, steps=2, eval_every=1, eval_n=3,
+                    reward=f"{tmp_path}/a/d.py:scores", eval_reward=(f"{tmp_path}/b/d.py:scores[blue]",))
+    for line in metrics(out)[::2]:
+        ours, theirs = line["eval_reward/d.py:scores[blue]"], line[f"eval_reward/{tmp_path}/b/d.py:scores[blue]"]
+        assert theirs == pytest.approx(10 * ours)
+
+
+def test_a_dict_has_a_gradient_where_what_is_used_has_one(tmp_path, capsys):
+    (tmp_path / "d.py").write_text(DICTS)
+    images = torch.rand(2, 3, 8, 8, generator=generator(0)).requires_grad_()
+    for spec in ("d.py:scores[blue]", "d.py:scores,tiny/pickscore:0"):
+        scores = load_reward(f"{tmp_path}/{spec}", CPU, differentiable=True)(images, ["a"] * 2)
+        assert torch.autograd.grad(scores.sum(), images)[0].any()
+    for spec in ("d.py:scores[red]", f"d.py:scores,{tmp_path}/d.py:scores[red]"):  # it is made a list
+        refuses(capsys, lambda: load_reward(f"{tmp_path}/{spec}", CPU, differentiable=True), "--adjoint", "scores[red]")
+
+
 def test_a_dict_of_other_names_ends_the_run(tmp_path, capsys):
     (tmp_path / "d.py").write_text(DICTS)
     for function, words in [
