@@ -655,9 +655,11 @@ def test_normalized_parts_weigh_the_same_on_any_scale_and_resume_bit_for_bit(tmp
         assert small == red / 2**14 and a[key] == pytest.approx(red + dark, rel=1e-5)
         assert b[key] == pytest.approx(small + dark, rel=1e-5)
         assert {k: v for k, v in a.items() if "reward" not in k} == {k: v for k, v in b.items() if "reward" not in k}
-    (variances,) = torch.load(plain / "checkpoint/state.pt", weights_only=True)["variances"]
+    states = [torch.load(out / "checkpoint/state.pt", weights_only=True) for out in (plain, faint)]
+    (whole,), (parts,) = [state["variances"] for state in states]
+    assert torch.equal(whole, parts * torch.tensor([[2.0**28], [1.0]]))
     expected = sum(line["reward/n.py:red_std"] ** 2 for line in metrics(plain) if "loss" in line)
-    assert variances[0].item() == pytest.approx(expected, rel=1e-5)
+    assert whole[0].item() == pytest.approx(expected, rel=1e-5)
 
 
 # ---------------------------------------------------------------- ocr and aesthetic
