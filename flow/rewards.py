@@ -133,9 +133,9 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     reward.check_prompts, reward.deviations = check_prompts, running_deviations
     if differentiable:
         images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        scores = scores_of(images, ['"a picture"'])
-        for name, (score,) in zip(reward.names, scores):  # NumPy code has no gradient
-            if name in names and not torch.autograd.grad(score + 0 * images.sum(), images, retain_graph=True)[0].any():
+        scores = scores_of(images, ['"a picture"']) + 0 * images.sum()  # NumPy code has no gradient
+        for short, (name, _, _) in zip(names, parts):
+            if not torch.autograd.grad(scores[reward.names.index(short)], images, retain_graph=True)[0].any():
                 raise InputError(f"--adjoint: --reward {name} has no gradient")
     return reward
 
