@@ -7,7 +7,7 @@
 A and B are folders that sample.py wrote with the same prompts and seeds, so that their pictures form pairs. Prints a
 Markdown table and writes report.json and report.png. Means have 95 % bootstrap intervals over prompts.
 
-    reward/NAME      mean score of a reward
+    reward/NAME      mean score of a reward; of a sum also each part's mean and deviation
     judge/quality    how often the judge prefers a folder's picture to its pair in another folder, asked in both orders;
                      if the two answers disagree, it is a tie
     judge/QUESTION   mean P(yes) of the judge's answer to a question about one picture
@@ -63,7 +63,7 @@ Folders = dict[str, list[dict]]  # folder: its rows, as read_folder gives them
 @dataclass
 class Args:
     dirs: Annotated[tuple[str, ...], tyro.conf.Positional]  # folders of sample.py; the others are compared to the first
-    # rewards: pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, vlm:MODEL, or a sum
+    # rewards: pickscore, hpsv2.1, clipscore, aesthetic, ocr, a CLIPModel, file.py:function, vlm:MODEL, or a sum
     reward: tuple[str, ...] = ("tiny/pickscore",)
     vlm_question: str | None = None  # what vlm:MODEL asks; {prompt} is the picture's (None: does it show the prompt?)
     # vision-language model: a folder, a hub id or a server http://HOST:PORT/v1 (OpenAI's API); none for no judge
@@ -198,8 +198,9 @@ def compare_pairs(folders: Folders, margins: dict[tuple[str, str], Tensor], draw
 
 # Each scorer loads a model and returns a function that scores a list of jobs, as `cached` takes it.
 
-def reward_scorer(spec: str, device: torch.device, question: str | None) -> Callable:
+def reward_scorer(spec: str, device: torch.device, question: str | None, rows: list[dict]) -> Callable:
     reward = load_reward(spec, device, question=question)
+    reward.check_prompts(rows)
     return lambda jobs: reward(load_pictures([row["file"] for [row] in jobs]),
                                [row["prompt"] for [row] in jobs], [row["metadata"] for [row] in jobs]).tolist()
 
@@ -254,6 +255,9 @@ def table(dirs: tuple[str, ...], metrics: dict, verdicts: dict) -> str:
             cell += f" ({m['nan']} of {m['n'] + m['nan']} not read)" if m["nan"] else ""
             cells.append(cell)
         lines.append(f"| {name} {arrow(name)} | " + " | ".join(cells) + " |")
+        for part in scores[dirs[0]].get("parts", ()):
+            cells = [["-" if x is None else f"{x:.4f}" for x in scores[d]["parts"][part].values()] for d in dirs]
+            lines.append(f"| of it: {part} | " + " | ".join(f"{mean} (deviation {std})" for mean, std in cells) + " |")
     if verdicts:
         lines += ["", "| judge/quality | win | tie | loss | not read | rate |", "|---|---|---|---|---|---|"]
     for name, v in verdicts.items():
@@ -346,27 +350,36 @@ def main(args: Args):
     if is_server:
         load_judge = cache(partial(judge.http_judge, args.judge, args.judge_model, args.judge_timeout,
                                    args.judge_retries, args.judge_concurrency))
-    scorers = []  # (metric, what its scores depend on, a function that loads its scorer)
+    scorers = []  # (metric, its parts: (name, weight, what its scores depend on, a function that loads its scorer))
     for spec, short in zip(args.reward, short_names(args.reward, short_reward)):
-        question = args.vlm_question or VLM_QUESTION if "vlm:" in spec else ""
-        load = partial(reward_scorer, spec, device, question)
-        scorers.append((f"reward/{short}", f"{identity(spec, device)} {question}", load))
+        parts = []
+        for name, weight in split_reward(spec):
+            question = args.vlm_question or VLM_QUESTION if "vlm:" in name else ""
+            load = partial(reward_scorer, name, device, question, folders[first])
+            parts.append((name, weight, f"{identity(name, device)} {question}", load))
+        scorers.append((f"reward/{short}", parts))
     for name, short in zip(args.forensic, short_names(args.forensic)):
         load = partial(detector_scorer, name, args.real_label, device)
-        scorers.append((f"forensic/{short}", f"{identity(name, device)} {args.real_label}", load))
+        scorers.append((f"forensic/{short}", [(name, 1, f"{identity(name, device)} {args.real_label}", load)]))
     asked = f"{identity(args.judge, device)} {args.judge_model}" if args.judge else ""
     for short, question in SINGLE.items() if args.judge else ():
         load = partial(judge_scorer, load_judge, question, "yes", "no")
-        scorers.append((f"judge/{short}", f"{asked} {question}", load))
+        scorers.append((f"judge/{short}", [(short, 1, f"{asked} {question}", load)]))
 
     metrics, verdicts = {}, {}
     judge_batch = args.batch * (args.judge_concurrency if is_server else 1)
     jobs = [[row] for rows in folders.values() for row in rows]
-    for metric, who, load in scorers:
+    for metric, parts in scorers:
         is_judge = metric.startswith("judge/")
-        scores = cached(out, who, jobs, load, judge_batch if is_judge else args.batch, metric)
-        by_folder = dict(zip(folders, (scores.sigmoid() if is_judge else scores).view(-1, n)))
+        batch, names = judge_batch if is_judge else args.batch, tuple(name for name, *_ in parts)
+        scored = torch.stack([cached(out, who, jobs, load, batch, metric) for _, _, who, load in parts])
+        scored = (scored.sigmoid() if is_judge else scored).view(len(parts), -1, n)  # (parts, folders, n)
+        scores = sum(weight * part for (_, weight, *_), part in zip(parts, scored))
+        by_folder = dict(zip(folders, scores))
         metrics[metric] = {d: summary(by_folder[d], prompts, args.bootstrap) for d in folders}
+        for i, d in enumerate(folders) if len(parts) > 1 else ():
+            metrics[metric][d]["parts"] = {name: {"mean": part.mean().item(), "std": part.std().item()}
+                                           for name, part in zip(short_names(names, short_reward), scored[:, i])}
         for d in args.dirs[1:]:  # the pictures are paired, so their differences have an interval of their own
             diff = summary(by_folder[d] - by_folder[first], prompts, args.bootstrap)
             metrics[metric][d]["diff"] = {k: diff[k] for k in ("mean", "lo", "hi")}

@@ -64,7 +64,7 @@ class Args:
     # measure how --reward, and as a control the picture's energy, would change if a step's velocity were scaled:
     # adjoint.json, adjoint.png
     adjoint: bool = False
-    reward: str | None = None  # score the pictures with a reward, as training does
+    reward: str | None = None  # score the pictures with a reward, as training does: pickscore, aesthetic, ocr, ...
     vlm_question: str | None = None  # what vlm:MODEL asks; {prompt} is the picture's (None: does it show the prompt?)
     out: str = "runs/samples"  # folder for the results
 
@@ -192,6 +192,8 @@ def main(args: Args):
     local = distributed.local_slice(len(prompts))  # the pictures that this process draws
     local_prompts = prompts[local]
     reward = load_reward(args.reward, device, question=args.vlm_question) if args.reward else None
+    if reward:
+        reward.check_prompts(given)
     rewards = {"energy (control)": energy}
     if args.adjoint:
         rewards = {args.reward: load_reward(args.reward, device, differentiable=True), **rewards}
@@ -201,8 +203,6 @@ def main(args: Args):
     if args.lora:
         load_lora(pipe, args.lora, args.model, args.lora_scale)
     warn_unsuitable(pipe, prompts, args.size)
-    if reward:
-        reward.warn_cut(prompts)
     pipeline.encode_prompts(pipe, local_prompts, args.guidance)
     distributed.barrier()  # connects the processes
 

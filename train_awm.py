@@ -65,8 +65,9 @@ class Args:
     rank: int = 32  # LoRA rank; alpha is twice that
     # ---- model, reward, prompts
     model: str = "tiny/sd3"  # any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id
-    # pickscore, hpsv2.1, clipscore, a CLIPModel folder, file.py:function, vlm:MODEL[@URL], or a sum: A:0.5,B:0.5
+    # pickscore, hpsv2.1, clipscore, aesthetic, ocr, a CLIPModel, file.py:function, vlm:MODEL[@URL], a sum A:0.5,B:0.5
     reward: str = "tiny/pickscore"
+    normalize_rewards: bool = False  # divide each part of a sum by its running deviation, before the weights
     vlm_question: str | None = None  # what vlm: asks; {prompt}: the picture's prompt (None: does it show the prompt?)
     prompts: str = "tiny/prompts.txt"  # training prompts: .txt (one a line), .jsonl, .json, .csv, .tsv, .parquet
     eval_prompts: str | None = None  # held-out prompts (None: tiny's; of other --prompts the last tenth)
@@ -143,10 +144,11 @@ def main(args: Args, rival=None):
     params = add_lora(pipe.transformer, args.rank, args.seed)
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=device.type == "cuda")
     ema = [p.detach().clone() for p in params] if args.ema else None
+    variances = [torch.zeros(len(reward.names), 1).double()] if args.normalize_rewards else None  # of scores, summed
 
     # ---- start or resume
     first_epoch, step, skipped, skipped_in_a_row = run.resume(
-        out, saved, pipe.transformer, params, optimizer, ema=ema)
+        out, saved, pipe.transformer, params, optimizer, variances=variances, ema=ema)
     run.open_run(out, "awm", args, pipe, saved, eval_prompts)
     run.encode_local_prompts(out, args, pipe, prompts, eval_prompts)
     prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
@@ -166,7 +168,9 @@ def main(args: Args, rival=None):
 
         # ---- reward and advantage
         scores = score(pipe, reward, x0, drawn[local])  # (parts of the reward, n), of all processes
-        rewards, stats = reward.weighted(scores), reward_stats(reward, scores, args.group)
+        deviations = reward.deviations(scores, variances, epoch) if args.normalize_rewards else 1
+        rewards = reward.weighted(scores / deviations)  # (n,)
+        stats = reward_stats(reward, scores, rewards, args.group)
         adv = draws.group_advantages(rewards, args.group, args.adv_clip)  # (n,) in [-1, 1]
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` noise levels
@@ -241,7 +245,7 @@ def main(args: Args, rival=None):
                 evaluate(out, args, pipe, reward, eval_rewards, eval_prompts, step, done)
         if done % args.save_every == 0 or done == args.epochs:
             run.save_checkpoint(out, "awm", args, pipe, eval_prompts, params, optimizer, epoch=done, step=step,
-                                skipped=skipped, skipped_in_a_row=skipped_in_a_row, ema=ema)
+                                skipped=skipped, skipped_in_a_row=skipped_in_a_row, variances=variances, ema=ema)
     run.finish_run(out, skipped)
 
 

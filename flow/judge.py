@@ -1,4 +1,5 @@
-"""Judges of pictures: a vision-language model's answers, detectors of generated pictures, the Frechet distance.
+"""Judges of pictures: a vision-language model's answers, a reader of text, detectors of generated pictures, the Frechet
+distance.
 
 A vision-language judge is a function ask(question, [[file, ...], ...]) -> [answer, ...]. Each answer is about one or
 two pictures; `question` is one for all or a list. An answer is its 20 likeliest first tokens with log-probabilities.
@@ -122,6 +123,48 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
 
 REAL = {"real", "human", "natural", "authentic"}  # words in the labels of detectors
 FAKE = {"fake", "artificial", "ai", "generated", "synthetic"}
+
+
+def load_ocr() -> Callable:
+    """The reward `ocr` as score(images (b, 3, h, w) in [0, 1], prompts, metadata) -> (b,): how well the wanted text can
+    be read in a picture. As flow_grpo's ocr.py: 1 if it is part of what is read, else 1 - edit distance / its length,
+    at least 0. Spaces and case do not count."""
+    with on_error("--reward ocr: cannot be loaded", "; pip install rapidocr-onnxruntime==1.4.4"):
+        from rapidocr_onnxruntime import RapidOCR  # an optional package
+        read = RapidOCR()
+
+    def score(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        scores = []
+        for image, prompt, fields in zip(images, prompts, metadata):
+            lines, _ = read(to_image(image), use_cls=False)  # as it is, not turned by 180 degrees
+            found = "".join(text for _, text, _ in lines or ())
+            wanted, found = ["".join(text.lower().split()) for text in (wanted_text(prompt, fields), found)]
+            distance = 0 if wanted in found else min(edit_distance(wanted, found), len(wanted))
+            scores.append(1 - distance / len(wanted))
+        return torch.tensor(scores)
+
+    score.check = lambda rows: [wanted_text(row["prompt"], row["metadata"]) for row in rows]
+    return score
+
+
+def wanted_text(prompt: str, metadata: dict) -> str:
+    """The text that a picture is to show: `text` of the prompt's metadata, else the first in double quotes."""
+    given, quoted = metadata.get("text"), re.findall('["“„«「]([^"“”„«»「」]*)["”“»」]', prompt)
+    given = [str(given)] if isinstance(given, (str, int, float)) else []
+    for text in filter(str.strip, given + quoted):
+        return text
+    raise InputError(f"--reward ocr: the prompt {prompt!r} has no text in double quotes, nor a field `text` in its row "
+                     "of the prompt file; it needs one of them")
+
+
+def edit_distance(a: str, b: str) -> int:
+    """The least number of characters to insert, delete or replace that makes b of a (Levenshtein 1966)."""
+    row = list(range(len(b) + 1))  # from the empty text to each beginning of b
+    for i, x in enumerate(a):
+        last, row = row, [i + 1]
+        for j, y in enumerate(b):
+            row.append(min(last[j] + (x != y), last[j + 1] + 1, row[j] + 1))
+    return row[-1]
 
 
 def load_forensic(name: str, real_label: str | None, device: torch.device) -> Callable[[list[str]], Tensor]:

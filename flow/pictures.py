@@ -34,6 +34,12 @@ def middle_frames(pictures: Tensor) -> Tensor:
     return pictures[:, pictures.shape[1] // 2] if pictures.ndim == 5 else pictures
 
 
+def saturation(pictures: Tensor) -> Tensor:
+    """HSV saturation, the mean over a picture's pixels (of a video: its middle frame): (n, ...) in [0, 1] -> (n,)."""
+    top, low = middle_frames(pictures).amax(1), middle_frames(pictures).amin(1)
+    return ((top - low) / top.clamp_min(1e-3)).flatten(1).mean(1)
+
+
 def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> Image.Image:
     """One picture of many (n, 3, h, w), row by row, each with its caption below."""
     tiles = [to_image(picture) for picture in pictures]
@@ -189,8 +195,18 @@ def plot_curves(out: Path, guidance: float | None = None):
     def values(key: str) -> list[tuple]:
         return [(line["step"], line.get(key)) for line in lines]
 
+    parts, bands = {}, {}  # of the reward: mean - first mean, with a band of the deviation, both / first deviation
+    for name in dict.fromkeys(key for line in lines for key in line if key.startswith("reward/")):
+        rows = [[line["step"], line.get(name), line.get(f"{name}_std")] for line in lines]
+        if rows := [row for row in rows if None not in row]:  # name is a mean
+            step, mean, std = np.array(rows).T
+            unit = std[0] or 1.0
+            label, gain = f"{name}: from {mean[0]:.3g}, unit {unit:.2g}", (mean - mean[0]) / unit
+            parts[label], bands[label] = zip(step, gain), (step, gain - std / unit, gain + std / unit)
+
     panels = {  # title: {label: [(x, y or None), ...]}
         "reward": {key: values(key) for key in ["reward", "eval_reward", *other_rewards]},
+        **({"parts of the reward, in units of their first deviation": parts} if parts else {}),
         "norm ratio to the reference": {
             "norm_ratio" + trained: values("norm_ratio"),
             **{key + evaluated: values(key) for key in ("eval_norm_ratio", "eval_norm_ratio_max")}},
@@ -201,13 +217,15 @@ def plot_curves(out: Path, guidance: float | None = None):
         "norm ratio along the trajectory": {
             f"epoch {line['epoch']}": enumerate(line["eval_norm_ratio_steps"])
             for line in lines if "eval_norm_ratio_steps" in line}}
-    figure = Figure(figsize=(21, 3.4))
+    figure = Figure(figsize=(4.2 * len(panels), 3.4))
     figure.subplots_adjust(0.025, 0.14, 0.995, 0.91, 0.18)  # a computed layout takes as long as the drawing
     for axis, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
         for i, (label, curve) in enumerate(curves.items()):
             colour, marker = matplotlib.colormaps["viridis"](i / len(curves)), "o" if label.startswith("eval") else None
             if curve := [(x, y) for x, y in curve if y is not None]:
                 axis.plot(*zip(*curve), color=colour, label=label, marker=marker, markersize=3, linewidth=1)
+            if label in bands:
+                axis.fill_between(*bands[label], color=colour, alpha=0.15, linewidth=0)
         if axis.lines:
             axis.legend(fontsize=8)
         axis.set_title(title, y=1)  # y=1 is its default place, but matplotlib takes long to find it

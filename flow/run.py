@@ -25,7 +25,7 @@ from flow.lora import check_compiler, model_card, quantization, save_lora, swapp
 from flow.pictures import digits, epochs_logged, plot_curves, read_log, summarize
 from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import eval_file, warn_unsuitable
-from flow.rewards import load_reward, reward_model, short_reward, split_reward
+from flow.rewards import KEY, load_reward, reward_model, short_reward, split_reward
 
 # flags that may differ in a resumed run: without an effect on the result, or with a difference in rounding only
 MAY_CHANGE = "--epochs", "--save-every", "--eval-every", "--wandb"
@@ -73,26 +73,26 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
     run's size, before the pipeline is loaded if the size is known by then: that can take minutes."""
     def try_rewards(*shape: int):
         images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
-        for tried in (reward, *others.values()):
-            tried(images, [prompts[0]["prompt"]] * 2, [prompts[0]["metadata"]] * 2)
+        for tried, (row, *_) in rows_of.items():
+            tried(images, [row["prompt"]] * 2, [row["metadata"]] * 2)
             move_to_cpu(tried.models)
 
     reward = load_reward(args.reward, device, question=args.vlm_question)
     others = {}
     for spec in args.eval_reward:
         name = short_reward(spec)
-        name = spec if name in [*reward.names, *others] else name  # so that none is logged under another's name
+        taken = [KEY.sub("", known) for known in (*reward.names, *others)]
+        name = spec if KEY.sub("", name) in taken else name  # so that none is logged under another's name
         others[name] = load_reward(spec, device, question=args.vlm_question)
+    rows_of = {reward: prompts + eval_prompts, **{other: eval_prompts for other in others.values()}}
+    for loaded, rows in rows_of.items():
+        loaded.check_prompts(rows)
     if args.size and not args.frames:
-        width, height = cli.width_and_height(args.size)
-        try_rewards(3, height, width)
+        try_rewards(3, *reversed(cli.width_and_height(args.size)))
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
     if not args.size or args.frames:
         try_rewards(*pipe.flow.picture)
-    texts = [row["prompt"] for row in prompts + eval_prompts]
-    warn_unsuitable(pipe, texts, args.size)
-    for loaded in (reward, *others.values()):
-        loaded.warn_cut(texts)
+    warn_unsuitable(pipe, [row["prompt"] for row in prompts + eval_prompts], args.size)
     return reward, others, pipe
 
 
@@ -330,12 +330,12 @@ def resume(out: Path, saved: dict | None, model: torch.nn.Module, params: list, 
     if saved is None:
         return 0, 0, 0, 0
     lora, now = saved["lora"], get_peft_model_state_dict(model)
-    shapes = [p.shape for p in params]
     try:
         fits = {name: x.shape for name, x in lora.items()} == {name: x.shape for name, x in now.items()}
         for i, moments in saved["opt"]["state"].items():
-            fits = fits and moments["exp_avg"].shape == moments["exp_avg_sq"].shape == shapes[i]
-        fits = fits and all([x.shape for x in saved.get(name)] == shapes for name, copy in copies.items() if copy)
+            fits = fits and moments["exp_avg"].shape == moments["exp_avg_sq"].shape == params[i].shape
+        for name, copy in copies.items():
+            fits = fits and (not copy or [x.shape for x in saved[name]] == [x.shape for x in copy])
         optimizer.load_state_dict(saved["opt"])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # it is of another form
         fits = False

@@ -1,6 +1,8 @@
 """README and docs/ do what they say: files and flags exist, commands on the miniature run, Python blocks run."""
 import ast
+import base64
 import importlib
+import io
 import json
 import os
 import re
@@ -18,6 +20,7 @@ from PIL import Image
 from flow import cli
 from flow.rewards import load_reward
 from normguard import norm_ratio
+from tests.helpers import serve
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
@@ -41,7 +44,7 @@ SHORTER = {
 FOREIGN = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir"}
 
 # files of the user's and of other people's trainers
-OTHERS = {"file.py", "my_reward.py", "train_dreambooth_lora_sd3.py", "train_sd3_dpo.py", "nft.py"}
+OTHERS = {"file.py", "my_reward.py", "ask_server.py", "train_dreambooth_lora_sd3.py", "train_sd3_dpo.py", "nft.py"}
 
 
 def flags_of(script: str) -> set[str]:
@@ -75,7 +78,7 @@ def test_the_commands_run_one_after_the_other_and_so_does_plain_diffusers(tmp_pa
     run = [command for file in ("README.md", "docs/rewards.md") for command in COMMANDS[file]
            if not NOT_RUN.search(command)]
     assert [shlex.split(command)[0] for command in run] == [
-        "train_awm.py", "train_awm.py", "sample.py", "sample.py", "tiny/world.py", "eval_judge.py"]
+        "train_awm.py", "train_awm.py", "train_awm.py", "sample.py", "sample.py", "tiny/world.py", "eval_judge.py"]
     for command in run:
         script, *words = shlex.split(command)
         module = importlib.import_module(Path(script).stem)
@@ -93,6 +96,23 @@ def test_no_other_document_has_a_command_that_runs():
     assert sum(map(len, COMMANDS.values())) >= 15
     for file in COMMANDS.keys() - {"README.md", "docs/rewards.md"}:
         assert all(NOT_RUN.search(command) for command in COMMANDS[file]), file
+
+
+def test_the_function_that_asks_a_server(tmp_path, monkeypatch):
+    """It sends each picture, unchanged, with its prompt, and returns the server's scores in their order."""
+    code = block("docs/rewards.md", "# ask_server.py")
+    (tmp_path / "ask_server.py").write_text(code)
+    assert len(code.splitlines()) <= 20 and "--reward ask_server.py:score@pil" in code
+
+    def reply(path, headers, request):
+        pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in request["images"]]
+        scores = [picture.getpixel((0, 0))[0] + len(prompt) for picture, prompt in zip(pictures, request["prompts"])]
+        return (200, json.dumps({"scores": scores}).encode()) if path == "/v1/score" else (404, b"")
+    images = torch.arange(3).view(3, 1, 1, 1).expand(3, 3, 8, 8) / 255
+    with serve(reply) as url:
+        monkeypatch.setenv("REWARD_URL", f"{url}/score")
+        scores = load_reward(f"{tmp_path}/ask_server.py:score@pil", torch.device("cpu"))(images, ["", "a", "word"])
+    assert scores.tolist() == [0, 2, 6]
 
 
 @pytest.mark.parametrize("guard", ["hinge", "oppose"])

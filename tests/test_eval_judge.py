@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import eval_judge
 import flow.pictures
 import sample
+from flow.rewards import load_reward
 from tests.helpers import CPU, answer, refuses, sample_rows, serve
 
 PICKSCORE = ("tiny/pickscore",)
@@ -258,6 +259,26 @@ def test_a_report_of_odd_names(tmp_path):
                                  for i, line in enumerate(jsonl.read_text().splitlines())))
     report = compare(*dirs, reward=("tiny/pickscore:0.5,tiny/hps:0.5",), out=tmp_path / "report")
     assert list(report["metrics"]) == ["reward/pickscore:0.5,hps:0.5"] and (tmp_path / "report/report.png").exists()
+
+
+def test_a_sums_parts_have_a_mean_and_a_deviation(folders, tmp_path, capsys):
+    """Each is scored once; the sum is theirs, and so are the scores that are kept."""
+    report = compare(*folders, reward=("tiny/pickscore:0.5,tiny/hps:2",), out=tmp_path / "report")
+    table = capsys.readouterr().out
+    alone = compare(*folders, reward=("tiny/pickscore", "tiny/hps"), out=tmp_path / "report")["metrics"]
+    (summed,) = report["metrics"].values()
+    for d in folders:
+        parts, means = summed[d]["parts"], [alone[f"reward/{name}"][d]["mean"] for name in ("pickscore", "hps")]
+        assert [parts["pickscore"]["mean"], parts["hps"]["mean"]] == pytest.approx(means)
+        assert summed[d]["mean"] == pytest.approx(0.5 * means[0] + 2 * means[1])
+        rows = sample_rows(d)
+        pictures = flow.pictures.load_pictures([f"{d}/{row['file']}" for row in rows])
+        scores = load_reward("tiny/hps", CPU)(pictures, [row["prompt"] for row in rows])
+        assert parts["hps"]["std"] == pytest.approx(scores.std().item(), rel=1e-4)
+    hps = [summed[d]["parts"]["hps"] for d in folders]
+    cells = [f"{part['mean']:.4f} (deviation {part['std']:.4f})" for part in hps]
+    assert "| of it: hps | " + " | ".join(cells) + " |" in table and "| of it: pickscore | " in table
+    assert len(eval_judge.read_scores(tmp_path / "report/scores.jsonl")) == 2 * 2 * 3
 
 
 # ---------------------------------------------------------------- errors and files
