@@ -241,7 +241,6 @@ sample | --prompts odd/bom.txt | --prompts odd/bom.txt
 sample | --lora missing | --lora missing
 sample | --lora '' | --lora empty
 sample | --lora run | --lora run lora/
-sample | --lora run/lora/pytorch_lora_weights.safetensors | --lora folder run/lora
 sample | --lora loras/garbage | --lora loras/garbage
 sample | --lora loras/cut | --lora loras/cut
 sample | --lora loras/folder | --lora loras/folder
@@ -249,11 +248,17 @@ sample | --lora loras/nan | --lora loras/nan not finite
 sample | --lora loras/none | --lora loras/none
 sample | --lora loras/half | --lora loras/half lacks
 sample | --lora loras/layers | --lora loras/layers lacks
-sample | --lora loras/wide | --lora loras/wide [4, 128]
-sample | --lora loras/thin | --lora loras/thin [4, 128]
-sample | --lora loras/renamed | --lora loras/renamed nothing
-sample | --lora loras/more | --lora loras/more 64 62
+sample | --lora loras/wide | --lora loras/wide no place [128, 4] [4, 256] of transformer_blocks
+sample | --lora loras/thin | --lora loras/thin rank 2 says 4
+sample | --lora loras/renamed | --lora loras/renamed UNet no place unet.transformer_blocks
+sample | --lora loras/more | --lora loras/more diffusers no place of more
 sample | --lora loras/metadata | --lora loras/metadata
+sample | --lora loras/peft | --lora loras/peft PEFT adapter_config.json is not beside it
+sample | --lora loras/loha | --lora loras/loha LoHa hada_w1_a plain
+sample | --lora loras/dora | --lora loras/dora DoRA lora_magnitude_vector
+sample | --lora loras/dropped --model tiny/flux | --lora loras/dropped kohya no place double_blocks_0
+sample | --lora loras | --lora loras holds no .safetensors file lora/
+sample | --lora loras/two | --lora loras/two holds a.safetensors, b.safetensors give one
 sample | --lora run/lora --model tiny/flux | --lora run/lora tiny/flux
 sample | --out odd/empty.txt | --out odd/empty.txt no folder
 sample | --out run/samples | --out run/samples 00000.png
@@ -506,6 +511,16 @@ def make_loras(loras: Path, run: Path):
     make("renamed", {k.replace("transformer.", "unet."): v for k, v in weights.items()}, None)
     make("more", {**weights, **more}, None)
     make("metadata", weights, {"lora_adapter_metadata": "{"})
+    first = next(iter(weights)).removesuffix(".lora_A.weight")
+    make("peft", {f"base_model.model.{k.removeprefix('transformer.')}": v for k, v in weights.items()}, None)
+    make("loha", {f"{first}.hada_w1_a": torch.ones(4, 4)}, None)
+    make("dora", {**weights, f"{first}.lora_magnitude_vector": torch.ones(64)})
+    kohya = {f"lora_unet_{layer}.lora_{part}.weight": torch.ones(shape) for layer in (
+        "double_blocks_0_img_attn_proj", "final_layer_other") for part, shape in (("down", (2, 64)), ("up", (64, 2)))}
+    make("dropped", kohya, None)
+    (loras / "two").mkdir()
+    for file in ("a", "b"):
+        save_file(weights, loras / "two" / f"{file}.safetensors")
     for what, content in {"garbage": os.urandom(2000), "cut": good[:2000]}.items():
         (loras / what).mkdir()
         (loras / what / name).write_bytes(content)
