@@ -204,7 +204,7 @@ def read_lora(pipe, flag: str, name: str) -> dict[str, tuple[torch.Tensor, torch
                 raise ValueError(f"no place for B {list(b.shape)}, A {list(a.shape)} of {layer}")
         lora = {places[layer]: value for layer, value in lora.items()}
         targets = [key for key in linears if config and check_target_module_exists(SimpleNamespace(**config), key)]
-        if lacking := [key for key in targets if key not in lora] or ["any layer"] * (not lora):
+        if lacking := [key for key in targets if key not in lora] or ["any layer of the transformer"] * (not lora):
             raise ValueError(f"it lacks {lacking[0]}")
     return lora
 

@@ -293,6 +293,58 @@ def test_each_format_is_the_same_lora(tmp_path, capsys, model):
     torch.testing.assert_close(drawn(model, tmp_path / "pattern"), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_names_and_types_that_programs_write(tmp_path, dtype):
+    """An adapter's name in the keys, other prefixes or none, half precision, PEFT's file given itself."""
+    tensors = {k: v.to(dtype) for k, v in trained_file(tmp_path / "diffusers", "tiny/sd3").items()}
+    save_file({f"transformer.{k}": v for k, v in tensors.items()}, tmp_path / "same.safetensors")
+    expected = drawn("tiny/sd3", tmp_path / "same.safetensors")
+    for prefix, ending in (("", ".weight"), ("diffusion_model.", ".weight"), ("transformer.", ".default.weight")):
+        renamed = {f"{prefix}{k.removesuffix('.weight')}{ending}": v for k, v in tensors.items()}
+        save_file(renamed, tmp_path / "renamed.safetensors")
+        assert torch.equal(drawn("tiny/sd3", tmp_path / "renamed.safetensors"), expected)
+    peft_format(tmp_path / "peft", tensors)
+    torch.testing.assert_close(drawn("tiny/sd3", tmp_path / "peft/adapter_model.safetensors"), expected)
+
+
+def test_a_layer_whose_name_ends_another(tmp_path):
+    """FLUX has `proj_out` and `single_transformer_blocks.0.proj_out`, of other ranks here, and layers outside
+    attention: each gets its own, and no other layer gets one. So it is on a bf16 base, and in what a run writes."""
+    layers = {"proj_out": 2, "single_transformer_blocks.0.proj_out": 3, "transformer_blocks.0.ff.net.2": 3}
+    pipe = load_pipeline("tiny/flux", CPU, base=torch.bfloat16)
+    tensors, g = {}, torch.Generator().manual_seed(0)
+    for layer, rank in layers.items():
+        linear = pipe.transformer.get_submodule(layer)
+        tensors[f"transformer.{layer}.lora_A.weight"] = torch.randn(rank, linear.in_features, generator=g)
+        tensors[f"transformer.{layer}.lora_B.weight"] = torch.randn(linear.out_features, rank, generator=g)
+    save_file(tensors, tmp_path / "mlp.safetensors")
+    start = read_lora(pipe, "--init-lora", f"{tmp_path}/mlp.safetensors")
+    add_lora(pipe.transformer, 3, 0, initial=start)
+    found = {name: part for name, part in pipe.transformer.named_modules() if part in lora_layers(pipe.transformer)}
+    assert {name: part.r["default"] for name, part in found.items()} == layers
+    for layer, part in found.items():
+        assert part.scaling["default"] == 2
+        product = tensors[f"transformer.{layer}.lora_B.weight"] @ tensors[f"transformer.{layer}.lora_A.weight"]
+        torch.testing.assert_close(part.get_delta_weight("default"), product)
+    save_lora(pipe, tmp_path / "lora")
+    for name, value in load_file(tmp_path / "lora" / NAME).items():
+        assert torch.equal(value, tensors[name])
+    again = read_lora(load_pipeline("tiny/flux", CPU), "--lora", f"{tmp_path}/lora")
+    assert all(torch.equal(x, y) for layer in layers for x, y in zip(again[layer], start[layer]))
+    plain = diffusers.DiffusionPipeline.from_pretrained("tiny/flux")
+    plain.load_lora_weights(tmp_path / "lora")
+    theirs = {name for name, part in plain.transformer.named_modules() if part in lora_layers(plain.transformer)}
+    assert theirs == layers.keys()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_lora_on_an_int8_base(tmp_path):
+    trained_file(tmp_path / "diffusers", "tiny/sd3")
+    pipe = load_pipeline("tiny/sd3", CPU, quantize="int8")
+    start = read_lora(pipe, "--lora", str(tmp_path / "diffusers"))
+    assert len(add_lora(pipe.transformer, 4, 0, initial=start)) == 2 * len(start) == 62
+
+
 def test_kohyas_fused_layers(tmp_path):
     """sd-scripts' FLUX layers, with q, k and v in one and alpha half of the rank: diffusers converts them."""
     tensors = trained_file(tmp_path / "diffusers", "tiny/flux")
