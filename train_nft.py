@@ -46,7 +46,7 @@ from flow import draws, run
 from flow.cli import InputError, one_line_errors, parse, progress
 from flow.distributed import local_device, local_slice, mean_over_rows, sum_gradients
 from flow.evaluate import evaluate, reward_stats, score
-from flow.lora import add_lora, prepare_transformer, read_lora, swapped
+from flow.lora import add_lora, prepare_transformer, read_lora, set_adapter, swapped
 from flow.pipeline import integrate, schedule, velocity
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
@@ -128,11 +128,11 @@ def old_decay(step: int, start: int, rate: float, most: float) -> float:
 @contextmanager
 def old_policy(model: torch.nn.Module):
     """Inside, the model is the old policy."""
-    model.set_adapter("old")
+    set_adapter(model, "old")
     try:
         yield
     finally:
-        model.set_adapter("default")
+        set_adapter(model, "default")
 
 
 @one_line_errors()
@@ -162,7 +162,7 @@ def main(args: Args, rival=None):
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=device.type == "cuda")
     ema = [p.detach().clone() for p in params] if args.ema else None
     old_params = add_lora(pipe.transformer, args.rank, args.seed, "old", initial)  # equal to params
-    pipe.transformer.set_adapter("default")
+    set_adapter(pipe.transformer, "default")
 
     # ---- start or resume
     first_epoch, step, skipped, skipped_in_a_row = run.resume(

@@ -14,6 +14,7 @@ import diffusers
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
@@ -55,7 +56,7 @@ def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default"
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT needs two adapters
         inject_adapter_in_model(config, model, name)
     model._hf_peft_config_loaded = True  # diffusers' own methods for adapters ask for it
-    model.set_adapter(name)
+    set_adapter(model, name)
     diffusers.training_utils.cast_training_params(model, torch.float32)
     for layer in lora_layers(model):
         layer.cast_input_dtype_enabled = False  # autocast casts too, and less often
@@ -110,13 +111,12 @@ def swapped(params: list[torch.nn.Parameter], values: list[torch.Tensor] | None)
 def save_lora(pipe, folder: Path):
     """Write the LoRA to a folder, with alpha = rank and the training's scale 2 in B: readers that ignore metadata draw
     the same picture. `pipe.save_lora_weights` writes metadata in random order; equal runs must write equal files."""
-    config = pipe.transformer.peft_config["default"].to_dict()
+    config = pipe.transformer.peft_config["default"].to_dict()  # it has a set, which is written sorted
     config |= {"lora_alpha": config["r"], "alpha_pattern": config["rank_pattern"]}
-    config = {f"transformer.{name}": value for name, value in config.items()}
-    metadata = json.dumps(config, sort_keys=True, default=sorted)  # it has a set
+    header = json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True, default=sorted)
     lora = {f"transformer.{name}": (2 * value if ".lora_B." in name else value).contiguous()
             for name, value in get_peft_model_state_dict(pipe.transformer).items()}
-    write_files({make_dir(folder, "--out") / NAME: save(lora, {"lora_adapter_metadata": metadata})})
+    write_files({make_dir(folder, "--out") / NAME: save(lora, {"lora_adapter_metadata": header})})
 
 
 def read_file(flag: str, name: str) -> tuple[dict[str, torch.Tensor], dict]:

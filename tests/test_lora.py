@@ -455,10 +455,12 @@ def test_a_run_starts_from_a_lora(run, tmp_path, script):
     recorded = json.loads((out / "args.json").read_text())
     assert recorded["init_lora"] == lora and recorded["rank"] == 4 and recorded["inputs"]["init_lora"]
     assert "from the LoRA `lora`" in (out / "lora/README.md").read_text()
+    given = {name.removeprefix("transformer."): x for name, x in load_file(run / "lora" / NAME).items()}
+    for name, x in load_file(out / "lora" / NAME).items():  # after a step of next to nothing
+        torch.testing.assert_close(x, given[name.removeprefix("transformer.")], rtol=0, atol=1e-6)
     if script is train_nft:
         state = torch.load(out / "checkpoint/state.pt", weights_only=True)
         held = dict(zip(state["lora"], state["old"]))
-        given = {name.removeprefix("transformer."): x for name, x in load_file(run / "lora" / NAME).items()}
         for name, x in held.items():
             torch.testing.assert_close(x, given[name] / (2 if "lora_B" in name else 1), rtol=0, atol=1e-6)
 
