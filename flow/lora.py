@@ -139,7 +139,7 @@ def read_file(flag: str, name: str) -> tuple[dict[str, torch.Tensor], dict]:
             raise ValueError("it holds numbers that are not finite")
         configs = [file.read_text() for file in found[0].parent.glob("adapter_config.json")]  # PEFT's
         config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", [*configs, "{}"][0]))
-        return tensors, {key.removeprefix("transformer."): value for key, value in config.items() if value is not None}
+        return tensors, {"target_modules": [], **{key.removeprefix("transformer."): x for key, x in config.items()}}
 
 
 def lora_rank(args) -> int:
@@ -163,7 +163,7 @@ def layers_of(tensors: dict[str, torch.Tensor], config: dict = {}) -> dict[str, 
         if not part or part.lastgroup in layers.setdefault(part["layer"], {}):
             raise ValueError(f"{name[-60:]} {'comes twice' if part else 'is no part of a plain LoRA'}")
         layers[part["layer"]][part.lastgroup] = tensor
-    ranks, alphas = config.get("rank_pattern", {}), config.get("alpha_pattern", {})
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for layer, part in layers.items():
         if not part.keys() >= {"A", "B"}:
             raise ValueError(f"it lacks the A or B of {layer}")
@@ -186,27 +186,26 @@ def read_lora(pipe, flag: str, name: str) -> dict[str, tuple[torch.Tensor, torch
     kind = next((kind for mark, kind in FORMATS.items() if any(mark in key for key in tensors)), "unknown")
     linears = {key: part for key, part in pipe.transformer.named_modules() if isinstance(part, torch.nn.Linear)}
     places = {key.replace(".", "_"): key for key in linears} | {key: key for key in linears}
-
     with on_error(f"{flag} {name}: a LoRA of format {kind} does not fit --model {pipe.name_or_path}",
                   "; give a plain LoRA of this model, best in diffusers' format"):
-        if kind == "PEFT" and not config:
+        if kind == "PEFT" and "r" not in config:
             raise ValueError("adapter_config.json is not beside it")
         lora = layers_of(tensors, config)
         if not lora.keys() <= places.keys() and hasattr(pipe, "transformer_name"):  # PRX's loader is one for UNets
             with suppress(Exception):  # each of diffusers' converters raises its own
                 converted = layers_of(type(pipe).lora_state_dict(dict(tensors)))
                 # diffusers drops what it does not know, unsaid; then the sum of ||B A||^2 over the layers is less
-                kept, whole = (sum((b @ a).square().sum() for a, b in x.values()) for x in (converted, lora))
-                lora = converted if torch.isclose(kept, whole, rtol=1e-5, atol=0) else lora
+                pairs = ([(a.double(), b.double()) for a, b in layers.values()] for layers in (converted, lora))
+                kept, whole = (sum(((a @ a.T) * (b.T @ b)).sum() for a, b in layers) for layers in pairs)
+                lora = converted if torch.isclose(kept, whole, rtol=1e-6, atol=0) else lora
         for layer, (a, b) in lora.items():
-            linear = linears.get(places.get(layer))
+            linear = linears.pop(places.get(layer), None)
             if not linear or (*b.shape, *a.shape) != (linear.out_features, len(a), len(a), linear.in_features):
                 raise ValueError(f"no place for B {list(b.shape)}, A {list(a.shape)} of {layer}")
-        lora = {places[layer]: value for layer, value in lora.items()}
-        targets = [key for key in linears if config and check_target_module_exists(SimpleNamespace(**config), key)]
-        if lacking := [key for key in targets if key not in lora] or ["any layer of the transformer"] * (not lora):
-            raise ValueError(f"it lacks {lacking[0]}")
-    return lora
+        lacking = [key for key in linears if check_target_module_exists(SimpleNamespace(**config), key)]
+        if lacking or not lora:
+            raise ValueError(f"it lacks {[*lacking, 'any layer of the transformer'][0]}")
+    return {places[layer]: value for layer, value in lora.items()}
 
 
 # ---------------------------------------------------------------- precision

@@ -112,7 +112,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/lora.py", "torch.Tensor and w.dtype == torch.float32", "torch.Tensor", "precision"),
     ("flow/lora.py", "data.copy_(b / 2)", "data.copy_(b)", "files"),
     ("flow/lora.py", "rank**0.5 if config.get", "1 if config.get", "files"),
-    ("flow/lora.py", "converted if torch.isclose(kept, whole, rtol=1e-5, atol=0) else lora", "converted", "files"),
+    ("flow/lora.py", "converted if torch.isclose(kept, whole, rtol=1e-6, atol=0) else lora", "converted", "files"),
     ("flow/lora.py", "(2 * value if", "(value if", "files"),
     ("flow/lora.py", "if configs else whole_names or", "if configs else list(initial) or", "files"),
     ("flow/pipeline.py", "torch.lerp(x0, noise,", "torch.lerp(noise, x0,", "awm"),

@@ -267,6 +267,7 @@ sample | --lora loras | --lora loras holds no .safetensors file lora/
 sample | --lora loras/dora-scale | --lora loras/dora-scale DoRA dora_scale plain
 sample | --lora loras/bias | --lora loras/bias lora_B.bias plain
 sample | --lora loras/twice | --lora loras/twice lora_A comes twice
+sample | --lora loras/again | --lora loras/again no place for
 sample | --lora loras/second | --lora loras/second no place transformer_2.
 sample | --lora loras/text | --lora loras/text lacks any layer of the transformer
 sample | --lora loras/conv | --lora loras/conv no place pos_embed.proj
@@ -538,6 +539,9 @@ def make_loras(loras: Path, run: Path):
     make("dora-scale", {**weights, f"{first}.dora_scale": torch.ones(128, 1)}, None)
     make("bias", {**weights, f"{first}.lora_B.bias": torch.ones(128)}, None)
     make("twice", {**weights, f"{first}.lora_A.old.weight": torch.ones(4, 128)}, None)
+    kohya_name = f"lora_transformer_{first.removeprefix('transformer.').replace('.', '_')}"
+    make("again", {**weights, **{f"{kohya_name}.lora_{part}.weight": 1 * weights[f"{first}.lora_{x}.weight"]
+                                 for part, x in (("down", "A"), ("up", "B"))}}, None)
     make("second", {k.replace("transformer.", "transformer_2."): v for k, v in weights.items()}, None)
     make("text", {k.replace("transformer.", "text_encoder."): v for k, v in weights.items()}, None)
     make("conv", {f"transformer.pos_embed.proj.lora_{part}.weight": torch.ones(4, 4, 1, 1) for part in "AB"}, None)
