@@ -45,7 +45,7 @@ from flow import draws, run
 from flow.cli import InputError, one_line_errors, parse, progress
 from flow.distributed import local_device, local_slice, mean_over_rows, sum_gradients
 from flow.evaluate import evaluate, reward_stats, score
-from flow.lora import add_lora, prepare_transformer, swapped, use_adapter
+from flow.lora import add_lora, prepare_transformer, read_lora, set_adapter, swapped
 from flow.pipeline import integrate, schedule, velocity
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
@@ -65,7 +65,8 @@ class Args:
     # evaluate and save a moving average of the LoRA, whose decay at step s is the lesser of this and (1 + s) / (10 + s)
     ema: float | None = None
     lr: float = 5e-4  # AdamW's learning rate, constant
-    rank: int = 32  # LoRA rank; alpha is twice that
+    rank: int | None = None  # LoRA rank; alpha is twice that (None: 32, or that of --init-lora)
+    init_lora: str | None = None  # LoRA to start from: a folder, .safetensors file or hub id; the reference is the base
     # ---- model, reward, prompts
     model: str = "tiny/sd3"  # any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id
     # pickscore, hpsv2.1, clipscore, aesthetic, ocr, a CLIPModel, file.py:function, vlm:MODEL[@URL], a sum A:0.5,B:0.5
@@ -125,11 +126,11 @@ def old_decay(step: int, start: int, rate: float, most: float) -> float:
 @contextmanager
 def old_policy(model: torch.nn.Module):
     """Inside, the model is the old policy."""
-    use_adapter(model, "old")
+    set_adapter(model, "old")
     try:
         yield
     finally:
-        use_adapter(model, "default")
+        set_adapter(model, "default")
 
 
 @one_line_errors()
@@ -154,12 +155,13 @@ def main(args: Args, rival=None):
     sigmas = schedule(pipe, args.steps)  # the rollout's noise levels, (steps + 1,), from 1 down to 0
 
     # ---- LoRA and optimizer
-    params = add_lora(pipe.transformer, args.rank, args.seed)
+    initial = read_lora(pipe, "--init-lora", args.init_lora) if args.init_lora else None
+    params = add_lora(pipe.transformer, args.rank, args.seed, initial=initial)
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=device.type == "cuda")
     ema = [p.detach().clone() for p in params] if args.ema else None
     variances = [torch.zeros(len(reward.names), 1).double()] if args.normalize_rewards else None  # of scores, summed
-    old_params = add_lora(pipe.transformer, args.rank, args.seed, "old")  # of the same seed: equal to params
-    use_adapter(pipe.transformer, "default")
+    old_params = add_lora(pipe.transformer, args.rank, args.seed, "old", initial)  # equal to params
+    set_adapter(pipe.transformer, "default")
 
     # ---- start or resume
     first_epoch, step, skipped, skipped_in_a_row = run.resume(

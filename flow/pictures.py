@@ -1,8 +1,9 @@
-"""Pictures as files: PNGs, grids, GIFs of videos, a run's curves, and the folders of sample.py."""
+"""Pictures as files: PNGs, grids, GIFs of videos, a run's curves and card, and the folders of sample.py."""
 import hashlib
 import io
 import json
 import math
+import shlex
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -179,6 +180,35 @@ def summarize(out: Path) -> str:
             first, last = digits(values[0], change), digits(values[-1], change)
             parts.append(f"{prompts} {name.replace('_', ' ')} {first} -> {last}")
     return ", ".join(parts)
+
+
+def model_card(method: str, args, eval_prompts: list[dict]) -> str:
+    """lora/README.md: a model card for the hub. The user chooses the licence."""
+    command, defaults = ["python", f"train_{method}.py"], vars(type(args)())
+    changed = {name.replace("_", "-"): value for name, value in vars(args).items() if value != defaults[name]}
+    for flag, value in changed.items():
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            command += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(row["prompt"] for row in eval_prompts[:4]))
+    base_model = "" if Path(args.model).is_dir() else f"base_model: {args.model}\n"  # the hub does not know a folder
+    guard = f" and NormGuard (arXiv 2606.27771), lam {args.lam}" if args.lam != 0 else ""
+    start = f", from the LoRA `{Path(args.init_lora).name}`" if args.init_lora else ""
+    tags = ["lora", "diffusers", *["normguard"] * bool(guard), method]
+    return f"""---
+{base_model}library_name: diffusers
+tags: [{', '.join(tags)}]
+---
+A LoRA of rank {args.rank} and alpha {args.rank} for `{Path(args.model).name if not base_model else args.model}`
+(`pipe.load_lora_weights(FOLDER)`), trained for the reward `{args.reward}` with {method.upper()}{guard}{start}:
+
+    {shlex.join(command)}
+
+Prompts to try:
+
+{prompts}
+"""
 
 
 def plot_curves(out: Path, guidance: float | None = None):

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from flow import cli
 from flow.cli import InputError, append, check_flags, check_place, fingerprint, make_dir, reading, to_json, write_files
 from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, move_to_cpu, shutdown
-from flow.lora import check_compiler, model_card, quantization, save_lora, swapped
-from flow.pictures import digits, epochs_logged, plot_curves, read_log, summarize
+from flow.lora import check_compiler, lora_rank, quantization, save_lora, swapped
+from flow.pictures import digits, epochs_logged, model_card, plot_curves, read_log, summarize
 from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import eval_file, warn_unsuitable
 from flow.rewards import KEY, load_reward, reward_model, short_reward, split_reward
@@ -61,6 +61,7 @@ def check_args(args):
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
     quantization(args.quantize)
     check_compiler(args.compile)
+    args.rank = lora_rank(args)
     try:
         if args.wandb:
             import wandb  # noqa: F401 - an optional package
@@ -88,7 +89,7 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
     for loaded, rows in rows_of.items():
         loaded.check_prompts(rows)
     if args.size and not args.frames:
-        try_rewards(3, *reversed(cli.width_and_height(args.size)))
+        try_rewards(3, *reversed(cli.width_and_height(args.size)))  # height, width
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
     if not args.size or args.frames:
         try_rewards(*pipe.flow.picture)
@@ -185,7 +186,8 @@ def inputs_of(args) -> dict[str, str | None]:
     specs = ",".join([args.reward, *args.eval_reward])
     rewards = [str(fingerprint(reward_model(name))) for name, _ in split_reward(specs)]
     return {"prompts": fingerprint(args.prompts), "eval_prompts": fingerprint(eval_file(args) or ""),
-            "model": fingerprint(args.model) or revision(args.model), "reward": " ".join(rewards)}
+            "init_lora": fingerprint(args.init_lora or ""), "reward": " ".join(rewards),
+            "model": fingerprint(args.model) or revision(args.model)}
 
 
 def check_inputs(out: Path, args, recorded: dict):
@@ -314,8 +316,7 @@ def save_checkpoint(out: Path, method: str, args, pipe, eval_prompts: list[dict]
     with swapped(params, ema):
         save_lora(pipe, out / "lora")
     write_files({out / "lora" / "README.md": model_card(method, args, eval_prompts)})
-    embedded = pipe.transformer.config.get("guidance_embeds")  # then training uses the guidance too
-    plot_curves(out, None if embedded else args.guidance)
+    plot_curves(out, None if pipe.transformer.config.get("guidance_embeds") else args.guidance)  # else also trained
     content = io.BytesIO()  # torch.save to a file does not report a full disk
     torch.save({"lora": get_peft_model_state_dict(pipe.transformer), "opt": optimizer.state_dict(), "epoch": epoch,
                 "step": step, "skipped": skipped, "bad": skipped_in_a_row, "ema": ema, **copies,  # bad: in a row
