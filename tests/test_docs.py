@@ -46,8 +46,8 @@ SHORTER = {
 FOREIGN = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir"}
 
 # files of the user's and of other people's trainers
-OTHERS = {"file.py", "my_reward.py", "ask_server.py", "train_dreambooth_lora_sd3.py", "train_sd3_dpo.py", "train_sd3.py",
-          "nft.py", "train_grpo.py"}
+OTHERS = {"file.py", "my_reward.py", "ask_server.py", "train_dreambooth_lora_sd3.py", "train_sd3_dpo.py",
+          "train_sd3.py", "nft.py", "train_grpo.py"}
 
 
 def flags_of(script: str) -> set[str]:
