@@ -62,8 +62,7 @@ class Args:
     # START RATE MAX: the old policy's EMA decay is 0 for START optimizer steps, then RATE more at each, up to MAX
     old_decay: tuple[int, float, float] = (0, 0.001, 0.5)
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm
-    # evaluate and save a moving average of the LoRA, whose decay at step s is the lesser of this and (1 + s) / (10 + s)
-    ema: float | None = None
+    ema: float | None = None  # evaluate and save a moving average of the LoRA, whose decay rises to this
     lr: float = 5e-4  # AdamW's learning rate, constant
     rank: int | None = None  # LoRA rank; alpha is twice that (None: 32, or that of --init-lora)
     init_lora: str | None = None  # LoRA to start from: a folder, .safetensors file or hub id; the reference is the base
@@ -79,8 +78,7 @@ class Args:
     group: int = 16  # pictures of each prompt (a group)
     groups: int = 6  # groups of an epoch, one for each prompt
     steps: int = 8  # Euler steps of a rollout
-    # guidance scale of rollouts and evaluations, for a guidance embedding also of training (None: none, or its default)
-    guidance: float | None = None
+    guidance: float | None = None  # scale of rollouts and evaluations, of training too if the model is told it
     size: int | str | None = None  # pixels a side, or WIDTHxHEIGHT like 768x512 (None: the model's own)
     frames: int | None = None  # frames of a video (None: the model's own)
     # ---- training
