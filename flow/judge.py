@@ -43,8 +43,7 @@ def read_answer(top: Answer, first: str, second: str) -> float:
     that `top` does not list gets the most it can have: the rest to 1, but no more than the least word in `top`."""
     words = [re.sub(r"^[\W_]+|[\W_]+$", "", token).lower() for token, _ in top]
     probs = [math.exp(logprob) for _, logprob in top]
-    a = sum(p for word, p in zip(words, probs) if word == first.lower())
-    b = sum(p for word, p in zip(words, probs) if word == second.lower())
+    a, b = (sum(p for word, p in zip(words, probs) if word == asked.lower()) for asked in (first, second))
     if a + b < 0.01:
         return math.nan
     rest = max(min(1 - sum(probs), *probs), 1e-9)
@@ -125,7 +124,8 @@ def read_reply(reply: str) -> tuple[Answer, str]:
     said = content or (f"<think>{thought}" if thought else whole)
     start, at = answer_start(said), max(whole.rfind(said), 0)
     at += max(answer_start(whole[at:]), 0)
-    answer = tops[at] or [(word, 0.0) for word in re.findall(r"[^\s<]+", said[start:])[:1]]
+    listed = tops[at] if said in whole or not thought else []  # else these are tokens of the thinking
+    answer = listed or [(word, 0.0) for word in re.findall(r"[^\s<]+", said[start:])[:1]]
     if start >= 0 and answer:
         return answer, ""
     came = " ".join((said or json.dumps(message)).split())[:100]
@@ -154,7 +154,7 @@ def data_url(file: str) -> str:
 def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, flag="--judge", extra="{}") -> Callable:
     """A judge on an OpenAI-compatible server, sent `concurrency` requests at once with the key in OPENAI_API_KEY and
     the JSON object `extra` in each. The answer to a failed request is empty; each different error is printed once.
-    Raises InputError, naming `flag`, if the server cannot be reached or if each of the first four requests fails."""
+    Raises InputError, naming `flag`, if a reward's request fails, or the first ones, also one without a picture."""
     with on_error(f"{flag} {url}: needs a package", "; pip install openai"):
         import openai  # half a second that only this needs
     with on_error(f"--judge-extra {extra}: is no JSON object", """; give for example '{"max_tokens": 2000}'"""):
@@ -188,11 +188,13 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
         jobs = list(zip([question] * len(pictures) if isinstance(question, str) else question, pictures))
         answers, bar = [], progress(total=len(jobs), desc="answers", leave=False, delay=2)
         with bar, ThreadPoolExecutor(concurrency) as pool:
-            first = list(pool.map(request, jobs[:0 if "" in told else 4]))
-            if first and all(error for _, error in first):
-                why = "; also ".join(dict.fromkeys(error for _, error in first))
-                raise InputError(f"{flag} {url}: {why}; check model {model}, OPENAI_API_KEY, URL (most end in /v1)")
+            first = list(pool.map(request, jobs[:0 if "" in told else 3]))
+            lost = first and all(error for _, error in first) and request(("Answer yes.", []))[1]  # for no picture too
+            if lost:
+                raise InputError(f"{flag} {url}: {lost}; check model {model}, OPENAI_API_KEY, URL (most end in /v1)")
             for answer, error in chain(first, pool.map(request, jobs[len(first):])):
+                if error and flag != "--judge":  # a reward needs them all
+                    raise InputError(f"{flag} {url}: {error}")
                 kind = re.sub(r"\w*\d[\w.]{3,}", "", error)  # without a request's id
                 if error and kind not in told:
                     tqdm.write(f"warning: {flag} {url}: {error}", file=sys.stderr)
@@ -254,11 +256,9 @@ def embed_images(embed, images: Tensor | list[Tensor], batch: int = 64) -> Tenso
     """The network's pooled features (n, d) of images (3, h, w) in [0, 1], which may differ in size."""
     net, processor = embed
     run = net.get_image_features if hasattr(net, "get_image_features") else net
-    features = []
-    for i in range(0, len(images), batch):
-        inputs = processor([to_image(x) for x in images[i:i + batch]], return_tensors="pt").to(net.device)
-        features.append(run(**inputs).pooler_output.flatten(1).cpu())
-    return torch.cat(features)
+    batches = (images[i:i + batch] for i in range(0, len(images), batch))
+    inputs = (processor([to_image(x) for x in some], return_tensors="pt").to(net.device) for some in batches)
+    return torch.cat([run(**some).pooler_output.flatten(1).cpu() for some in inputs])
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

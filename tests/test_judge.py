@@ -206,7 +206,7 @@ def test_a_server_that_answers_nothing(server, folders, capsys):
         ((403, b"<html><body><h1>403 Forbidden</h1><hr>nginx</body></html>"), ["403", "403 Forbidden nginx"]),
         ((429, {}, {"retry-after-ms": None, "Retry-After": "86400"}), ["status 429"]),  # it does not wait for a day
     ]:
-        replies[:] = [fault] * 2
+        replies[:] = [fault] * 3  # two pictures, and the question without one
         ask = http_judge(url, "a/model", retries=0 if "Content-Length" in str(fault) else 3)
         refuses(capsys, lambda: ask("?", [[f"{folders[0]}/00000.png"]] * 2), f"--judge {url}", "a/model", *words)
     dead = "http://127.0.0.1:9/v1"
@@ -233,9 +233,12 @@ def test_one_refusal_is_not_the_end(server, folders, capsys):
     answers = ask("?", [[f"{folders[0]}/00000.png"]] * 20)
     replies += [(403, json.loads(json.dumps(moderated) % "99f0a"))]
     answers += ask("?", [[f"{folders[0]}/00000.png"]])
-    assert len(asked) == 21 and sum(top == [] for top in answers) == 4 and answers[-1] == []
+    # 20 pictures, the question without a picture after the first three, and one picture
+    assert len(asked) == 22 and sum(top == [] for top in answers) == 4 and answers[-1] == []
     warning, = capsys.readouterr().err.splitlines()
     assert "status 403: flagged by the content filter" in warning
+    replies += [(403, moderated)]  # the only one that a second run still asks
+    assert http_judge(url, "m")("?", [[f"{folders[0]}/00000.png"]]) == [[]]
 
 
 class Terminal(io.StringIO):
@@ -324,6 +327,7 @@ CERTAINTIES = {  # name: (reply, whether it is yes), where only the text is know
     "parts": (reply([{"type": "thinking", "thinking": [{"text": "Yes"}]}, {"type": "text", "text": "No"}]), False),
     "after thinking": (reply("<think>Yes?</think> No"), False),
     "reasoning apart": (reply("Yes", reasoning_content="No?"), True),
+    "reasoning apart, its tokens alone listed": (reply("No", *spoken("Yes", " then"), reasoning="Yes then"), False),
     "in a tag": (reply("<answer>No</answer>"), False),
     "before a special token": (reply("Yes<|im_end|>"), True),
     "gpt-oss": (reply("<|channel|>analysis<|message|>No<|end|><|start|>assistant<|channel|>final<|message|>Yes"), True),
@@ -367,7 +371,7 @@ def test_a_model_that_thinks_first(server, folders, capsys, name):
     """Where nothing else came, it is the end; else it is counted. Either says it once, with what to do."""
     url, replies, _ = server
     body, came = THOUGHTS[name]
-    replies += [(200, body)] * 2
+    replies += [(200, body)] * 3
     files = [[f"{folders[0]}/00000.png"]] * 2
     words = [f"--judge {url}", f"the model thinks first ({came})", "--judge-extra", '"enable_thinking": false']
     refuses(capsys, lambda: http_judge(url, "m")("?", files), *words)
@@ -384,7 +388,7 @@ def test_a_model_that_thinks_first(server, folders, capsys, name):
 def test_an_answer_without_a_text(server, folders, capsys):
     url, replies, _ = server
     for message in (dict(refusal="I cannot see it"), dict(tool_calls=[{"function": {"name": "look"}}]), {}):
-        replies += [(200, reply(None, finish_reason="stop", **message))]
+        replies += [(200, reply(None, finish_reason="stop", **message))] * 2
         refuses(capsys, lambda: http_judge(url, "m")("?", [[f"{folders[0]}/00000.png"]]), "the answer has no text",
                 json.dumps({"content": None, **message}))
 

@@ -343,10 +343,10 @@ def test_a_vlm_reward_without_an_answer(server, capsys):
     refuses(capsys, lambda: reward(renders(1), ["a red star"]), "--reward vlm:m", "neither yes nor no", "'Well'",
             "a red star")
     replies += [(200, {"choices": [{"message": {"content": "", "reasoning_content": "Yes, but"}}]})]
-    refuses(capsys, lambda: load_reward(f"vlm:m@{url}", CPU)(renders(1), ["a red star"]), f"--reward vlm: {url}",
+    refuses(capsys, lambda: reward(renders(1), ["a red star"]), f"--reward vlm: {url}",
             "thinks first (<think>Yes, but)")
     replies += [(404, {})]
-    refuses(capsys, lambda: load_reward(f"vlm:m@{url}", CPU)(renders(1), ["a red star"]), f"--reward vlm: {url}", "404")
+    refuses(capsys, lambda: reward(renders(1), ["a red star"]), f"--reward vlm: {url}", "404")
 
 
 def test_a_vlm_reward_without_probabilities_says_so_once(server, capsys):
