@@ -181,7 +181,7 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
             if type(e.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol"):
                 why = str(e.__cause__).rpartition("] ")[2]
                 raise InputError(f"{flag} {url}: cannot be reached ({why}); start the server, or correct the URL")
-            return [], f"no reply in {timeout:g} s" if isinstance(e, openai.APITimeoutError) else "the reply broke off"
+            return [], f"no reply in {timeout:g} s" if isinstance(e, openai.APITimeoutError) else "a reply broke off"
 
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
         nonlocal bar
@@ -189,9 +189,9 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
         answers, bar = [], progress(total=len(jobs), desc="answers", leave=False, delay=2)
         with bar, ThreadPoolExecutor(concurrency) as pool:
             first = list(pool.map(request, jobs[:0 if "" in told else 3]))
-            lost = first and all(error for _, error in first) and request(("Answer yes.", []))[1]  # for no picture too
-            if lost:
-                raise InputError(f"{flag} {url}: {lost}; check model {model}, OPENAI_API_KEY, URL (most end in /v1)")
+            if first and all(error for _, error in first) and (lost := request(("Answer yes.", []))[1]):  # no picture's
+                hint = "" if lost[:4] == "the " else f"; check model {model}, OPENAI_API_KEY, URL (most end in /v1)"
+                raise InputError(f"{flag} {url}: {lost}{hint}")
             for answer, error in chain(first, pool.map(request, jobs[len(first):])):
                 if error and flag != "--judge":  # a reward needs them all
                     raise InputError(f"{flag} {url}: {error}")

@@ -29,6 +29,8 @@ TESTS = {  # name: files and -k of pytest. A mutant lists the names of those tha
     "precision": "tests/test_lora.py -k 'merged or swapped or draws'",
     "processes": "tests/test_distributed.py -k 'everything_once or in_order or summed'",
     "two": "tests/test_distributed.py -k two_processes",
+    "judge": "tests/test_judge.py",
+    "judged": "tests/test_eval_judge.py -k 'probabilities or not_read'",
 }
 MUTANTS = [  # file, old text (once in it), new text, tests
     # the seven
@@ -125,6 +127,12 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/evaluate.py", "ratios.mean(0)", "ratios.amax(0)", "evaluate"),
     ("flow/evaluate.py", "ratio_by_step.max().item()", "ratio_by_step[-1].item()", "evaluate"),
     ("flow/evaluate.py", "(top - low) / top.clamp_min(1e-3)", "(top - low)", "evaluate"),
+    # the judge, the detector
+    ("flow/judge.py", "top.append((text, own if own > -100 else math.nan))", "pass", "judge"),
+    ("flow/judge.py", "max((end.end() for end in CLOSES.finditer(text)), default=0)", "0", "judge"),
+    ("flow/judge.py", "jobs[:0 if \"\" in told else 3]", "jobs[:0]", "judge"),
+    ("flow/judge.py", "else logits.sigmoid()", "else logits.softmax(1)", "judge"),
+    ("eval_judge.py", "abs(x) == judge.CERTAIN", "abs(x) > 20", "judged"),
     # the log
     ("flow/distributed.py", "(t * BINS).long()", "(t * BINS).round().long()", "awm"),
     ("train_awm.py", "square - mean ** 2", "square - 1", "awm"),

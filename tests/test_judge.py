@@ -16,7 +16,7 @@ from PIL import Image
 import eval_judge
 import flow.judge
 from flow.judge import CERTAIN, http_judge, local_judge, read_answer
-from tests.helpers import CPU, refuses
+from tests.helpers import CPU, refuses, serve
 
 OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_judge.py's questions only; it has commas
 
@@ -199,7 +199,7 @@ def test_a_server_that_answers_nothing(server, folders, capsys):
         ((200, b"<!doctype html><title>Open WebUI</title><script>if (a<b) {}</script>", {"Content-Type": "text/html"}),
          ["an HTML page: Open WebUI;", "/v1"]),
         ((200, b'{"choices": [{"message": {"con'), ['{"choices": [{"message"']),
-        ((200, b'{"choices": []}', {"Content-Length": 99}), ["the reply broke off"]),
+        ((200, b'{"choices": []}', {"Content-Length": 99}), ["a reply broke off"]),
         ((404, {"detail": "Not Found"}), ["status 404: Not Found", "/v1"]),
         ((404, {"error": {"message": "The model `a/model` does not exist."}}), ["404", "`a/model` does not exist"]),
         ((400, {"error": "top_logprobs must be at most 5"}), ["status 400: top_logprobs must be at most 5"]),
@@ -209,6 +209,10 @@ def test_a_server_that_answers_nothing(server, folders, capsys):
         replies[:] = [fault] * 3  # two pictures, and the question without one
         ask = http_judge(url, "a/model", retries=0 if "Content-Length" in str(fault) else 3)
         refuses(capsys, lambda: ask("?", [[f"{folders[0]}/00000.png"]] * 2), f"--judge {url}", "a/model", *words)
+    for seconds, words in ((1, "no reply in 0.3 s"), (0, "a reply broke off")):
+        with serve(lambda *args: time.sleep(seconds)) as hung:
+            ask = http_judge(hung, "m", retries=0, timeout=0.3)
+            refuses(capsys, lambda: ask("?", [[f"{folders[0]}/00000.png"]]), f"--judge {hung}", words)
     dead = "http://127.0.0.1:9/v1"
     refuses(capsys, lambda: http_judge(dead, "m", retries=0)("?", [[f"{folders[0]}/00000.png"]]), dead,
             "cannot be reached (Connection refused)")
@@ -373,7 +377,7 @@ def test_a_model_that_thinks_first(server, folders, capsys, name):
     body, came = THOUGHTS[name]
     replies += [(200, body)] * 3
     files = [[f"{folders[0]}/00000.png"]] * 2
-    words = [f"--judge {url}", f"the model thinks first ({came})", "--judge-extra", '"enable_thinking": false']
+    words = [f"--judge {url}", f"the model thinks first ({came})", "--judge-extra", '"max_tokens": 2000}\'']
     refuses(capsys, lambda: http_judge(url, "m")("?", files), *words)
     ask = http_judge(url, "m")
     ask("?", files)
