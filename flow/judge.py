@@ -70,7 +70,7 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
         logits = model.generate(**inputs, **options).logits[0]  # (b, vocabulary)
         top = logits.float().log_softmax(1).topk(min(20, logits.shape[1]))
         tokens = [[processor.tokenizer.decode([i]) for i in row] for row in top.indices.tolist()]
-        return [list(zip(*answer)) for answer in zip(tokens, top.values.tolist())]
+        return [list(zip(*answer)) for answer in zip(tokens, top.values.clamp_max(-1e-8).tolist())]
     ask.model = model
     return ask
 

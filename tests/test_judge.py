@@ -45,6 +45,15 @@ def test_each_picture_can_have_another_question(folders):
         assert read_answer(one, "yes", "no") == pytest.approx(read_answer(other, "yes", "no"), abs=1e-4)
 
 
+def test_a_judge_in_this_process_is_never_without_probabilities(folders):
+    """Also where it is so sure that a probability is rounded to 1."""
+    ask = local_judge("tiny/judge", CPU)
+    with torch.no_grad():
+        ask.model.get_output_embeddings().weight *= 1e4
+    top, = ask(OVERALL, [[f"{folders[0]}/00000.png"]])
+    assert CERTAIN - 1 < abs(read_answer(top, "yes", "no")) != CERTAIN
+
+
 def test_frechet_distance_of_known_gaussians():
     g = np.random.default_rng(0)
     a = g.normal(size=(4000, 3))
