@@ -14,8 +14,8 @@ Markdown table and writes report.json and report.png. Means have 95 % bootstrap 
     forensic/NAME    mean P(real) of a detector, such as Organika/sdxl-detector
     fd/NAME          Frechet distance to the pictures of --real
 
-An answer that cannot be read counts as "not read" and has no score. Scores are kept in OUT/scores.jsonl: a second run
-computes only those that are missing.
+An answer that cannot be read counts as "not read" and has no score; one without probabilities counts as certain. Scores
+are kept in OUT/scores.jsonl: a second run computes only those that are missing.
 """
 import os
 
@@ -24,6 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: idle
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -69,6 +70,7 @@ class Args:
     # vision-language model: a folder, a hub id or a server http://HOST:PORT/v1 (OpenAI's API); none for no judge
     judge: str | None = "tiny/judge"
     judge_model: str | None = None  # name of the model on that server
+    judge_extra: str | None = None  # JSON for each request, such as {"max_tokens": 2000} for a model that thinks first
     judge_timeout: float = 60.0  # seconds after which a request to the server has failed
     judge_retries: int = 3  # how often a failed request is sent again
     judge_concurrency: int = 8  # requests sent at once
@@ -210,12 +212,15 @@ def detector_scorer(name: str, real_label: str | None, device: torch.device) -> 
     return lambda jobs: detector([row["file"] for [row] in jobs]).tolist()
 
 
-def judge_scorer(load_judge: Callable, question: str, first: str, second: str) -> Callable:
+def judge_scorer(load_judge: Callable, keep_unread: Callable, question: str, first: str, second: str) -> Callable:
     ask = load_judge()
 
     def score(jobs: list[list[dict]]) -> list[float]:
         answers = ask(question, [[row["file"] for row in job] for job in jobs])
-        return [judge.read_answer(answer, first, second) for answer in answers]  # log P(first) - log P(second)
+        margins = [judge.read_answer(answer, first, second) for answer in answers]  # log P(first) - log P(second)
+        for answer in (answer for answer, margin in zip(answers, margins) if answer and math.isnan(margin)):
+            keep_unread(f", such as `{answer[0][0]!r}`".replace("|", "\\|"))
+        return margins
     return score
 
 
@@ -244,15 +249,16 @@ def short_names(names: tuple[str, ...], shorten: Callable = os.path.basename) ->
     return short if len(set(short)) == len(short) else list(names)
 
 
-def table(dirs: tuple[str, ...], metrics: dict, verdicts: dict) -> str:
-    """The report in Markdown."""
+def table(dirs: tuple[str, ...], metrics: dict, verdicts: dict, unread: dict[str, str]) -> str:
+    """The report in Markdown. If more than a tenth of a metric's answers are not read, with the one in `unread`."""
     lines = ["| metric | " + " | ".join(dirs) + " |", "|---|" + "---|" * len(dirs)]
     for name, scores in metrics.items():
         cells = []
         for m in (scores[d] for d in dirs):
             cell = "-" if m["mean"] is None else f"{m['mean']:.4f}"
             cell += "" if m["lo"] is None else f" [{m['lo']:.4f}, {m['hi']:.4f}]"
-            cell += f" ({m['nan']} of {m['n'] + m['nan']} not read)" if m["nan"] else ""
+            such_as = unread.get(name, ", as no answer came") if m["nan"] > 0.1 * (m["n"] + m["nan"]) else ""
+            cell += f" ({m['nan']} of {m['n'] + m['nan']} not read{such_as})" if m["nan"] else ""
             cells.append(cell)
         lines.append(f"| {name} {arrow(name)} | " + " | ".join(cells) + " |")
         for part in scores[dirs[0]].get("parts", ()):
@@ -263,7 +269,9 @@ def table(dirs: tuple[str, ...], metrics: dict, verdicts: dict) -> str:
     for name, v in verdicts.items():
         rate = "-" if v["rate"] is None else f"{v['rate']:.3f}"
         rate += "" if v["lo"] is None else f" [{v['lo']:.3f}, {v['hi']:.3f}]"
-        lines.append(f"| {name} | {v['win']} | {v['tie']} | {v['loss']} | {v['nan']} | {rate} |")
+        n = v["win"] + v["tie"] + v["loss"] + v["nan"]
+        such_as = unread.get("judge/quality", ", as no answer came") if v["nan"] > 0.1 * n else ""
+        lines.append(f"| {name} | {v['win']} | {v['tie']} | {v['loss']} | {v['nan']}{such_as} | {rate} |")
     return "\n".join(lines)
 
 
@@ -339,6 +347,8 @@ def main(args: Args):
         cli.check_model("--judge", args.judge, "http://HOST:PORT/v1, ")
     if is_server and not args.judge_model:
         raise cli.InputError(f"--judge {args.judge}: give the model's name on that server as --judge-model")
+    if args.judge_extra and not is_server:
+        raise cli.InputError("--judge-extra: goes into the requests to a server; give --judge http://HOST:PORT/v1")
     tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
     if tiny and folders[first][0]["size"] != (64, 64):
         print(f"note: {', '.join(tiny)} were trained on 64x64 pictures of one kind; their scores of others mean little")
@@ -349,7 +359,8 @@ def main(args: Args):
     load_judge = cache(partial(judge.local_judge, args.judge, device))
     if is_server:
         load_judge = cache(partial(judge.http_judge, args.judge, args.judge_model, args.judge_timeout,
-                                   args.judge_retries, args.judge_concurrency))
+                                   args.judge_retries, args.judge_concurrency, extra=args.judge_extra or "{}"))
+        load_judge()  # now, to find a wrong URL, key or --judge-extra
     scorers = []  # (metric, its parts: (name, weight, what its scores depend on, a function that loads its scorer))
     for spec, short in zip(args.reward, short_names(args.reward, short_reward)):
         parts = []
@@ -361,9 +372,10 @@ def main(args: Args):
     for name, short in zip(args.forensic, short_names(args.forensic)):
         load = partial(detector_scorer, name, args.real_label, device)
         scorers.append((f"forensic/{short}", [(name, 1, f"{identity(name, device)} {args.real_label}", load)]))
-    asked = f"{identity(args.judge, device)} {args.judge_model}" if args.judge else ""
+    asked = f"{identity(args.judge, device)} {args.judge_model} {args.judge_extra}" if args.judge else ""
+    unread, judged = {}, []  # by metric, an answer of the judge that is not read; all its scores
     for short, question in SINGLE.items() if args.judge else ():
-        load = partial(judge_scorer, load_judge, question, "yes", "no")
+        load = partial(judge_scorer, load_judge, partial(unread.setdefault, f"judge/{short}"), question, "yes", "no")
         scorers.append((f"judge/{short}", [(short, 1, f"{asked} {question}", load)]))
 
     metrics, verdicts = {}, {}
@@ -373,6 +385,7 @@ def main(args: Args):
         is_judge = metric.startswith("judge/")
         batch, names = judge_batch if is_judge else args.batch, tuple(name for name, *_ in parts)
         scored = torch.stack([cached(out, who, jobs, load, batch, metric) for _, _, who, load in parts])
+        judged += scored.flatten().tolist() if is_judge else []
         scored = (scored.sigmoid() if is_judge else scored).view(len(parts), -1, n)  # (parts, folders, n)
         scores = sum(weight * part for (_, weight, *_), part in zip(parts, scored))
         by_folder = dict(zip(folders, scores))
@@ -386,8 +399,9 @@ def main(args: Args):
     if args.judge:
         orders = list(permutations(folders, 2))
         jobs = [[x, y] for a, b in orders for x, y in zip(folders[a], folders[b])]
-        load = partial(judge_scorer, load_judge, PAIR, "A", "B")
+        load = partial(judge_scorer, load_judge, partial(unread.setdefault, "judge/quality"), PAIR, "A", "B")
         margins = cached(out, f"{asked} {PAIR}", jobs, load, judge_batch, "judge/quality")
+        judged += margins.tolist()
         verdicts = compare_pairs(folders, dict(zip(orders, margins.view(-1, n))), args.bootstrap)
 
     if args.real:
@@ -402,10 +416,14 @@ def main(args: Args):
 
     metrics, verdicts = json.loads(cli.to_json([metrics, verdicts]))  # with None for NaN, as in the file
     report = {"dirs": list(args.dirs), "n": n, "args": asdict(args), "metrics": metrics,
-              "pairs": {"judge/quality": verdicts} if verdicts else {}}
+              "pairs": {"judge/quality": verdicts} if verdicts else {}, "unread": unread}
     cli.write_files({out / "report.json": cli.to_json(report, indent=2) + "\n",
                      out / "report.png": draw_report(folders, metrics, verdicts)})
-    print(table(args.dirs, metrics, verdicts))
+    text, certain = table(args.dirs, metrics, verdicts, unread), sum(abs(x) == judge.CERTAIN for x in judged)
+    text += f"\n\nanswers without probabilities: {certain} of {sum(x == x for x in judged)}" if certain else ""
+    encoding = sys.stdout.encoding or "utf-8"
+    signs = {} if "↑".encode(encoding, "ignore") else {ord("↑"): "^", ord("↓"): "v"}  # that the terminal can show
+    print(text.translate(signs).encode(encoding, "replace").decode(encoding))
 
 
 if __name__ == "__main__":

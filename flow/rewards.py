@@ -243,28 +243,30 @@ def load_function(name: str, device: torch.device) -> Callable:
 
 def load_vlm(name: str, device: torch.device, question: str) -> Callable:
     """P(yes) of a vision-language model's answer to `question`, in which {prompt} is the picture's prompt."""
-    from flow.judge import http_judge, local_judge, read_answer  # here, so that other rewards run without that file
+    from flow import judge  # here, so that other rewards run without that file
 
     match = re.fullmatch(r"vlm:(?!https?://)([^@[]+)(?:@(https?://[^/]+/[^[]*))?", name)
     if not match:
-        raise InputError(f"--reward {name}: give vlm:MODEL, or for a server vlm:MODEL@http://HOST:PORT/v1; give its "
-                         "question as --vlm-question")
+        raise InputError(f"--reward {name}: give vlm:MODEL or vlm:MODEL@http://HOST:PORT/v1, and --vlm-question")
     model, url = match.groups()
-    ask = http_judge(url, model, flag="--reward vlm:") if url else local_judge(model, device, "--reward vlm:")
+    flag = "--reward vlm:"
+    ask = judge.http_judge(url, model, flag=flag) if url else judge.local_judge(model, device, flag)
+    notes = [f"note: --reward {name}: answers without probabilities count as certain: 0 or 1"]
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         questions = [question.replace("{prompt}", prompt) for prompt in prompts]
-        margins = []
-        with tempfile.TemporaryDirectory() as folder:  # a judge reads files
+        with tempfile.TemporaryDirectory() as folder:  # a judge reads files, 16 at once for the memory of a large one
             files = [[f"{folder}/{i}.png"] for i in range(len(images))]
             for image, (file,) in zip(images, files):
                 to_image(image).save(file)
-            for i in range(0, len(files), 16):  # 16 at once, for the memory of a large model
-                answers = ask(questions[i:i + 16], files[i:i + 16])
-                margins += [read_answer(answer, "yes", "no") for answer in answers]
-        for asked, margin in zip(questions, margins):
+            answers = [answer for i in range(0, len(files), 16) for answer in ask(questions[i:i + 16], files[i:i + 16])]
+        margins = [judge.read_answer(answer, "yes", "no") for answer in answers]
+        for asked, answer, margin in zip(questions, answers, margins):
             if math.isnan(margin):
-                raise InputError(f"--reward {name}: no answer, or neither yes nor no, to the question {asked!r}")
+                said = repr(answer[0][0]) if answer else "nothing"
+                raise InputError(f"--reward {name}: neither yes nor no but {said} came to the question {asked!r}")
+        while url and notes and judge.CERTAIN in map(abs, margins):
+            print(notes.pop())
         return torch.tensor(margins).sigmoid()
 
     if not url:

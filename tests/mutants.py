@@ -33,6 +33,8 @@ TESTS = {  # name: files and -k of pytest. A mutant lists the names of those tha
     "files": "tests/test_lora.py -k 'metadata or each_format or warm_start or conversion or ends_another'",
     "processes": "tests/test_distributed.py -k 'everything_once or in_order or summed'",
     "two": "tests/test_distributed.py -k two_processes",
+    "judge": "tests/test_judge.py",
+    "judged": "tests/test_eval_judge.py -k 'probabilities or not_read'",
 }
 MUTANTS = [  # file, old text (once in it), new text, tests
     # the seven
@@ -140,6 +142,12 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/rewards.py", "sorted(others, key=str))", "[])", "dicts"),
     ("flow/judge.py", "0 if wanted in found else ", "", "ocr"),
     ("flow/rewards.py", "clip.head(out.image_embeds)", "clip.head(out.text_embeds)", "ocr"),
+    # the judge, the detector
+    ("flow/judge.py", "top.append((text, own if own > -100 else math.nan))", "pass", "judge"),
+    ("flow/judge.py", "max((end.end() for end in CLOSES.finditer(text)), default=0)", "0", "judge"),
+    ("flow/judge.py", "jobs[:0 if \"\" in told else 3]", "jobs[:0]", "judge"),
+    ("flow/judge.py", "else logits.sigmoid()", "else logits.softmax(1)", "judge"),
+    ("eval_judge.py", "abs(x) == judge.CERTAIN", "abs(x) > 20", "judged"),
     # the log
     ("flow/distributed.py", "(t * BINS).long()", "(t * BINS).round().long()", "awm"),
     ("train_awm.py", "square - mean ** 2", "square - 1", "awm"),

@@ -43,7 +43,8 @@ SHORTER = {
     "eval_judge.py": "",
 }
 # flags of no script's Args
-FOREIGN = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir"}
+FOREIGN = {"--help", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir", "--host",
+           "--port", "--generation-config"}
 
 # files of the user's and of other people's trainers
 OTHERS = {"file.py", "my_reward.py", "ask_server.py", "train_dreambooth_lora_sd3.py", "train_sd3_dpo.py",

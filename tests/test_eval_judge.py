@@ -1,12 +1,17 @@
 """Tests of eval_judge.py: folders compared by rewards, judge, detector and distance; its report."""
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from pathlib import Path
 from threading import Lock
 
@@ -212,6 +217,104 @@ def test_faults_of_the_server_are_counted(base_and_lora, judge_server, tmp_path,
     assert len(asked) == before + 6 + 2 * 6
     assert whole["pairs"]["judge/quality"][f"{base_and_lora[0]} vs {base_and_lora[1]}"]["nan"] == 0
     assert all(m["nan"] == 0 for scores in whole["metrics"].values() for m in scores.values())
+
+
+def test_answers_without_probabilities_are_counted(folders, tmp_path, capsys):
+    """Also those of an earlier run; not those with probabilities or those that are not read."""
+    def reply(path, headers, request):
+        question = request["messages"][0]["content"][-1]["text"]
+        if question == OVERALL:
+            return 200, json.dumps(answer({"yes": 1.0, "I": 1e-12})).encode()  # certain, but with probabilities
+        said = "A" if question == eval_judge.PAIR else "Well" if "artifacts" in question else "No"
+        return 200, json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+    with serve(reply) as url:
+        for _ in range(2):
+            report = compare(*folders, judge=url, out=tmp_path / "out")
+            # 6 pictures and 5 questions, of which "artifacts" has no answer, and 3 pairs in both orders
+            assert "\nanswers without probabilities: 24 of 30" in capsys.readouterr().out
+    means = {name: m[folders[0]]["mean"] for name, m in report["metrics"].items()}
+    assert means["judge/oversaturation"] == pytest.approx(0, abs=1e-6)
+    assert means["judge/overall"] == pytest.approx(1, abs=1e-6)
+    assert means["judge/artifacts"] is None and report["unread"]["judge/artifacts"] == ", such as `'Well'`"
+
+
+def test_an_answer_that_is_not_read_is_shown(tmp_path, capsys):
+    """Beside the number, if there are more than a tenth of such answers."""
+    dirs, unread = [render_folder(tmp_path / name, 20, name, 1.0) for name in ("blur", "noise")], set()
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(dirs[0]).glob("0*.png"))]
+
+    def reply(path, headers, request):
+        *parts, question = request["messages"][0]["content"]
+        urls = [part["image_url"]["url"].partition(",")[2] for part in parts if part["type"] == "image_url"]
+        if {hashlib.sha256(base64.b64decode(url)).hexdigest() for url in urls} & unread:
+            said = json.dumps(answer({"I|you": 0.9, "it": 0.1})).encode()
+            return (400, b"") if question["text"] == OVERALL else (200, said)
+        return 200, json.dumps(answer({"A": 0.6} if question["text"] == eval_judge.PAIR else {"yes": 0.6})).encode()
+    with serve(reply) as url:
+        unread |= set(hashes[:2])
+        compare(*dirs, judge=url, out=tmp_path / "two")
+        text = capsys.readouterr().out
+        assert text.count("(2 of 20 not read)") == 5 and "such as" not in text and "| 0 | 18 | 0 | 2 |" in text
+        unread |= {hashes[2]}
+        compare(*dirs, judge=url, out=tmp_path / "three")
+        text = capsys.readouterr().out
+        assert text.count("(3 of 20 not read, such as `'I\\|you'`)") == 4
+        assert "(3 of 20 not read, as no answer came)" in text and "| 0 | 17 | 0 | 3, such as `'I\\|you'` |" in text
+
+
+def test_judge_extra(folders, server, tmp_path, capsys):
+    """It goes into each request; with another one the server is asked again."""
+    url, _, asked = server
+    for extra, count in ((None, 36), ('{"max_tokens": 9}', 72), ('{"max_tokens": 9}', 78)):  # pairs are not read here
+        compare(*folders, judge=url, judge_extra=extra, out=tmp_path / "out")
+        assert len(asked) == count and asked[-1][1]["max_tokens"] == (9 if extra else 1)
+    refuses(capsys, lambda: compare(*folders, judge="tiny/judge", judge_extra="{}", out=tmp_path / "out"),
+            "--judge-extra", "--judge http://HOST:PORT/v1")
+    refuses(capsys, lambda: compare(*folders, judge=url, judge_extra="[1]", out=tmp_path / "out"), "--judge-extra [1]")
+
+
+@pytest.mark.parametrize("encoding, sign", [("ascii", "^"), ("cp1252", "^"), ("cp437", "^"), ("utf-8", "↑")])
+def test_the_table_is_printed_by_any_terminal(tmp_path, monkeypatch, encoding, sign):
+    (tmp_path / "bright.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    folder = render_folder(tmp_path / "ł", n=4)
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    compare(folder, reward=(f"{tmp_path}/bright.py:f",), out=tmp_path / "out")
+    out.flush()
+    name = folder if encoding == "utf-8" else folder.replace("ł", "?")
+    printed = out.buffer.getvalue().decode(encoding)
+    assert f"| metric | {name} |" in printed and f"| reward/bright.py:f {sign} |" in printed
+
+
+def test_a_real_server(folders, tmp_path):
+    """`transformers serve` answers in words, those of the judge in this process."""
+    pytest.importorskip("uvicorn", reason="needs pip install transformers[serving]")
+    pytest.importorskip("fastapi", reason="needs pip install transformers[serving]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", "tiny/judge",
+               "--host", "127.0.0.1", "--port", str(port)]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(120):
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"{url}/health", timeout=5)
+                    break
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+            there = compare(*folders, judge=f"{url}/v1", judge_model="tiny/judge", out=tmp_path / "there")
+        finally:
+            process.terminate()
+    here = compare(*folders, judge="tiny/judge", out=tmp_path / "here")
+    verdict, same = there["pairs"]["judge/quality"], here["pairs"]["judge/quality"]
+    for name in verdict:
+        assert [verdict[name][k] for k in ("win", "tie", "loss", "nan")] == [
+            same[name][k] for k in ("win", "tie", "loss", "nan")]
+    for name in eval_judge.SINGLE:
+        for folder in folders:
+            assert there["metrics"][f"judge/{name}"][folder]["nan"] == 0
 
 
 def test_forensic_tells_renders_from_samples(tmp_path):

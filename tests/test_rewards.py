@@ -356,9 +356,23 @@ def test_a_vlm_reward_without_an_answer(server, capsys):
     url, replies, _ = server
     reward = load_reward(f"vlm:m@{url}", CPU)
     replies += [(200, answer({"Well": 1.0}))]
-    refuses(capsys, lambda: reward(renders(1), ["a red star"]), "--reward vlm:m", "neither yes nor no", "a red star")
+    refuses(capsys, lambda: reward(renders(1), ["a red star"]), "--reward vlm:m", "neither yes nor no", "'Well'",
+            "a red star")
+    replies += [(200, {"choices": [{"message": {"content": "", "reasoning_content": "Yes, but"}}]})]
+    refuses(capsys, lambda: reward(renders(1), ["a red star"]), f"--reward vlm: {url}",
+            "thinks first (<think>Yes, but)")
     replies += [(404, {})]
     refuses(capsys, lambda: reward(renders(1), ["a red star"]), f"--reward vlm: {url}", "404")
+
+
+def test_a_vlm_reward_without_probabilities_says_so_once(server, capsys):
+    url, replies, _ = server
+    replies += [(200, {"choices": [{"message": {"content": text}}]}) for text in ("Yes", "yes", "No", "Yes.")]
+    reward = load_reward(f"vlm:m@{url}", CPU)
+    assert all(score in (0, 1) for score in reward(renders(2), ["a", "b"]).round(decimals=6).tolist())
+    assert sorted(reward(renders(2), ["a", "b"]).round(decimals=6).tolist()) == [0, 1]
+    printed = capsys.readouterr()
+    assert printed.out.count("without probabilities") == 1 and not printed.err
 
 
 def test_vlm_specs_that_are_refused(capsys):
