@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
 from flow.cli import InputError, loading, on_error
 from flow.distributed import base_dtype
-from flow.pictures import to_image
+from flow.pictures import encode, open_picture, to_image
 
 Answer = list[tuple[str, float]]
 
@@ -58,7 +58,7 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
 
     @torch.no_grad()
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
-        images = [[{"type": "image", "image": Image.open(file).convert("RGB")} for file in files] for files in pictures]
+        images = [[{"type": "image", "image": open_picture(file)} for file in files] for files in pictures]
         questions = [question] * len(pictures) if isinstance(question, str) else question
         inputs = processor.apply_chat_template(
             list(map(messages, questions, images)), add_generation_prompt=True, tokenize=True, return_dict=True,
@@ -70,6 +70,16 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
         return [list(zip(*answer)) for answer in zip(tokens, top.values.tolist())]
     ask.model = model
     return ask
+
+
+def data_url(file: str) -> str:
+    """A picture as servers take it: a PNG, JPEG or WebP that all programs show alike as it is, anything else as PNG."""
+    with Image.open(file) as opened:
+        is_plain = opened.mode in ("L", "RGB") and not opened.has_transparency_data
+        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        kind = opened.format if is_plain and not is_turned and opened.format in ("PNG", "JPEG", "WEBP") else None
+    content = Path(file).read_bytes() if kind else encode(open_picture(file))
+    return f"data:image/{(kind or 'PNG').lower()};base64,{base64.b64encode(content).decode()}"
 
 
 def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, flag: str = "--judge") -> Callable:
@@ -88,8 +98,7 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
     def request(question: str, files: list[str]) -> Answer:
         if refusals:  # it would refuse all others too
             return []
-        images = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
-        parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
+        parts = [{"type": "image_url", "image_url": {"url": data_url(file)}} for file in files]
         try:
             choice = client.chat.completions.create(messages=messages(question, parts), **options).choices[0]
             if not choice.logprobs:  # the server gives only the word: take it as certain
@@ -136,7 +145,7 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
 
     @torch.no_grad()
     def score(files: list[str]) -> Tensor:
-        inputs = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt").to(device)
+        inputs = processor([open_picture(file) for file in files], return_tensors="pt").to(device)
         return net(**inputs).logits.softmax(1)[:, real].sum(1).cpu()
     return score
 
