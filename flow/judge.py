@@ -6,7 +6,6 @@ A vision-language judge is a function ask(question, [[file, ...], ...]) -> [answ
 """
 import base64
 import contextlib
-import io
 import json
 import math
 import os
@@ -19,13 +18,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
 from flow.cli import InputError, loading, on_error, progress
 from flow.distributed import base_dtype
-from flow.pictures import to_image
+from flow.pictures import encode, open_picture, to_image
 
 Answer = list[tuple[str, float]]
 CERTAIN = -math.log(1e-9)  # what read_answer gives, or minus that, for an answer without probabilities
@@ -62,7 +61,7 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
 
     @torch.no_grad()
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
-        images = [[{"type": "image", "image": Image.open(file).convert("RGB")} for file in files] for files in pictures]
+        images = [[{"type": "image", "image": open_picture(file)} for file in files] for files in pictures]
         questions = [question] * len(pictures) if isinstance(question, str) else question
         inputs = processor.apply_chat_template(
             list(map(messages, questions, images)), add_generation_prompt=True, tokenize=True, return_dict=True,
@@ -143,13 +142,13 @@ def server_words(text: str) -> str:
 
 
 def data_url(file: str) -> str:
-    """A picture's file as servers take it: PNG, JPEG and WebP as they are, anything else as PNG."""
-    picture, content = Image.open(file), io.BytesIO(Path(file).read_bytes())
-    kind = picture.format
-    if kind not in ("PNG", "JPEG", "WEBP") or picture.mode not in ("L", "RGB"):
-        kind, content = "PNG", io.BytesIO()
-        picture.convert("RGB").save(content, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
+    """A picture as servers take it: a PNG, JPEG or WebP that all programs show alike as it is, anything else as PNG."""
+    with Image.open(file) as opened:
+        is_plain = opened.mode in ("L", "RGB") and not opened.has_transparency_data
+        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        kind = opened.format if is_plain and not is_turned and opened.format in ("PNG", "JPEG", "WEBP") else None
+    content = Path(file).read_bytes() if kind else encode(open_picture(file))
+    return f"data:image/{(kind or 'PNG').lower()};base64,{base64.b64encode(content).decode()}"
 
 
 def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, flag="--judge", extra="{}") -> Callable:
@@ -264,7 +263,7 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
 
     @torch.no_grad()
     def score(files: list[str]) -> Tensor:
-        inputs = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt").to(device)
+        inputs = processor([open_picture(file) for file in files], return_tensors="pt").to(device)
         logits, kind = net(**inputs).logits.cpu(), net.config.problem_type
         if logits.shape[1] > 1 and kind not in ("multi_label_classification", "regression"):
             return logits.softmax(1)[:, real].sum(1)

@@ -32,6 +32,8 @@ TESTS = {  # name: files and -k of pytest. A mutant lists the names of those tha
     "precision": "tests/test_lora.py -k 'merged or swapped or draws'",
     "files": "tests/test_lora.py -k 'metadata or each_format or warm_start or conversion or ends_another'",
     "processes": "tests/test_distributed.py -k 'everything_once or in_order or summed'",
+    "pictures": "tests/test_pictures.py",
+    "folders": "tests/test_eval_judge.py -k 'others or prompts_of or fewer or named_after or stands_alone'",
     "two": "tests/test_distributed.py -k two_processes",
     "judge": "tests/test_judge.py",
     "judged": "tests/test_eval_judge.py -k 'probabilities or not_read'",
@@ -156,6 +158,14 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("train_nft.py", "(v.detach() - v_old).square()", "(v.detach() - v_old).abs()", "nft"),
     ("train_dpo.py", "\"accuracy\": weight *", "\"accuracy\": differ_b *", "dpo"),
     ("train_dpo.py", "\"margin\": weight * logit", "\"margin\": logit", "dpo"),
+    # pictures and folders
+    ("flow/pictures.py", "values >> 8", "values", "pictures"),
+    ("flow/pictures.py", "        elif on_white:\n", "        elif False:\n", "pictures"),
+    ("flow/pictures.py", "ImageOps.exif_transpose(opened)", "opened", "pictures"),
+    ("flow/pictures.py", ".replace(\"<\", \"\\\\u003c\")", "", "folders"),
+    ("flow/pictures.py", "kind not in SUFFIXES", "0", "pictures"),
+    ("eval_judge.py", "key=natural)", "key=str)", "folders"),
+    ("eval_judge.py", "and len(known) >= 8", "", "folders"),
 ]
 
 

@@ -314,7 +314,7 @@ eval_judge | a b --embed missing --real b --reward --forensic --judge none | --e
 eval_judge | | folders
 eval_judge | a missing | missing no such folder
 eval_judge | a odd/empty.txt | odd/empty.txt folder
-eval_judge | a odd/folder | odd/folder samples.jsonl
+eval_judge | a odd/folder | odd/folder no picture
 eval_judge | a outs/jsonl-garbage | outs/jsonl-garbage samples.jsonl
 eval_judge | a outs/cut | 00001.png
 eval_judge | a outs/gone | 00001.png

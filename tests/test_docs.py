@@ -88,7 +88,7 @@ def test_the_commands_run_one_after_the_other_and_so_does_plain_diffusers(tmp_pa
         module = importlib.import_module(Path(script).stem)
         monkeypatch.setattr(sys, "argv", [script, *words, *SHORTER[script].split()])
         module.main(cli.parse(module.Args, module.__doc__))
-    assert "| judge/overall" in capsys.readouterr().out and Path("runs/eval/report.png").is_file()
+    assert "| judge/overall" in capsys.readouterr().out and Path("runs/eval-base-guarded/report.png").is_file()
     plain = block("README.md", "import torch\nfrom diffusers")
     assert "dtype=torch.float32" in plain
     exec(plain, {})
