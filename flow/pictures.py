@@ -294,6 +294,7 @@ def plot_curves(out: Path, guidance: float | None = None):
         along: {f"epoch {epoch}": enumerate(ratios) for epoch, ratios in shown}}
     for title, curves in panels.copy().items():
         points = {label: [point for point in curve if None not in point] for label, curve in curves.items()}
+        # at most 1000 points, counted from the last
         panels[title] = {label: curve[::-len(curve) // 1000] for label, curve in points.items() if curve}
     panels = {title: curves for title, curves in panels.items() if curves}  # what is not drawn has no panel
     n = len(panels)
