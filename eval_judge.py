@@ -4,18 +4,19 @@
     python eval_judge.py A B --reward pickscore hpsv2.1 --judge Qwen/Qwen2.5-VL-7B-Instruct --forensic DETECTOR
     python eval_judge.py A B --judge http://localhost:8000/v1 --judge-model Qwen/Qwen2.5-VL-7B-Instruct   # vLLM, OpenAI
 
-A and B are folders that sample.py wrote with the same prompts and seeds, so that their pictures form pairs. Prints a
-Markdown table and writes report.json and report.png. Means have 95 % bootstrap intervals over prompts.
+A and B are folders that sample.py wrote with the same prompts and seeds, so that their pictures form pairs, or folders
+of any pictures, paired by file name (--prompts if a metric needs their prompts). Prints a Markdown table and writes
+report.json, report.png and report.html. Means have 95 % bootstrap intervals over prompts.
 
-    reward/NAME      mean score of a reward
+    reward/NAME      mean score of a reward; of a sum also each part's mean and deviation
     judge/quality    how often the judge prefers a folder's picture to its pair in another folder, asked in both orders;
                      if the two answers disagree, it is a tie
     judge/QUESTION   mean P(yes) of the judge's answer to a question about one picture
     forensic/NAME    mean P(real) of a detector, such as Organika/sdxl-detector
     fd/NAME          Frechet distance to the pictures of --real
 
-An answer that cannot be read counts as "not read" and has no score. Scores are kept in OUT/scores.jsonl: a second run
-computes only those that are missing.
+An answer that cannot be read counts as "not read" and has no score; one without probabilities counts as certain. Scores
+are kept in OUT/scores.jsonl: a second run computes only those that are missing.
 """
 import os
 
@@ -24,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "700")  # before torch is imported: idle
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -40,7 +42,8 @@ from torch import Tensor
 
 from flow import cli, judge
 from flow.distributed import base_dtype
-from flow.pictures import grid, load_pictures, png, read_folder
+from flow.pictures import grid, load_pictures, natural, page, png, read_folder
+from flow.prompts import read_prompts
 from flow.rewards import VLM_QUESTION, load_reward, reward_model, short_reward, split_reward
 
 # The judge's questions. Only the probability of the answer's first word is used.
@@ -55,6 +58,7 @@ SINGLE = {
     "overall": "Is this picture, all in all, of good quality, natural and free of defects? Answer yes or no.",
 }
 
+REPORTS = "report.json", "report.png", "report.html"
 SERVERS = ("http://", "https://")
 OTHERS = "; move it, or give another --out"  # what to do with a file that is not this script's
 Folders = dict[str, list[dict]]  # folder: its rows, as read_folder gives them
@@ -62,13 +66,15 @@ Folders = dict[str, list[dict]]  # folder: its rows, as read_folder gives them
 
 @dataclass
 class Args:
-    dirs: Annotated[tuple[str, ...], tyro.conf.Positional]  # folders of sample.py; the others are compared to the first
-    # rewards: pickscore, hpsv2.1, clipscore, a CLIPModel folder or hub id, file.py:function, vlm:MODEL, or a sum
+    dirs: Annotated[tuple[str, ...], tyro.conf.Positional]  # folders of pictures; the others are compared to the first
+    prompts: str | None = None  # file of prompts, one per picture in the order of their names, if sample.py wrote none
+    # rewards: pickscore, hpsv2.1, clipscore, aesthetic, ocr, a CLIPModel, file.py:function, vlm:MODEL, or a sum
     reward: tuple[str, ...] = ("tiny/pickscore",)
     vlm_question: str | None = None  # what vlm:MODEL asks; {prompt} is the picture's (None: does it show the prompt?)
     # vision-language model: a folder, a hub id or a server http://HOST:PORT/v1 (OpenAI's API); none for no judge
     judge: str | None = "tiny/judge"
     judge_model: str | None = None  # name of the model on that server
+    judge_extra: str | None = None  # JSON for each request, such as {"max_tokens": 2000} for a model that thinks first
     judge_timeout: float = 60.0  # seconds after which a request to the server has failed
     judge_retries: int = 3  # how often a failed request is sent again
     judge_concurrency: int = 8  # requests sent at once
@@ -78,39 +84,60 @@ class Args:
     embed: str = "tiny/embed"  # network whose features the Frechet distance compares: a folder or hub id
     batch: int = 16  # pictures scored at once
     bootstrap: int = 2000  # resamples for the 95 % intervals
-    out: str = "runs/eval"  # folder for report.json, report.png and scores.jsonl
+    out: str | None = None  # folder for report.* and scores.jsonl (None: runs/eval-A-B for the folders A and B)
 
 
-def pair_folders(dirs: tuple[str, ...]) -> Folders:
-    """Each folder's rows for the prompts and seeds that all folders have, in the first folder's order."""
+def pair_folders(dirs: tuple[str, ...], prompts: str | None) -> tuple[Folders, str]:
+    """Each folder's rows for the pictures that all folders have, in the first folder's order, and a note if these are
+    fewer than half. Pairs have one prompt and seed; or, with the file `prompts` or if sample.py did not write all
+    folders, one file name. Then prompts are those of `prompts`, for all names in natural order, or of sample.py."""
     if not dirs:
-        raise cli.InputError("give the folders to compare, as sample.py writes them, before the flags")
+        raise cli.InputError("give the folders to compare before the flags")
     for a, b in combinations(dirs, 2):
         if Path(a).resolve() == Path(b).resolve():
             raise cli.InputError(f"{a} and {b}: are one folder, given twice")
-    by_key = {d: {row["key"]: row for row in read_folder(d)} for d in dirs}
+    read = {d: read_folder(d) for d in dirs}
+    by_name = prompts or not all(rows[0]["prompt"] for rows in read.values())
+    if by_name:
+        names = sorted({row["name"] for row in chain(*read.values())}, key=natural)
+        sources = dict(zip(names, given := read_prompts(prompts, "--prompts") if prompts else []))
+        if prompts and len(given) != len(names):
+            raise cli.InputError(f"--prompts {prompts}: {len(given)} prompts for {len(names)} names; give one for each")
+        for row in sorted(chain(*read.values()), key=lambda row: not row["prompt"]):  # first those that have one
+            source = sources.setdefault(row["name"], row)
+            if row["prompt"] not in ("", source["prompt"]):
+                raise cli.InputError(f"{row['file']}: another prompt is given for this name, in --prompts or a folder")
+            row |= {"key": row["name"], "prompt": source["prompt"], "metadata": source["metadata"]}
+    by_key = {d: {row["key"]: row for row in rows} for d, rows in read.items()}
     common = [key for key in by_key[dirs[0]] if all(key in rows for rows in by_key.values())]
     if not common:
-        raise cli.InputError(f"{dirs[0]}: no prompt and seed is in all folders; sample with the same --n and --seed")
+        raise cli.InputError(f"{dirs[0]}: no {'name' if by_name else 'prompt and seed'} is in all folders; sample with "
+                             "the same --n and --seed")
     for d, rows in by_key.items():
         if len(common) < len(rows):
             print(f"note: {len(common)} of the {len(rows)} pictures in {d} are in all folders; the others are left out")
+    most = max(map(len, by_key.values()))
+    note = f"Only {len(common)} of up to {most} pictures a folder are in all folders." if 2 * len(common) < most else ""
     folders = {d: [rows[key] for key in common] for d, rows in by_key.items()}
     size = folders[dirs[0]][0]["size"]
     for row in chain(*folders.values()):
         if row["size"] != size:
             raise cli.InputError(f"{row['file']}: has the size {row['size']}, others {size}; compare one size")
-    return folders
+    return folders, note
 
 
-def check_out(out: Path):
-    """Raise InputError if a file that this script would overwrite was written by another."""
+def check_out(out: Path, dirs: tuple[str, ...]):
+    """Raise InputError if a file that this script would overwrite was written by another, or compares other folders."""
     read_scores(out / "scores.jsonl")
-    for file in (out / "report.json", out / "report.png"):
-        if file.exists():
-            with cli.on_error(f"{file}: was not written by eval_judge.py", OTHERS):
-                report = json.loads((out / "report.json").read_text())
-                report["dirs"], report["metrics"], report["pairs"]
+    for file in filter(Path.exists, (out / name for name in REPORTS)):
+        with cli.on_error(f"{file}: was not written by eval_judge.py", OTHERS):
+            report = json.loads((out / "report.json").read_text())
+            compared = {Path(d).resolve() for d in report["dirs"]}
+            report["metrics"], report["pairs"]
+            if file.suffix == ".html" and "eval_judge.py" not in file.read_text():
+                raise ValueError("another page")
+        if compared != {Path(d).resolve() for d in dirs}:
+            raise cli.InputError(f"{file}: compares {' and '.join(report['dirs'])}{OTHERS}")
 
 
 def read_scores(file: Path) -> dict[str, float]:
@@ -161,7 +188,7 @@ def cached(out: Path, who: str, jobs: list[list[dict]], load: Callable, batch: i
 
 
 def summary(values: Tensor, prompts: list[str], draws: int) -> dict:
-    """Mean of the values (n,) that are not NaN, the number of NaN, and a 95 % bootstrap interval of the mean. Prompts,
+    """Mean of the values (n,) that are not NaN, the number of NaN, and a 95 % bootstrap interval of 8 or more. Prompts,
     each with all its pictures, are resampled `draws` times (pictures, if all have one prompt), with a fixed seed."""
     units = prompts if len(set(prompts)) > 1 else list(range(len(prompts)))
     known = (~values.isnan()).nonzero().flatten().tolist()
@@ -169,7 +196,7 @@ def summary(values: Tensor, prompts: list[str], draws: int) -> dict:
     mean = values.mean().item() if known else None
     result = {"mean": mean, "lo": None, "hi": None, "n": len(known), "nan": len(prompts) - len(known)}
     index = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
-    if len(index) > 1:
+    if len(index) > 1 and len(known) >= 8:
         where = torch.tensor([index[unit] for unit in units])
         sums, counts = torch.bincount(where, weights=values), torch.bincount(where)  # (units,)
         drawn = torch.randint(len(index), (draws, len(index)), generator=torch.Generator().manual_seed(0))
@@ -190,16 +217,17 @@ def compare_pairs(folders: Folders, margins: dict[tuple[str, str], Tensor], draw
         score = (0.5 + 0.5 * win.double() - 0.5 * loss.double()).where(~unread, torch.nan)
         rate = summary(score, [row["prompt"] for row in folders[a]], draws)
         verdicts[f"{a} vs {b}"] = {
-            "win": int(win.sum()), "tie": int((score == 0.5).sum()), "loss": int(loss.sum()), "nan": rate["nan"],
-            "rate": rate["mean"], "lo": rate["lo"], "hi": rate["hi"],
+            "win": int(win.sum()), "tie": int((score == 0.5).sum()), "loss": int(loss.sum()), "n": rate["n"],
+            "nan": rate["nan"], "rate": rate["mean"], "lo": rate["lo"], "hi": rate["hi"],
             "margin": None if unread.all() else margin[~unread].mean().item()}
     return verdicts
 
 
 # Each scorer loads a model and returns a function that scores a list of jobs, as `cached` takes it.
 
-def reward_scorer(spec: str, device: torch.device, question: str | None) -> Callable:
+def reward_scorer(spec: str, device: torch.device, question: str | None, rows: list[dict]) -> Callable:
     reward = load_reward(spec, device, question=question)
+    reward.check_prompts(rows)
     return lambda jobs: reward(load_pictures([row["file"] for [row] in jobs]),
                                [row["prompt"] for [row] in jobs], [row["metadata"] for [row] in jobs]).tolist()
 
@@ -209,12 +237,15 @@ def detector_scorer(name: str, real_label: str | None, device: torch.device) -> 
     return lambda jobs: detector([row["file"] for [row] in jobs]).tolist()
 
 
-def judge_scorer(load_judge: Callable, question: str, first: str, second: str) -> Callable:
+def judge_scorer(load_judge: Callable, keep_unread: Callable, question: str, first: str, second: str) -> Callable:
     ask = load_judge()
 
     def score(jobs: list[list[dict]]) -> list[float]:
         answers = ask(question, [[row["file"] for row in job] for job in jobs])
-        return [judge.read_answer(answer, first, second) for answer in answers]  # log P(first) - log P(second)
+        margins = [judge.read_answer(answer, first, second) for answer in answers]  # log P(first) - log P(second)
+        for answer in (answer for answer, margin in zip(answers, margins) if answer and math.isnan(margin)):
+            keep_unread(f", such as `{answer[0][0]!r}`".replace("|", "\\|"))
+        return margins
     return score
 
 
@@ -222,10 +253,9 @@ def distance_scorer(name: str, real_rows: list[dict], device: torch.device, batc
     embed = judge.load_embed(name, device)
 
     def features(rows: list[dict]) -> Tensor:
-        parts = []
-        for i in cli.progress(range(0, len(rows), batch), desc="features", leave=False):
-            parts.append(judge.embed_images(embed, [load_pictures([row["file"]])[0] for row in rows[i:i + batch]]))
-        return torch.cat(parts)
+        starts = cli.progress(range(0, len(rows), batch), desc="features", leave=False)
+        pictures = ([load_pictures([row["file"]])[0] for row in rows[i:i + batch]] for i in starts)
+        return torch.cat([judge.embed_images(embed, some) for some in pictures])
 
     real = features(real_rows)
     return lambda jobs: [judge.frechet_distance(features(job), real) for job in jobs]
@@ -243,75 +273,66 @@ def short_names(names: tuple[str, ...], shorten: Callable = os.path.basename) ->
     return short if len(set(short)) == len(short) else list(names)
 
 
-def table(dirs: tuple[str, ...], metrics: dict, verdicts: dict) -> str:
-    """The report in Markdown."""
-    lines = ["| metric | " + " | ".join(dirs) + " |", "|---|" + "---|" * len(dirs)]
+def table(dirs: tuple[str, ...], metrics: dict, verdicts: dict, note: str, unread: dict[str, str]) -> str:
+    """The report in Markdown. Each number stands with the number n of pictures that it is of and, if more than a tenth
+    of the judge's answers are not read, with the one in `unread`."""
+    lines = [note, ""] * bool(note) + ["| metric | " + " | ".join(dirs) + " |", "|---|" + "---|" * len(dirs)]
     for name, scores in metrics.items():
         cells = []
         for m in (scores[d] for d in dirs):
             cell = "-" if m["mean"] is None else f"{m['mean']:.4f}"
             cell += "" if m["lo"] is None else f" [{m['lo']:.4f}, {m['hi']:.4f}]"
-            cell += f" ({m['nan']} of {m['n'] + m['nan']} not read)" if m["nan"] else ""
+            cell += f", n {m['n']}" + (f" to {m['n_real']}" if "n_real" in m else "")
+            such_as = unread.get(name, ", as no answer came") if m["nan"] > 0.1 * (m["n"] + m["nan"]) else ""
+            cell += f" ({m['nan']} of {m['n'] + m['nan']} not read{such_as})" if m["nan"] else ""
             cells.append(cell)
         lines.append(f"| {name} {arrow(name)} | " + " | ".join(cells) + " |")
+        for part in scores[dirs[0]].get("parts", ()):
+            cells = [["-" if x is None else f"{x:.4f}" for x in scores[d]["parts"][part].values()] for d in dirs]
+            lines.append(f"| of it: {part} | " + " | ".join(f"{mean} (deviation {std})" for mean, std in cells) + " |")
     if verdicts:
         lines += ["", "| judge/quality | win | tie | loss | not read | rate |", "|---|---|---|---|---|---|"]
     for name, v in verdicts.items():
         rate = "-" if v["rate"] is None else f"{v['rate']:.3f}"
-        rate += "" if v["lo"] is None else f" [{v['lo']:.3f}, {v['hi']:.3f}]"
-        lines.append(f"| {name} | {v['win']} | {v['tie']} | {v['loss']} | {v['nan']} | {rate} |")
+        rate += ("" if v["lo"] is None else f" [{v['lo']:.3f}, {v['hi']:.3f}]") + f", n {v['n']}"
+        such_as = unread.get("judge/quality", ", as no answer came") if v["nan"] > 0.1 * (v["n"] + v["nan"]) else ""
+        lines.append(f"| {name} | {v['win']} | {v['tie']} | {v['loss']} | {v['nan']}{such_as} | {rate} |")
     return "\n".join(lines)
 
 
-def draw_report(folders: Folders, metrics: dict, verdicts: dict) -> bytes:
-    """A PNG: each folder's pictures, a bar chart per metric, the judge's verdicts."""
-    names, colours = short_names(tuple(folders)), [f"C{i}" for i in range(len(folders))]
-    columns = min(5, len(metrics))
-    rows = -(-len(metrics) // columns)
-    heights = [1.2 * len(names), rows * (0.22 * len(names) + 0.6), 0.3 * len(verdicts) + 0.4][:3 if verdicts else 2]
-    figure = Figure(figsize=(13, sum(heights) + 0.3), layout="constrained")
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-    draw_pictures(parts[0].subplots(), folders, names)
-    charts = parts[1].subplots(rows, columns, squeeze=False, sharey=True).flatten()
-    for axis, (name, scores) in zip(charts, metrics.items()):
-        mean, lo, hi = np.array([[scores[d][k] for k in ("mean", "lo", "hi")] for d in folders], dtype=float).T
-        axis.barh(names, mean, xerr=np.nan_to_num([mean - lo, hi - mean]).clip(0), height=0.75, color=colours)
-        unread = sum(score["nan"] for score in scores.values())
-        axis.set_title(f"{name} {arrow(name)}" + (f" ({unread} not read)" if unread else ""), fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.locator_params("x", nbins=5)
-    charts[0].invert_yaxis()
-    for axis in charts[len(metrics):]:
-        axis.set_visible(False)
+def draw_report(folders: Folders, metrics: dict, verdicts: dict, note: str) -> bytes:
+    """A PNG: each folder's pictures of up to 12 prompts, and a bar chart per metric and of the judge's verdicts."""
+    names, prompts = short_names(tuple(folders)), [row["prompt"] for row in next(iter(folders.values()))]
+    first = [prompts.index(prompt) for prompt in list(dict.fromkeys(prompts))[:12]]
+    first = first if len(first) > 1 else list(range(len(prompts)))[:12]
+    charts = {f"{name}\n{'higher' if arrow(name) == '↑' else 'lower'} is better": dict(zip(names, scores.values()))
+              for name, scores in metrics.items()}  # title: {label: its mean and interval}
     if verdicts:
-        draw_verdicts(parts[2].subplots(), verdicts, [f"{a} vs {b}" for a, b in combinations(names, 2)])
-    return png(figure, 130)
-
-
-def draw_pictures(axis, folders: Folders, names: list[str], columns: int = 12):
-    """A row per folder, a column per prompt: the prompt's first picture."""
-    prompts = [row["prompt"] for row in next(iter(folders.values()))]
-    first = [prompts.index(prompt) for prompt in list(dict.fromkeys(prompts))[:columns]]
+        charts["judge/quality (win, tie, loss)\nrate of the first"] = {
+            f"{a} vs {b}\n{v['win']}, {v['tie']}, {v['loss']}": {**v, "mean": v["rate"]}
+            for (a, b), v in zip(combinations(names, 2), verdicts.values())}
+    rows = -(-len(charts) // 5)
+    heights = 1.2 * len(names), rows * (0.22 * max(map(len, charts.values())) + 0.9)
+    figure = Figure(figsize=(13, sum(heights) + 0.3), layout="constrained")
+    figure.suptitle(f"{note} Black lines: 95 % intervals.".strip(), fontsize=9)
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
     pictures = load_pictures([rows[i]["file"] for rows in folders.values() for i in first])
     sheet = grid(pictures, len(first), [prompts[i] for i in first] * len(names))  # one image: axes are slow to draw
+    axis = top.subplots()
     axis.imshow(sheet)
-    axis.set_yticks([(i + 0.5) * sheet.height / len(names) for i in range(len(names))], names, fontsize=9)
-    axis.set_xticks([])
-
-
-def draw_verdicts(axis, verdicts: dict, labels: list[str]):
-    """A bar per two folders: how many pictures of the first the judge prefers, and how many of the second."""
-    left = np.zeros(len(labels))
-    for kind, colour in {"win": "C2", "tie": "lightgray", "loss": "C3", "nan": "white"}.items():
-        counts = [verdict[kind] for verdict in verdicts.values()]
-        bars = axis.barh(labels, counts, left=left, color=colour, height=0.75)
-        texts = [f"{kind.replace('nan', 'not read')} {count}" if count else "" for count in counts]
-        axis.bar_label(bars, texts, label_type="center", fontsize=8)
-        left += counts
-    axis.set_title("judge/quality: how often the first is preferred, whichever is shown first", fontsize=9)
-    axis.set(xticks=[], xlim=(0, left[0]))
-    axis.tick_params(labelsize=8)
-    axis.invert_yaxis()
+    axis.set(xticks=[], yticks=np.arange(0.5, len(names)) * sheet.height / len(names), yticklabels=names)
+    for i, (title, bars) in enumerate(charts.items(), 1):
+        axis = bottom.add_subplot(rows, min(5, len(charts)), i)
+        mean, lo, hi = np.array([[bar[k] for k in ("mean", "lo", "hi")] for bar in bars.values()], dtype=float).T
+        errors = np.nan_to_num([mean - lo, hi - mean]).clip(0)
+        axis.barh(list(bars), mean, 0.75, xerr=errors, color=[f"C{k}" for k in range(len(bars))])
+        counts, unread = [bar["n"] for bar in bars.values()], sum(bar["nan"] for bar in bars.values())
+        title += f", n {min(counts)}" + f" to {max(counts)}, {unread} not read" * (unread > 0)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.locator_params("x", nbins=5)
+        axis.invert_yaxis()
+    return png(figure, 130)
 
 
 @cli.one_line_errors()
@@ -319,14 +340,15 @@ def main(args: Args):
     """Check the flags, score the folders by each metric, write the report."""
     cli.quiet_libraries()
     cli.check_flags(args, dict(bootstrap=1, batch=1, judge_concurrency=1, judge_retries=0, judge_timeout=1e-3))
-    cli.check_place(args.out, "--out", ("scores.jsonl", "report.json", "report.png"))
+    args.out = args.out or "runs/eval-" + "-".join(Path(d).resolve().name for d in args.dirs)[:150]
+    cli.check_place(args.out, "--out", ("scores.jsonl", *REPORTS))
     args.judge = None if args.judge in (None, "none", "None") else args.judge
     if not (args.reward or args.forensic or args.judge or args.real):
         raise cli.InputError("nothing to compare by: give --reward, --judge, --forensic or --real")
-    folders = pair_folders(args.dirs)
+    folders, note = pair_folders(args.dirs, args.prompts)
     first = args.dirs[0]
     prompts = [row["prompt"] for row in folders[first]]
-    real_rows = read_folder(args.real, plain=True) if args.real else []
+    real_rows = read_folder(args.real) if args.real else []
     n, n_real = len(prompts), len(real_rows)
     if args.real and min(n, n_real) < 2:
         raise cli.InputError(f"--real {args.real}: a Frechet distance takes at least two pictures, not {n} to {n_real}")
@@ -335,64 +357,91 @@ def main(args: Args):
         cli.check_model("--judge", args.judge, "http://HOST:PORT/v1, ")
     if is_server and not args.judge_model:
         raise cli.InputError(f"--judge {args.judge}: give the model's name on that server as --judge-model")
+    if args.judge_extra and not is_server:
+        raise cli.InputError("--judge-extra: goes into the requests to a server; give --judge http://HOST:PORT/v1")
     tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
     if tiny and folders[first][0]["size"] != (64, 64):
         print(f"note: {', '.join(tiny)} were trained on 64x64 pictures of one kind; their scores of others mean little")
     out = Path(args.out)
-    check_out(out)
+    check_out(out, args.dirs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     load_judge = cache(partial(judge.local_judge, args.judge, device))
     if is_server:
         load_judge = cache(partial(judge.http_judge, args.judge, args.judge_model, args.judge_timeout,
-                                   args.judge_retries, args.judge_concurrency))
-    scorers = []  # (metric, what its scores depend on, a function that loads its scorer)
+                                   args.judge_retries, args.judge_concurrency, extra=args.judge_extra or "{}"))
+        load_judge()  # now, to find a wrong URL, key or --judge-extra
+    scorers = []  # (metric, its parts: (name, weight, what its scores depend on, a function that loads its scorer))
     for spec, short in zip(args.reward, short_names(args.reward, short_reward)):
-        question = args.vlm_question or VLM_QUESTION if "vlm:" in spec else ""
-        load = partial(reward_scorer, spec, device, question)
-        scorers.append((f"reward/{short}", f"{identity(spec, device)} {question}", load))
+        parts = []
+        for name, weight in split_reward(spec):
+            question = args.vlm_question or VLM_QUESTION if "vlm:" in name else ""
+            if not all(prompts) and (not question or "{prompt}" in question):
+                raise cli.InputError(f"--reward {name}: needs prompts; give --prompts FILE, one for each picture in "
+                                     "the order of their names, or --reward without a value")
+            load = partial(reward_scorer, name, device, question, folders[first])
+            parts.append((name, weight, f"{identity(name, device)} {question}", load))
+        scorers.append((f"reward/{short}", parts))
     for name, short in zip(args.forensic, short_names(args.forensic)):
         load = partial(detector_scorer, name, args.real_label, device)
-        scorers.append((f"forensic/{short}", f"{identity(name, device)} {args.real_label}", load))
-    asked = f"{identity(args.judge, device)} {args.judge_model}" if args.judge else ""
+        scorers.append((f"forensic/{short}", [(name, 1, f"{identity(name, device)} {args.real_label}", load)]))
+    asked = f"{identity(args.judge, device)} {args.judge_model} {args.judge_extra}" if args.judge else ""
+    unread, judged = {}, []  # by metric, an answer of the judge that is not read; all its scores
     for short, question in SINGLE.items() if args.judge else ():
-        load = partial(judge_scorer, load_judge, question, "yes", "no")
-        scorers.append((f"judge/{short}", f"{asked} {question}", load))
+        load = partial(judge_scorer, load_judge, partial(unread.setdefault, f"judge/{short}"), question, "yes", "no")
+        scorers.append((f"judge/{short}", [(short, 1, f"{asked} {question}", load)]))
 
-    metrics, verdicts = {}, {}
+    metrics, verdicts, scores_of, margins = {}, {}, {}, {}
     judge_batch = args.batch * (args.judge_concurrency if is_server else 1)
     jobs = [[row] for rows in folders.values() for row in rows]
-    for metric, who, load in scorers:
+    for metric, parts in scorers:
         is_judge = metric.startswith("judge/")
-        scores = cached(out, who, jobs, load, judge_batch if is_judge else args.batch, metric)
-        by_folder = dict(zip(folders, (scores.sigmoid() if is_judge else scores).view(-1, n)))
+        batch, names = judge_batch if is_judge else args.batch, tuple(name for name, *_ in parts)
+        scored = torch.stack([cached(out, who, jobs, load, batch, metric) for _, _, who, load in parts])
+        judged += scored.flatten().tolist() if is_judge else []
+        scored = (scored.sigmoid() if is_judge else scored).view(len(parts), -1, n)  # (parts, folders, n)
+        scores = sum(weight * part for (_, weight, *_), part in zip(parts, scored))
+        by_folder = dict(zip(folders, scores))
+        scores_of[f"{metric} {arrow(metric)}"] = [scores.tolist() for scores in by_folder.values()]
         metrics[metric] = {d: summary(by_folder[d], prompts, args.bootstrap) for d in folders}
+        for i, d in enumerate(folders) if len(parts) > 1 else ():
+            metrics[metric][d]["parts"] = {name: {"mean": part.mean().item(), "std": part.std().item()}
+                                           for name, part in zip(short_names(names, short_reward), scored[:, i])}
         for d in args.dirs[1:]:  # the pictures are paired, so their differences have an interval of their own
             diff = summary(by_folder[d] - by_folder[first], prompts, args.bootstrap)
             metrics[metric][d]["diff"] = {k: diff[k] for k in ("mean", "lo", "hi")}
     if args.judge:
         orders = list(permutations(folders, 2))
         jobs = [[x, y] for a, b in orders for x, y in zip(folders[a], folders[b])]
-        load = partial(judge_scorer, load_judge, PAIR, "A", "B")
+        load = partial(judge_scorer, load_judge, partial(unread.setdefault, "judge/quality"), PAIR, "A", "B")
         margins = cached(out, f"{asked} {PAIR}", jobs, load, judge_batch, "judge/quality")
-        verdicts = compare_pairs(folders, dict(zip(orders, margins.view(-1, n))), args.bootstrap)
+        judged += margins.tolist()
+        margins = dict(zip(orders, margins.view(-1, n)))
+        verdicts = compare_pairs(folders, margins, args.bootstrap)
 
     if args.real:
         name = f"fd/{short_names((args.embed,))[0]}"
         who = f"{identity(args.embed, device)} {sorted(row['hash'] for row in real_rows)}"
         load = partial(distance_scorer, args.embed, real_rows, device, args.batch)
         distances = cached(out, who, list(folders.values()), load, len(folders), name)
-        metrics[name] = {d: {"mean": distance, "lo": None, "hi": None, "n": n, "nan": 0}
-                         for d, distance in zip(folders, distances.tolist())}
+        metrics[name] = {d: {"mean": distance, "lo": None, "hi": None, "n": n, "n_real": n_real, "nan": 0}
+                         for d, distance in zip(folders, distances.clamp_min(0).tolist())}
         if min(n, n_real) < 128:
             print(f"note: {name} of {n} pictures to {n_real}: so few make it larger than it is, and noisy")
 
     metrics, verdicts = json.loads(cli.to_json([metrics, verdicts]))  # with None for NaN, as in the file
-    report = {"dirs": list(args.dirs), "n": n, "args": asdict(args), "metrics": metrics,
-              "pairs": {"judge/quality": verdicts} if verdicts else {}}
+    report = {"dirs": list(args.dirs), "n": n, "note": note, "args": asdict(args), "metrics": metrics,
+              "pairs": {"judge/quality": verdicts} if verdicts else {}, "unread": unread}
+    text, certain = table(args.dirs, metrics, verdicts, note, unread), sum(abs(x) == judge.CERTAIN for x in judged)
+    text += f"\n\nanswers without probabilities: {certain} of {sum(x == x for x in judged)}" if certain else ""
+    shown = {"dirs": args.dirs, "text": text, "pairs": [[row["name"], row["prompt"]] for row in folders[first]],
+             "scores": scores_of, "margins": {f"{a} vs {b}": margin.tolist() for (a, b), margin in margins.items()}}
     cli.write_files({out / "report.json": cli.to_json(report, indent=2) + "\n",
-                     out / "report.png": draw_report(folders, metrics, verdicts)})
-    print(table(args.dirs, metrics, verdicts))
+                     out / "report.png": draw_report(folders, metrics, verdicts, note),
+                     out / "report.html": page(shown, [[row["file"] for row in rows] for rows in folders.values()])})
+    encoding = sys.stdout.encoding or "utf-8"
+    signs = {} if "↑".encode(encoding, "ignore") else {ord("↑"): "^", ord("↓"): "v"}  # that the terminal can show
+    print(text.translate(signs).encode(encoding, "replace").decode(encoding))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ the same picture in plain diffusers (in fp32 within 2/255, as on a CPU; on a GPU
         pipe.set_adapters(pipe.get_active_adapters(), row["lora_scale"])
     pipe(prompt=row["prompt"], generator=torch.Generator("cpu").manual_seed(row["seed"]), **row["pipe"])
 
-With --renorm, which diffusers cannot do, row["pipe"] is null.
+With --renorm, which diffusers cannot do, row["pipe"] is null. --lora reads some files that diffusers does not
+(docs/models.md).
 --adjoint asks whether the reward gains from longer or shorter velocities: its signal is coherent if |t statistic| is
 well above 2 (outside the gray band), most pictures agree in sign, and two halves of the pictures agree (cosine near 1).
 """
@@ -34,7 +35,7 @@ from torch import Tensor
 from flow import cli, distributed, pipeline
 from flow.distributed import RANK, all_gather_tensor, gather_tensor
 from flow.intercept import guided
-from flow.lora import check_lora, load_lora
+from flow.lora import add_lora, lora_layers, read_file, read_lora
 from flow.pictures import earlier_samples, png, save_samples, to_bytes
 from flow.prompts import read_prompts, warn_unsuitable
 from flow.rewards import load_reward
@@ -45,7 +46,8 @@ FILES = "samples.jsonl", "grid.png", "norms.json", "norms.png", "adjoint.json", 
 @dataclass
 class Args:
     model: str = "tiny/sd3"  # any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id
-    lora: str | None = None  # folder with pytorch_lora_weights.safetensors; a training run writes OUT/lora
+    # a LoRA of diffusers', PEFT's or kohya's: a folder (a training run writes OUT/lora), a .safetensors file, a hub id
+    lora: str | None = None
     lora_scale: float = 1.0  # strength of the LoRA; 0 gives the base's pictures
     prompts: str = "tiny/eval_prompts.txt"  # .txt (one prompt a line), .jsonl, .json, .csv, .tsv, .parquet
     prompt: str | None = None  # one prompt, instead of --prompts
@@ -64,7 +66,7 @@ class Args:
     # measure how --reward, and as a control the picture's energy, would change if a step's velocity were scaled:
     # adjoint.json, adjoint.png
     adjoint: bool = False
-    reward: str | None = None  # score the pictures with a reward, as training does
+    reward: str | None = None  # score the pictures with a reward, as training does: pickscore, aesthetic, ocr, ...
     vlm_question: str | None = None  # what vlm:MODEL asks; {prompt} is the picture's (None: does it show the prompt?)
     out: str = "runs/samples"  # folder for the results
 
@@ -181,7 +183,7 @@ def main(args: Args):
         raise cli.InputError(f"--seed {args.seed}: must be below 2^63")
     seeds = list(range(args.seed, args.seed + len(prompts)))
     if args.lora:
-        check_lora(args.lora)
+        read_file("--lora", args.lora)  # before minutes of loading
     if len(prompts) < distributed.PROCESSES:
         raise cli.InputError(f"--n {args.n}: makes {len(prompts)} pictures, fewer than the {distributed.PROCESSES} "
                              "processes")
@@ -192,6 +194,8 @@ def main(args: Args):
     local = distributed.local_slice(len(prompts))  # the pictures that this process draws
     local_prompts = prompts[local]
     reward = load_reward(args.reward, device, question=args.vlm_question) if args.reward else None
+    if reward:
+        reward.check_prompts(given)
     rewards = {"energy (control)": energy}
     if args.adjoint:
         rewards = {args.reward: load_reward(args.reward, device, differentiable=True), **rewards}
@@ -199,10 +203,12 @@ def main(args: Args):
     if args.adjoint and device.type == "cuda":
         pipe.transformer.enable_gradient_checkpointing()
     if args.lora:
-        load_lora(pipe, args.lora, args.model, args.lora_scale)
+        lora = read_lora(pipe, "--lora", args.lora)
+        for p in add_lora(pipe.transformer, max(len(a) for a, _ in lora.values()), args.seed, initial=lora):
+            p.requires_grad_(False)
+        for layer in lora_layers(pipe.transformer):
+            layer.scale_layer(args.lora_scale)
     warn_unsuitable(pipe, prompts, args.size)
-    if reward:
-        reward.warn_cut(prompts)
     pipeline.encode_prompts(pipe, local_prompts, args.guidance)
     distributed.barrier()  # connects the processes
 

@@ -43,7 +43,7 @@ from flow import draws, run
 from flow.cli import InputError, one_line_errors, parse, progress
 from flow.distributed import local_device, local_slice, mean_over_rows, sum_gradients
 from flow.evaluate import evaluate, reward_stats, score
-from flow.lora import add_lora, prepare_transformer, swapped
+from flow.lora import add_lora, prepare_transformer, read_lora, swapped
 from flow.pipeline import integrate, schedule, velocity
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
@@ -61,14 +61,15 @@ class Args:
     power: float = 0.25  # a, the power of the generalized Huber loss
     adv_clip: float = 5.0  # advantages are clipped to +- this many standard deviations, then scaled to +- 1
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm
-    # evaluate and save a moving average of the LoRA, whose decay at step s is the lesser of this and (1 + s) / (10 + s)
-    ema: float | None = None
+    ema: float | None = None  # evaluate and save a moving average of the LoRA, whose decay rises to this
     lr: float = 5e-4  # AdamW's learning rate, constant
-    rank: int = 32  # LoRA rank; alpha is twice that
+    rank: int | None = None  # LoRA rank; alpha is twice that (None: 32, or that of --init-lora)
+    init_lora: str | None = None  # LoRA to start from: a folder, .safetensors file or hub id; the reference is the base
     # ---- model, reward, prompts
     model: str = "tiny/sd3"  # any flow-matching text-to-image or text-to-video pipeline: a diffusers folder or hub id
-    # pickscore, hpsv2.1, clipscore, a CLIPModel folder, file.py:function, vlm:MODEL[@URL], or a sum: A:0.5,B:0.5
+    # pickscore, hpsv2.1, clipscore, aesthetic, ocr, a CLIPModel, file.py:function, vlm:MODEL[@URL], a sum A:0.5,B:0.5
     reward: str = "tiny/pickscore"
+    normalize_rewards: bool = False  # divide each part of a sum by its running deviation, before the weights
     vlm_question: str | None = None  # what vlm: asks; {prompt}: the picture's prompt (None: does it show the prompt?)
     prompts: str = "tiny/prompts.txt"  # training prompts: .txt (one a line), .jsonl, .json, .csv, .tsv, .parquet
     eval_prompts: str | None = None  # held-out prompts (None: tiny's; of other --prompts the last tenth)
@@ -76,8 +77,7 @@ class Args:
     group: int = 16  # pictures of each prompt (a group)
     groups: int = 6  # groups of an epoch, one for each prompt
     steps: int = 8  # Euler steps of a rollout
-    # guidance scale of rollouts and evaluations, for a guidance embedding also of training (None: none, or its default)
-    guidance: float | None = None
+    guidance: float | None = None  # scale of rollouts and evaluations, of training too if the model is told it
     size: int | str | None = None  # pixels a side, or WIDTHxHEIGHT like 768x512 (None: the model's own)
     frames: int | None = None  # frames of a video (None: the model's own)
     # ---- training
@@ -142,13 +142,15 @@ def main(args: Args, rival=None):
     sigmas = schedule(pipe, args.steps)  # the rollout's noise levels, (steps + 1,), from 1 down to 0
 
     # ---- LoRA and optimizer
-    params = add_lora(pipe.transformer, args.rank, args.seed)
+    initial = read_lora(pipe, "--init-lora", args.init_lora) if args.init_lora else None
+    params = add_lora(pipe.transformer, args.rank, args.seed, initial=initial)
     optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=1e-4, fused=device.type == "cuda")
     ema = [p.detach().clone() for p in params] if args.ema else None
+    variances = [torch.zeros(len(reward.names), 1).double()] if args.normalize_rewards else None  # of scores, summed
 
     # ---- start or resume
     first_epoch, step, skipped, skipped_in_a_row = run.resume(
-        out, saved, pipe.transformer, params, optimizer, ema=ema)
+        out, saved, pipe.transformer, params, optimizer, variances=variances, ema=ema)
     run.open_run(out, "awm", args, pipe, saved, eval_prompts)
     run.encode_local_prompts(out, args, pipe, prompts, eval_prompts)
     prepare_transformer(pipe, args)  # gradient checkpointing, torch.compile
@@ -168,7 +170,9 @@ def main(args: Args, rival=None):
 
         # ---- reward and advantage
         scores = score(pipe, reward, x0, drawn[local])  # (parts of the reward, n), of all processes
-        rewards, stats = reward.weighted(scores), reward_stats(reward, scores, args.group)
+        deviations = reward.deviations(scores, variances, epoch) if args.normalize_rewards else 1
+        rewards = reward.weighted(scores / deviations)  # (n,)
+        stats = reward_stats(reward, scores, rewards, args.group)
         adv = draws.group_advantages(rewards, args.group, args.adv_clip)  # (n,) in [-1, 1]
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` noise levels
@@ -249,7 +253,7 @@ def main(args: Args, rival=None):
                 evaluate(out, args, pipe, reward, eval_rewards, eval_prompts, step, done)
         if done % args.save_every == 0 or done == args.epochs:
             run.save_checkpoint(out, "awm", args, pipe, eval_prompts, params, optimizer, epoch=done, step=step,
-                                skipped=skipped, skipped_in_a_row=skipped_in_a_row, ema=ema)
+                                skipped=skipped, skipped_in_a_row=skipped_in_a_row, variances=variances, ema=ema)
     run.finish_run(out, skipped)
 
 

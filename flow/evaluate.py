@@ -8,13 +8,13 @@ from tqdm import tqdm
 
 from flow.distributed import RANK, all_gather_tensor, gather_tensor, local_slice, move_to_cpu
 from flow.draws import zero_std_share
-from flow.pictures import middle_frames, save_grid, to_bytes
+from flow.pictures import saturation, save_grid, to_bytes
 from flow.pipeline import decode, decode_size, draw_noise, integrate, schedule
 from flow.run import log_line
 
 
 def decode_and_score(pipe, reward, x0: Tensor, prompts: list[dict], others: dict = {}):
-    """Yield (pictures, scores (parts + others, chunk)) of latents x0 (n, ...) of rows, 16 megapixels at a time."""
+    """Yield (pictures, scores (names + others, chunk)) of latents x0 (n, ...) of rows, 16 megapixels at a time."""
     most_pictures = max(1, 16 * 3 * 2**20 // int(np.prod(pipe.flow.picture)))
     chunk = max(decode_size(pipe), most_pictures - most_pictures % decode_size(pipe))
     for rows in torch.arange(len(x0)).split(chunk):
@@ -29,28 +29,22 @@ def decode_and_score(pipe, reward, x0: Tensor, prompts: list[dict], others: dict
 
 
 def score(pipe, reward, x0: Tensor, prompts: list[dict]) -> Tensor:
-    """Decode and score this process's latents x0 (local n, ...) of these rows of read_prompts. Returns each part of the
-    reward for all processes' pictures, (parts, n)."""
+    """Decode and score this process's latents x0 (local n, ...) of these rows of read_prompts. Returns the
+    reward's scores_of for all processes' pictures, (names, n)."""
     return all_gather_tensor(torch.cat([scores for _, scores in decode_and_score(pipe, reward, x0, prompts)], 1).T).T
 
 
-def reward_stats(reward, scores: Tensor, group: int) -> dict[str, float]:
-    """An epoch's rewards for the log: mean and deviation, also of each part of a sum, and the fraction of prompts whose
-    pictures all have one reward. scores (parts, n). Prints a note if that fraction is 1."""
-    rewards, parts = reward.weighted(scores), dict(zip(reward.names, scores)) if len(scores) > 1 else {}
-    stats = {"reward": rewards.mean().item(), "reward_std": rewards.std().item()}
-    for name, part in parts.items():
-        stats |= {f"reward/{name}": part.mean().item(), f"reward/{name}_std": part.std().item()}
+def reward_stats(reward, scores: Tensor, rewards: Tensor, group: int) -> dict[str, float]:
+    """An epoch's rewards for the log: mean and deviation, also of each part of a sum, of scores (names, n); and the
+    fraction of prompts whose pictures have all one of `rewards` (n,), as trained on. Prints a note if it is 1."""
+    rows = {"reward": reward.weighted(scores)}
+    rows |= {f"reward/{name}": row for name, row in zip(reward.names, scores)} if len(scores) > 1 else {}
+    stats = {key: value for name, row in rows.items()
+             for key, value in ((name, row.mean().item()), (f"{name}_std", row.std().item()))}
     stats["zero_std_share"] = zero_std_share(rewards, group)
     if stats["zero_std_share"] == 1:
         tqdm.write(f"note: all pictures of a prompt have the same reward ({rewards[0]:g}, ...): nothing to learn")
     return stats
-
-
-def saturation(pictures: Tensor) -> Tensor:
-    """HSV saturation, the mean over a picture's pixels (of a video: its middle frame): (n, ...) in [0, 1] -> (n,)."""
-    top, low = middle_frames(pictures).amax(1), middle_frames(pictures).amin(1)
-    return ((top - low) / top.clamp_min(1e-3)).flatten(1).mean(1)
 
 
 def evaluate(out: Path, args, pipe, reward, eval_rewards: dict, eval_prompts: list[dict], step: int, epoch: int):

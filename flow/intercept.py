@@ -126,6 +126,14 @@ def timestep(pipe, level: float) -> float:
     return known[level] if level in known else float(np.interp(level, *zip(*sorted(known.items()))))
 
 
+def check_parts(model: str, config: dict):
+    """Check a model_index.json, before weights are loaded: the only denoiser must be a transformer."""
+    found = [name for name in ("transformer", "transformer_2", "unet", "prior") if (config.get(name) or [None])[0]]
+    if found != ["transformer"]:
+        raise InputError(f"--model {model}: is a {config['_class_name']} with {' and '.join(found) or 'no denoiser'}; "
+                         "it takes a flow-matching pipeline with one transformer")
+
+
 def replace_scheduler(pipe, model: str) -> dict | None:
     """Replace the scheduler by plain Euler with the same shift. Returns its config, or None if it was Euler before."""
     config, name = pipe.scheduler.config, type(pipe.scheduler).__name__

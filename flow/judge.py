@@ -1,28 +1,33 @@
-"""Judges of pictures: a vision-language model's answers, detectors of generated pictures, the Frechet distance.
+"""Judges of pictures: a vision-language model's answers, a reader of text, detectors of generated pictures, the Frechet
+distance.
 
-A vision-language judge is a function ask(question, [[file, ...], ...]) -> [answer, ...]. Each answer is about one or
-two pictures; `question` is one for all or a list. An answer is its 20 likeliest first tokens with log-probabilities.
+A vision-language judge is a function ask(question, [[file, ...], ...]) -> [answer, ...] about one or two pictures each.
+`question` is one for all or a list. An answer is its likeliest first tokens with log-probabilities, or a word with 0.0.
 """
 import base64
+import contextlib
+import json
 import math
 import os
 import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.cli import InputError, loading, on_error
+from flow.cli import InputError, loading, on_error, progress
 from flow.distributed import base_dtype
-from flow.pictures import to_image
+from flow.pictures import encode, open_picture, to_image
 
 Answer = list[tuple[str, float]]
+CERTAIN = -math.log(1e-9)  # what read_answer gives, or minus that, for an answer without probabilities
 
 
 def messages(question: str, pictures: list[dict]) -> list[dict]:
@@ -34,13 +39,11 @@ def messages(question: str, pictures: list[dict]) -> list[dict]:
 
 
 def read_answer(top: Answer, first: str, second: str) -> float:
-    """log p(first) - log p(second) of two answer words, each in any spelling (case, spaces). A word that `top` does not
-    list gets the most it can have: the rest to 1, but no more than the least word in `top`. NaN, for an unreadable
-    answer, if the two words together have less than 1 %."""
-    words = [token.strip(" .,*\"'\n").lower() for token, _ in top]
+    """log p(first) - log p(second) of two answer words in any spelling; NaN if together they have less than 1 %. A word
+    that `top` does not list gets the most it can have: the rest to 1, but no more than the least word in `top`."""
+    words = [re.sub(r"^[\W_]+|[\W_]+$", "", token).lower() for token, _ in top]
     probs = [math.exp(logprob) for _, logprob in top]
-    a = sum(p for word, p in zip(words, probs) if word == first.lower())
-    b = sum(p for word, p in zip(words, probs) if word == second.lower())
+    a, b = (sum(p for word, p in zip(words, probs) if word == asked.lower()) for asked in (first, second))
     if a + b < 0.01:
         return math.nan
     rest = max(min(1 - sum(probs), *probs), 1e-9)
@@ -58,7 +61,7 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
 
     @torch.no_grad()
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
-        images = [[{"type": "image", "image": Image.open(file).convert("RGB")} for file in files] for files in pictures]
+        images = [[{"type": "image", "image": open_picture(file)} for file in files] for files in pictures]
         questions = [question] * len(pictures) if isinstance(question, str) else question
         inputs = processor.apply_chat_template(
             list(map(messages, questions, images)), add_generation_prompt=True, tokenize=True, return_dict=True,
@@ -67,55 +70,137 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
         logits = model.generate(**inputs, **options).logits[0]  # (b, vocabulary)
         top = logits.float().log_softmax(1).topk(min(20, logits.shape[1]))
         tokens = [[processor.tokenizer.decode([i]) for i in row] for row in top.indices.tolist()]
-        return [list(zip(*answer)) for answer in zip(tokens, top.values.tolist())]
+        return [list(zip(*answer)) for answer in zip(tokens, top.values.clamp_max(-1e-8).tolist())]
     ask.model = model
     return ask
 
 
-def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, flag: str = "--judge") -> Callable:
-    """A judge on an OpenAI-compatible server, sent `concurrency` requests at once with the key in OPENAI_API_KEY.
+# How models mark their thinking: <think> ... </think>, [THINK] ... [/THINK], <|channel|>analysis ... <|channel|>final
+TAG = r"[<\[◁]\|?{}(?:\w+:)?(?:think|thinking|thought|reasoning)\|?[>\]▷]|<\|channel\|>{}"
+OPENS = re.compile(TAG.format("(?:start_)?", "(?!final)"), re.IGNORECASE)
+CLOSES = re.compile(TAG.format("(?:/|end_)", "final"), re.IGNORECASE)
+THINKS = """the model thinks first ({}); in eval_judge.py turn that off by --judge-extra '{{"chat_template_kwargs": \
+{{"enable_thinking": false}}}}', or have the answer after it read by --judge-extra '{{"max_tokens": 2000}}'"""
 
-    The answer to a failed request is empty; each different error is printed once. Raises InputError, naming `flag`, if
-    the server cannot be reached, refuses the key or the model, or answers nothing in the first batch."""
+
+def answer_start(text: str) -> int:
+    """Where the answer's first word is in a model's text, after thinking and tags; -1 if the thinking has not ended."""
+    start = max((end.end() for end in CLOSES.finditer(text)), default=0)
+    word = re.compile(r"[^\W_]|\Z").search(re.sub(r"<[^<>]*>", lambda tag: " " * len(tag[0]), text), start).start()
+    opens = OPENS.search(text, start)
+    is_thinking = opens and opens.start() < word or start and word == len(text) or text and "<think>".startswith(text)
+    return -1 if is_thinking else word
+
+
+def read_token(token: dict) -> tuple[str, Answer]:
+    """A token's text, and what could stand in its place, itself included; [] if these are no log-probabilities."""
+    text = bytes(token["bytes"]).decode(errors="replace") if token.get("bytes") else token["token"]
+    text = re.sub("[Ġ▁]", " ", re.sub("Ċ|<0x0A>", "\n", text))  # raw, as in the tokenizer's vocabulary
+    top = [(read_token(other)[0], float(other["logprob"])) for other in token.get("top_logprobs") or []]
+    if top and text not in dict(top):
+        own = float(token["logprob"])
+        if not any(other.strip() == text.strip() and abs(p - own) < 1e-3 for other, p in top):  # " yes" for "yes"
+            top.append((text, own if own > -100 else math.nan))  # -9999 stands for unknown
+    is_right = all(p < 1e-3 for _, p in top) and sum(math.exp(p) for _, p in top) < 1.02
+    return text, [(other, min(p, -1e-8)) for other, p in top if p > -100] if is_right else []
+
+
+def read_reply(reply: str) -> tuple[Answer, str]:
+    """The answer in a server's reply, and why it cannot be read, or "". The answer is the first word after thinking:
+    the probabilities of its token, else the word alone. One that cannot be read is as it came."""
+    try:
+        choice = json.loads(reply)["choices"][0]
+        message = choice["message"]
+        content, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+        parts = [{"text": content}] if isinstance(content, str) else content
+        content = "".join(part.get("text", "") for part in parts).strip()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return [], f"instead of an answer came: {server_words(reply)}"
+    tokens = []
+    with contextlib.suppress(AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        tokens = [read_token(token) for token in choice["logprobs"]["content"]]
+    whole = "".join(text for text, _ in tokens)  # with the thinking, which `content` may lack
+    tops = [top for text, top in tokens for _ in text] + [top for _, top in tokens[-1:]] + [[]]  # by letter
+    said = content or (f"<think>{thought}" if thought else whole)
+    start, at = answer_start(said), max(whole.rfind(said), 0)
+    at += max(answer_start(whole[at:]), 0)
+    listed = tops[at] if said in whole or not thought else []  # else these are tokens of the thinking
+    answer = listed or [(word, 0.0) for word in re.findall(r"[^\s<]+", said[start:])[:1]]
+    if start >= 0 and answer:
+        return answer, ""
+    came = " ".join((said or json.dumps(message)).split())[:100]
+    thinks = start < 0 or choice.get("finish_reason") == "length"
+    return [(came, 0.0)], THINKS.format(came) if thinks else f"the answer has no text: {came}"
+
+
+def server_words(text: str) -> str:
+    """What a server says in an error: the message in its JSON, the words of its web page, or the text's beginning."""
+    kind = "an HTML page: " if text.lstrip().startswith("<") else ""
+    plain = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL)
+    message = re.search(r'"(?:message|msg|detail|error)"\s*:\s*"((?:[^"\\]|\\.)+)"', plain)
+    return kind + " ".join((message[1] if message else plain).split())[:300] or "nothing"
+
+
+def data_url(file: str) -> str:
+    """A picture as servers take it: a PNG, JPEG or WebP that all programs show alike as it is, anything else as PNG."""
+    with Image.open(file) as opened:
+        is_plain = opened.mode in ("L", "RGB") and not opened.has_transparency_data
+        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        kind = opened.format if is_plain and not is_turned and opened.format in ("PNG", "JPEG", "WEBP") else None
+    content = Path(file).read_bytes() if kind else encode(open_picture(file))
+    return f"data:image/{(kind or 'PNG').lower()};base64,{base64.b64encode(content).decode()}"
+
+
+def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, flag="--judge", extra="{}") -> Callable:
+    """A judge on an OpenAI-compatible server, sent `concurrency` requests at once with the key in OPENAI_API_KEY and
+    the JSON object `extra` in each. The answer to a failed request is empty; each different error is printed once.
+    Raises InputError, naming `flag`, if a reward's request fails, or the first ones, also one without a picture."""
     with on_error(f"{flag} {url}: needs a package", "; pip install openai"):
         import openai  # half a second that only this needs
-    key = os.environ.get("OPENAI_API_KEY") or "none"  # a local server needs none
+    with on_error(f"--judge-extra {extra}: is no JSON object", """; give for example '{"max_tokens": 2000}'"""):
+        options = dict(temperature=0, max_tokens=1, logprobs=True, top_logprobs=20) | dict(json.loads(extra))
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # a local server needs none
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"{flag} {url}: OPENAI_API_KEY has a line break or another sign that no key has; set it again")
+    told, bar = set(), tqdm(disable=True)  # kinds of errors that came, "" once an answer has come
+    busy = {429: "waiting: too many requests (status 429)", 503: "waiting: the server is busy (status 503)"}
+    hooks = {"response": [lambda r: bar.set_postfix_str(busy.get(r.status_code, ""), r.status_code in busy)]}
     with on_error(f"{flag} {url}: is no URL"):
-        client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
-    options = dict(model=model, temperature=0, max_tokens=1, logprobs=True, top_logprobs=20)
-    errors, refusals, answered = [], [], False
+        client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries,
+                               http_client=openai.DefaultHttpxClient(event_hooks=hooks))
 
-    def request(question: str, files: list[str]) -> Answer:
-        if refusals:  # it would refuse all others too
-            return []
-        images = [base64.b64encode(Path(file).read_bytes()).decode() for file in files]
-        parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images]
+    def request(job: tuple[str, list[str]]) -> tuple[Answer, str]:
+        question, files = job
+        chat = messages(question, [{"type": "image_url", "image_url": {"url": data_url(file)}} for file in files])
         try:
-            choice = client.chat.completions.create(messages=messages(question, parts), **options).choices[0]
-            if not choice.logprobs:  # the server gives only the word: take it as certain
-                return [(choice.message.content.split()[0], 0.0)]
-            return [(t.token, float(t.logprob)) for t in choice.logprobs.content[0].top_logprobs]
-        except Exception as e:  # no reply, half a reply, or not a reply of this kind
-            error = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-            if getattr(e, "status_code", 0) in (401, 403, 404) or type(e.__cause__).__name__ == "ConnectError":
-                refusals.append(error)
-                return []
-        if error not in errors:
-            tqdm.write(f"warning: {flag} {url}: {error}", file=sys.stderr)
-            errors.append(error)
-        return []
+            reply = client.chat.completions.with_raw_response.create(model=model, messages=chat, extra_body=options)
+            return read_reply(reply.http_response.text)
+        except openai.APIStatusError as e:
+            return [], f"status {e.status_code}: {server_words(e.response.text)}"
+        except openai.APIConnectionError as e:
+            if type(e.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "UnsupportedProtocol"):
+                why = str(e.__cause__).rpartition("] ")[2]
+                raise InputError(f"{flag} {url}: cannot be reached ({why}); start the server, or correct the URL")
+            return [], f"no reply in {timeout:g} s" if isinstance(e, openai.APITimeoutError) else "a reply broke off"
 
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
-        nonlocal answered
-        questions = [question] * len(pictures) if isinstance(question, str) else question
-        with ThreadPoolExecutor(concurrency) as pool:
-            answers = list(pool.map(request, questions, pictures))
-        if refusals:
-            raise InputError(f"{flag} {url}: its model {model} cannot be reached with the key in OPENAI_API_KEY "
-                             f"({refusals[0]})")
-        answered = answered or any(answers)
-        if not answered:
-            raise InputError(f"{flag} {url}: no request has succeeded; the last error: {errors[-1]}")
+        nonlocal bar
+        jobs = list(zip([question] * len(pictures) if isinstance(question, str) else question, pictures))
+        answers, bar = [], progress(total=len(jobs), desc="answers", leave=False, delay=2)
+        with bar, ThreadPoolExecutor(concurrency) as pool:
+            first = list(pool.map(request, jobs[:0 if "" in told else 3]))
+            if first and all(error for _, error in first) and (lost := request(("Answer yes.", []))[1]):  # no picture's
+                hint = "" if lost[:4] == "the " else f"; check model {model}, OPENAI_API_KEY, URL (most end in /v1)"
+                raise InputError(f"{flag} {url}: {lost}{hint}")
+            for answer, error in chain(first, pool.map(request, jobs[len(first):])):
+                if error and flag != "--judge":  # a reward needs them all
+                    raise InputError(f"{flag} {url}: {error}")
+                kind = re.sub(r"\w*\d[\w.]{3,}", "", error)  # without a request's id
+                if error and kind not in told:
+                    tqdm.write(f"warning: {flag} {url}: {error}", file=sys.stderr)
+                told.add(kind)
+                answers.append(answer)
+                bar.update()
         return answers
     return ask
 
@@ -124,8 +209,50 @@ REAL = {"real", "human", "natural", "authentic"}  # words in the labels of detec
 FAKE = {"fake", "artificial", "ai", "generated", "synthetic"}
 
 
+def load_ocr() -> Callable:
+    """The reward `ocr` as score(images (b, 3, h, w) in [0, 1], prompts, metadata) -> (b,): how well the wanted text can
+    be read in a picture. As flow_grpo's ocr.py: 1 if it is part of what is read, else 1 - edit distance / its length,
+    at least 0. Spaces and case do not count."""
+    with on_error("--reward ocr: cannot be loaded", "; pip install rapidocr-onnxruntime==1.4.4"):
+        from rapidocr_onnxruntime import RapidOCR  # an optional package
+        read = RapidOCR()
+
+    def score(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        scores = []
+        for image, prompt, fields in zip(images, prompts, metadata):
+            lines, _ = read(to_image(image), use_cls=False)  # as it is, not turned by 180 degrees
+            found = "".join(text for _, text, _ in lines or ())
+            wanted, found = ["".join(text.lower().split()) for text in (wanted_text(prompt, fields), found)]
+            distance = 0 if wanted in found else min(edit_distance(wanted, found), len(wanted))
+            scores.append(1 - distance / len(wanted))
+        return torch.tensor(scores)
+
+    score.check = lambda rows: [wanted_text(row["prompt"], row["metadata"]) for row in rows]
+    return score
+
+
+def wanted_text(prompt: str, metadata: dict) -> str:
+    """The text that a picture is to show: `text` of the prompt's metadata, else the first in double quotes."""
+    given, quoted = metadata.get("text"), re.findall('["“„«「]([^"“”„«»「」]*)["”“»」]', prompt)
+    given = [str(given)] if isinstance(given, (str, int, float)) else []
+    for text in filter(str.strip, given + quoted):
+        return text
+    raise InputError(f"--reward ocr: the prompt {prompt!r} has no text in double quotes, nor a field `text` in its row "
+                     "of the prompt file; it needs one of them")
+
+
+def edit_distance(a: str, b: str) -> int:
+    """The least number of characters to insert, delete or replace that makes b of a (Levenshtein 1966)."""
+    row = list(range(len(b) + 1))  # from the empty text to each beginning of b
+    for i, x in enumerate(a):
+        last, row = row, [i + 1]
+        for j, y in enumerate(b):
+            row.append(min(last[j] + (x != y), last[j + 1] + 1, row[j] + 1))
+    return row[-1]
+
+
 def load_forensic(name: str, real_label: str | None, device: torch.device) -> Callable[[list[str]], Tensor]:
-    """A detector of generated pictures (any image classifier): a function of files -> P(real), (b,)."""
+    """A detector (any image classifier): a function of files -> P(real), (b,), as transformers' own pipeline says."""
     with loading("--forensic", name):
         try:
             processor = transformers.AutoImageProcessor.from_pretrained(name)
@@ -136,20 +263,24 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
 
     @torch.no_grad()
     def score(files: list[str]) -> Tensor:
-        inputs = processor([Image.open(file).convert("RGB") for file in files], return_tensors="pt").to(device)
-        return net(**inputs).logits.softmax(1)[:, real].sum(1).cpu()
+        inputs = processor([open_picture(file) for file in files], return_tensors="pt").to(device)
+        logits, kind = net(**inputs).logits.cpu(), net.config.problem_type
+        if logits.shape[1] > 1 and kind not in ("multi_label_classification", "regression"):
+            return logits.softmax(1)[:, real].sum(1)
+        scores = logits if kind == "regression" else logits.sigmoid()
+        return scores[:, real].amax(1) if real else 1 - scores[:, 0]  # a single label may mean a fake
     return score
 
 
 def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> list[int]:
-    """The indices of a detector's labels that mean "real": that of `real_label`, or told by the words of all labels."""
+    """The indices of a detector's labels that mean "real": `real_label`, or told by words. A single one may be fake."""
     words = {i: set(re.findall("[a-z]+", label.lower())) for i, label in labels.items()}
     real = [i for i in labels if words[i] & REAL and not words[i] & FAKE]
     fake = [i for i in labels if words[i] & FAKE and not words[i] & REAL]
     if real_label is not None:
         real = [i for i, label in labels.items() if label == real_label]
         fake = [i for i in labels if i not in real]
-    if not real or not fake or len(real) + len(fake) < len(labels):
+    if not (real and fake or len(labels) == 1 and (real or fake and real_label is None)):
         raise InputError(f"--forensic {name} --real-label {real_label}: which of its labels means a real picture? Give "
                          f"one of {', '.join([*labels.values()][:8])} as --real-label")
     return real
@@ -167,18 +298,15 @@ def embed_images(embed, images: Tensor | list[Tensor], batch: int = 64) -> Tenso
     """The network's pooled features (n, d) of images (3, h, w) in [0, 1], which may differ in size."""
     net, processor = embed
     run = net.get_image_features if hasattr(net, "get_image_features") else net
-    features = []
-    for i in range(0, len(images), batch):
-        inputs = processor([to_image(x) for x in images[i:i + batch]], return_tensors="pt").to(net.device)
-        features.append(run(**inputs).pooler_output.flatten(1).cpu())
-    return torch.cat(features)
+    batches = (images[i:i + batch] for i in range(0, len(images), batch))
+    inputs = (processor([to_image(x) for x in some], return_tensors="pt").to(net.device) for some in batches)
+    return torch.cat([run(**some).pooler_output.flatten(1).cpu() for some in inputs])
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """The Frechet distance of Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017, arXiv 1706.08500)."""
     a, b = a.double(), b.double()
-    mean = (a.mean(0) - b.mean(0)).square().sum()
     ca, cb = torch.cov(a.T), torch.cov(b.T)
     # tr sqrt(ca cb): the eigenvalues of a product of two covariances are real and >= 0, up to rounding
     root = torch.linalg.eigvals(ca @ cb).real.clamp_min(0).sqrt().sum()
-    return (mean + ca.trace() + cb.trace() - 2 * root).item()
+    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * root).item()

@@ -1,26 +1,34 @@
-"""LoRA on a diffusers transformer: add, merge, save and load it. Precision and quantization of the frozen base."""
+"""LoRA on a diffusers transformer: add, merge, save and read it. Precision and quantization of the frozen base."""
 import copy
 import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import diffusers
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.functional import set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save
 
-from flow.cli import InputError, make_dir, reading, write_files
+from flow.cli import RANK, InputError, loading, make_dir, on_error, reading, write_files
 
 NAME = "pytorch_lora_weights.safetensors"  # as diffusers names it
+# names of tensors in files: a plain LoRA's, and text encoders'; parts of names that tell a format
+PART = re.compile(r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.|lora_unet_|lora_transformer_)?"
+                  r"(?P<layer>.+)\.(?:lora[_.](?:(?P<A>A|down)|(?P<B>B|up))(?:\.\w+)?\.weight|(?P<alpha>alpha))")
+TEXT = re.compile(r"(base_model\.model\.)?(text_encoder|text_model|lora_te|te\d*[._])")
+FORMATS = {"hada": "LoHa", "lokr": "LoKr", "dora_": "DoRA", "magnitude": "DoRA", "base_model.": "PEFT", "unet.": "UNet",
+           "lora_unet": "kohya", "lora_tr": "kohya", "diffusion_model.": "ComfyUI", "transformer.": "diffusers"}
 
 
 def lora_targets(model: torch.nn.Module) -> list[str]:
@@ -33,21 +41,28 @@ def lora_targets(model: torch.nn.Module) -> list[str]:
     return [name for name, part in parts.items() if isinstance(part, torch.nn.Linear) and name.startswith(inside)]
 
 
-def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default") -> list[torch.nn.Parameter]:
+def add_lora(model: torch.nn.Module, rank: int, seed: int, name: str = "default",
+             initial: dict | None = None) -> list[torch.nn.Parameter]:
     """Add a LoRA with alpha = 2 rank to the attention layers of a transformer, or to the layers that have an adapter
-    already. Returns its fp32 parameters."""
+    already; or with the layers, ranks and products B A of `initial` (see read_lora). Returns its fp32 parameters."""
     torch.manual_seed(seed)
-    configs = list(getattr(model, "peft_config", {}).values())
-    targets = configs[0].target_modules if configs else lora_targets(model)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets)
+    configs, initial = list(getattr(model, "peft_config", {}).values()), initial or {}
+    whole_names = "|".join(map(re.escape, initial))  # names in a list would also be taken for the ends of longer ones
+    ranks = {f"^{re.escape(layer)}": len(a) for layer, (a, _) in initial.items() if len(a) != rank}
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", rank_pattern=ranks,
+                        alpha_pattern={layer: 2 * r for layer, r in ranks.items()},
+                        target_modules=configs[0].target_modules if configs else whole_names or lora_targets(model))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # NFT needs two adapters
         inject_adapter_in_model(config, model, name)
     model._hf_peft_config_loaded = True  # diffusers' own methods for adapters ask for it
-    use_adapter(model, name)
+    set_adapter(model, name)
     diffusers.training_utils.cast_training_params(model, torch.float32)
     for layer in lora_layers(model):
         layer.cast_input_dtype_enabled = False  # autocast casts too, and less often
+    for layer, (a, b) in initial.items():
+        model.get_submodule(layer).lora_A[name].weight.data.copy_(a)
+        model.get_submodule(layer).lora_B[name].weight.data.copy_(b / 2)  # alpha / rank is 2
     return [p for key, p in model.named_parameters() if f".{name}." in key]
 
 
@@ -56,50 +71,33 @@ def lora_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:
     return [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
 
-def use_adapter(model: torch.nn.Module, name: str):
-    """Make one of several adapters the active one, and the only one that trains."""
-    for layer in lora_layers(model):
-        layer.set_adapter(name)
-
-
-def merged_forward(layer, x: torch.Tensor) -> torch.Tensor:
-    """The forward of a linear layer whose adapter is merged; with adapters off, that of the frozen layer."""
-    if layer.disable_adapters:
-        return layer.base_layer(x)
-    return torch.nn.functional.linear(x, layer.merged_weight, layer.base_layer.bias)
-
-
-def can_merge(layer: BaseTunerLayer) -> bool:
-    """Whether a plain LoRA can be merged into the layer: a linear layer in fp32, neither quantized nor sharded."""
-    weight, linear = layer.base_layer.weight, isinstance(layer.base_layer, torch.nn.Linear)
-    plain = type(weight) is torch.nn.Parameter and type(weight.data) is torch.Tensor
-    plain = plain and linear and not layer.lora_variant and not any(layer.lora_bias.values())
-    return plain and weight.dtype == torch.float32
-
-
 @contextmanager
 @torch.no_grad()
 def merged(model: torch.nn.Module):
     """Use the weights W + scale B A of the active adapters, so that a forward without gradients costs what the base's
     costs. W is not changed; `reference` still finds it. Only for W in fp32: rounded to bf16, the sum would lose most of
-    a young LoRA, and rollouts would not use the policy that is trained."""
-    layers = [layer for layer in lora_layers(model) if can_merge(layer)]
-    for layer in layers:
-        weight = layer.base_layer.weight.detach()
+    a young LoRA, and rollouts would not use the policy that is trained. Nor for W that is quantized or sharded."""
+    def forward(layer, x):
+        if layer.disable_adapters:  # as in `reference`
+            return layer.base_layer(x)
+        return torch.nn.functional.linear(x, layer.merged_weight, layer.base_layer.bias)
+
+    weights = [(layer, layer.base_layer.weight.detach()) for layer in lora_layers(model)]
+    weights = [(layer, w) for layer, w in weights if type(w) is torch.Tensor and w.dtype == torch.float32]
+    for layer, w in weights:
         deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
-        layer.merged_weight = sum(deltas, weight)
-        layer.forward = MethodType(merged_forward, layer)
+        layer.merged_weight = sum(deltas, w)
+        layer.forward = MethodType(forward, layer)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, _ in weights:
             del layer.forward, layer.merged_weight
 
 
 @contextmanager
 def swapped(params: list[torch.nn.Parameter], values: list[torch.Tensor] | None):
-    """Give the parameters other values, for example their moving average, and put the old ones back at the end. None
-    changes nothing."""
+    """Give the parameters other values, for example their moving average, until the end. None changes nothing."""
     before = [p.data for p in params]
     for p, value in zip(params, values or ()):
         p.data = value
@@ -111,65 +109,103 @@ def swapped(params: list[torch.nn.Parameter], values: list[torch.Tensor] | None)
 
 
 def save_lora(pipe, folder: Path):
-    """Write the LoRA to a folder, for `pipe.load_lora_weights(folder)`. The file has alpha = rank, and B times the
-    scale alpha / rank of the training, so that readers that ignore metadata draw the same picture. Not by
-    `pipe.save_lora_weights`: it writes its metadata in random order, and equal runs must write equal files."""
-    lora, config = get_peft_model_state_dict(pipe.transformer), pipe.transformer.peft_config["default"].to_dict()
-    for name, value in lora.items():
-        layer, _, part = name.partition(".lora_")
-        scale = pipe.transformer.get_submodule(layer).scaling["default"] if part.startswith("B") else 1
-        lora[name] = (scale * value).contiguous()
+    """Write the LoRA to a folder, with alpha = rank and the training's scale 2 in B: readers that ignore metadata draw
+    the same picture. `pipe.save_lora_weights` writes metadata in random order; equal runs must write equal files."""
+    config = pipe.transformer.peft_config["default"].to_dict()  # it has a set, which is written sorted
     config |= {"lora_alpha": config["r"], "alpha_pattern": config["rank_pattern"]}
-    config = {f"transformer.{name}": value for name, value in config.items()}
-    metadata = json.dumps(config, sort_keys=True, default=sorted)  # it has a set
-    make_dir(str(folder), "--out")
-    lora = {f"transformer.{name}": value for name, value in lora.items()}
-    write_files({folder / NAME: save(lora, {"lora_adapter_metadata": metadata})})
+    header = json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True, default=sorted)
+    lora = {f"transformer.{name}": (2 * value if ".lora_B." in name else value).contiguous()
+            for name, value in get_peft_model_state_dict(pipe.transformer).items()}
+    write_files({make_dir(folder, "--out") / NAME: save(lora, {"lora_adapter_metadata": header})})
 
 
-def check_lora(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a LoRA from a folder: its tensors and its metadata. InputError if it has none, or a broken one."""
-    file = Path(folder) / NAME
-    if not file.is_file():
-        raise InputError(f"--lora {folder}: is no folder with {NAME}; a run keeps it in its lora/ folder")
-    with reading(f"--lora {file}", "give another"), safe_open(file, "pt") as opened:
-        lora = {name: opened.get_tensor(name) for name in opened.keys()}
-        if not all(tensor.isfinite().all() for tensor in lora.values()):
+def read_file(flag: str, name: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """A LoRA's tensors by their names in the file, in fp32, and the configuration in its metadata or beside it. `name`
+    is a file, a folder with one, or on the hub OWNER/NAME, OWNER/NAME/FOLDER or OWNER/NAME/FILE."""
+    place, parts = Path(name), name.split("/")
+    if not place.exists():
+        hub_id, inside = "/".join(parts[:2]), "/".join(parts[2:])
+        wanted, deeper = ([inside, f"{inside}/*"], None) if inside else (["*.safetensors", "*.json"], "*/*")
+        with loading(flag, name if Path(parts[0] or "/").is_dir() else hub_id, "a .safetensors file, "):
+            place = Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=deeper), inside)
+    found = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found[:4]) or "no .safetensors file"
+        raise InputError(f"{flag} {name}: holds {names}; give one LoRA, of a training run its lora/")
+    advice = "give another .safetensors file (.pt, .bin and .ckpt can run code)"
+    with reading(f"{flag} {found[0]}", advice), safe_open(found[0], "pt") as opened:
+        tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("it holds numbers that are not finite")
-        return lora, opened.metadata()
+        configs = [file.read_text() for file in found[0].parent.glob("adapter_config.json")]  # PEFT's
+        config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", [*configs, "{}"][0]))
+        return tensors, {"target_modules": [], **{key.removeprefix("transformer."): x for key, x in config.items()}}
 
 
-def load_lora(pipe, folder: str, model: str, scale: float = 1.0):
-    """Load a LoRA into the transformer, by diffusers' loader if there is one for it, and multiply it by `scale`.
-    InputError if tensors do not fit, are missing, or have no place."""
-    lora, metadata = check_lora(folder)
-    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # diffusers would list each tensor
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # peft warns of layers that do not match
-            if hasattr(pipe, "transformer_name"):
-                pipe.load_lora_weights(folder)
-            else:  # PRX's loader is one for UNets
-                config = json.loads(metadata["lora_adapter_metadata"])
-                config, tensors = ({k.removeprefix("transformer."): v for k, v in d.items()} for d in (config, lora))
-                inject_adapter_in_model(LoraConfig(**config), pipe.transformer)
-                set_peft_model_state_dict(pipe.transformer, tensors)
-        weights = [p for name, p in pipe.transformer.named_parameters() if ".lora_" in name]
-        if not weights:
-            raise ValueError("it holds nothing for the transformer")
-        if any(p.is_meta for p in weights):
-            raise ValueError("it lacks some of its tensors")
-        in_our_format = all(name.startswith("transformer.") and ".lora_" in name for name in lora)
-        if in_our_format and len(lora) != len(weights):
-            raise ValueError(f"it has {len(lora)} tensors, of which {len(weights)} have a place")
-    except Exception as e:  # of another rank, model or library: peft, diffusers and safetensors each raise their own
-        why = str(e).partition("\n\t")[2] or str(e)  # below PyTorch's headline: the first tensor of another size
-        why = "it lacks tensors, or is of another pipeline" if isinstance(e, RuntimeWarning) else why[:190]
-        raise InputError(f"--lora {folder}: does not fit --model {model} ({why})")
-    finally:
-        diffusers.utils.logging.set_verbosity_error()
-    for layer in lora_layers(pipe.transformer):
-        layer.scale_layer(scale)
+def lora_rank(args) -> int:
+    """--rank. If it is not given, the largest rank in --init-lora, or 32 without that."""
+    if args.init_lora is None:
+        return args.rank or 32
+    tensors, _ = read_file("--init-lora", args.init_lora)
+    ranks = [len(x) for key, x in tensors.items() if re.search(r"lora[_.](A|down)", key) and not TEXT.match(key)]
+    rank = max(ranks, default=args.rank)
+    if args.rank not in (None, rank):
+        raise InputError(f"--rank {args.rank}: --init-lora {args.init_lora} has rank {rank}; leave --rank out")
+    return rank
+
+
+def layers_of(tensors: dict[str, torch.Tensor], config: dict = {}) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{layer: (A, B times alpha / r)}. Alpha is the file's, else the configuration's, else r. ValueError if it is no
+    plain LoRA, or lacks a part."""
+    layers = {}
+    for name, tensor in tensors.items():
+        part = PART.fullmatch(name)
+        if not part or part.lastgroup in layers.setdefault(part["layer"], {}):
+            raise ValueError(f"{name[-60:]} {'comes twice' if part else 'is no part of a plain LoRA'}")
+        layers[part["layer"]][part.lastgroup] = tensor
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    for layer, part in layers.items():
+        if not part.keys() >= {"A", "B"}:
+            raise ValueError(f"it lacks the A or B of {layer}")
+        rank = len(part["A"])
+        if (said := ranks.get(get_pattern_key(ranks, layer), config.get("r", rank))) != rank:
+            raise ValueError(f"rank {rank} where its configuration says {said}: {layer}")
+        alpha = alphas.get(get_pattern_key(alphas, layer), config.get("lora_alpha", rank))
+        alpha *= rank**0.5 if config.get("use_rslora") else 1  # its scale is alpha / sqrt(r)
+        layers[layer] = part["A"], part["B"] * (float(part.get("alpha", alpha)) / rank)
+    return layers
+
+
+def read_lora(pipe, flag: str, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{layer of the transformer: (A (r, in), B (out, r))} of a LoRA: B A is added to the layer's weight. `name`: see
+    read_file. InputError if anything but text encoders' tensors, which are named, has no place."""
+    tensors, config = read_file(flag, name)
+    if (texts := [key for key in tensors if TEXT.match(key)]) and RANK == 0:
+        print(f"{flag} {name}: {len(texts)} tensors for text encoders are left out ({texts[0]}, ...)")
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in texts}
+    kind = next((kind for mark, kind in FORMATS.items() if any(mark in key for key in tensors)), "unknown")
+    linears = {key: part for key, part in pipe.transformer.named_modules() if isinstance(part, torch.nn.Linear)}
+    places = {key.replace(".", "_"): key for key in linears} | {key: key for key in linears}
+    with on_error(f"{flag} {name}: a LoRA of format {kind} does not fit --model {pipe.name_or_path}",
+                  "; give a plain LoRA of this model, best in diffusers' format"):
+        if kind == "PEFT" and "r" not in config:
+            raise ValueError("adapter_config.json is not beside it")
+        lora = layers_of(tensors, config)
+        if not lora.keys() <= places.keys() and hasattr(pipe, "transformer_name"):  # PRX's loader is one for UNets
+            with suppress(Exception):  # each of diffusers' converters raises its own
+                converted = layers_of(type(pipe).lora_state_dict(dict(tensors)))
+                # diffusers drops what it does not know, unsaid; then the sum of ||B A||^2 over the layers is less
+                pairs = ([(a.double(), b.double()) for a, b in layers.values()] for layers in (converted, lora))
+                kept, whole = (sum(((a @ a.T) * (b.T @ b)).sum() for a, b in layers) for layers in pairs)
+                lora = converted if torch.isclose(kept, whole, rtol=1e-6, atol=0) else lora
+        for layer, (a, b) in lora.items():
+            linear = linears.pop(places.get(layer), None)
+            if not linear or (*b.shape, *a.shape) != (linear.out_features, len(a), len(a), linear.in_features):
+                raise ValueError(f"no place for B {list(b.shape)}, A {list(a.shape)} of {layer}")
+        lacking = [key for key in linears if check_target_module_exists(SimpleNamespace(**config), key)]
+        if lacking or not lora:
+            raise ValueError(f"it lacks {[*lacking, 'any layer of the transformer'][0]}")
+    return {places[layer]: value for layer, value in lora.items()}
 
 
 # ---------------------------------------------------------------- precision
@@ -195,8 +231,7 @@ def quantization(kind: str) -> diffusers.PipelineQuantizationConfig | None:
 
 
 def use_autocast(transformer: torch.nn.Module, device: torch.device, dtype: torch.dtype):
-    """Run a bf16 transformer under autocast, which lets an fp32 LoRA train on it. The modules that diffusers keeps in
-    fp32 stay in fp32."""
+    """Run a bf16 transformer under autocast, so that an fp32 LoRA trains on it; not what diffusers keeps in fp32."""
     if dtype == torch.float32:
         return
     transformer.forward = torch.autocast(device.type, dtype)(transformer.forward)
@@ -215,34 +250,6 @@ def use_fast_kernels(vae: torch.nn.Module | None):
             layer.to(memory_format=torch.channels_last)
 
 
-def model_card(method: str, args, eval_prompts: list[dict]) -> str:
-    """lora/README.md: a model card for the hub. The user chooses the licence."""
-    command, defaults = ["python", f"train_{method}.py"], vars(type(args)())
-    changed = {name.replace("_", "-"): value for name, value in vars(args).items() if value != defaults[name]}
-    for flag, value in changed.items():
-        if isinstance(value, bool):
-            command.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            command += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(row["prompt"] for row in eval_prompts[:4]))
-    base_model = "" if Path(args.model).is_dir() else f"base_model: {args.model}\n"  # the hub does not know a folder
-    guard = f" and NormGuard (arXiv 2606.27771), lam {args.lam}" if args.lam != 0 else ""
-    tags = ["lora", "diffusers", *["normguard"] * bool(guard), method]
-    return f"""---
-{base_model}library_name: diffusers
-tags: [{', '.join(tags)}]
----
-A LoRA of rank {args.rank} and alpha {args.rank} for `{Path(args.model).name if not base_model else args.model}`
-(`pipe.load_lora_weights(FOLDER)`), trained for the reward `{args.reward}` with {method.upper()}{guard}:
-
-    {shlex.join(command)}
-
-Prompts to try:
-
-{prompts}
-"""
-
-
 def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
     """Copy a transformer in fp32 with one block of each list of blocks: enough to see how it treats its inputs, at a
     small part of its size. Quantized layers become random ones."""
@@ -259,15 +266,6 @@ def shallow_copy(transformer: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.Module.float(copied).requires_grad_(False).eval()
 
 
-def only_variant(model: str) -> str | None:
-    """The variant, for example fp16, of a folder in which a part has weights of that variant alone; or None."""
-    for part in sorted({file.parent for file in Path(model).glob("*/*.safetensors")}):
-        names = [re.sub(r"-\d+-of-\d+", "", file.name) for file in sorted(part.glob("*.safetensors"))]
-        if all(name.count(".") == 2 for name in names):
-            return names[0].split(".")[1]
-    return None
-
-
 def prepare_transformer(pipe, args):
     """Gradient checkpointing (by default on a GPU) and torch.compile, as the flags say."""
     on = pipe.device.type == "cuda" if args.checkpointing is None else args.checkpointing
@@ -281,8 +279,7 @@ def check_compiler(wanted: bool):
     """Raise InputError if torch.compile is wanted and lacks its compiler: on a CPU for C++, on a GPU for C."""
     kinds = ("CC", "gcc", "clang") if torch.cuda.is_available() else ("CXX", "g++")
     if wanted and not any(shutil.which(os.environ.get(kind, kind)) for kind in kinds):
-        raise InputError(f"--compile: needs the compiler {kinds[1]}, which is not there; install it (apt install g++), "
-                         "or leave --compile out")
+        raise InputError(f"--compile: needs the compiler {kinds[1]}: apt install g++, or leave --compile out")
 
 
 def compile_blocks(model: torch.nn.Module, backend: str = "inductor"):

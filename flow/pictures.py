@@ -1,9 +1,13 @@
-"""Pictures as files: PNGs, grids, GIFs of videos, a run's curves, and the folders of sample.py."""
+"""Pictures as files: PNGs, grids, GIFs of videos, a run's curves and card, and the folders of sample.py."""
+import base64
 import hashlib
 import io
 import json
 import math
+import re
+import shlex
 import textwrap
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -11,12 +15,12 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from flow.cli import InputError, make_dir, on_error, progress, reading, to_json, write_files
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # files that are read as pictures
+SUFFIXES = ".png .jpg .jpeg .jfif .webp .gif .bmp .tif .tiff .avif".split()  # of files that are read as pictures
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -32,6 +36,12 @@ def to_bytes(pictures: Tensor) -> Tensor:
 def middle_frames(pictures: Tensor) -> Tensor:
     """The middle frames (n, 3, h, w) of videos (n, frames, 3, h, w). Pictures stay as they are."""
     return pictures[:, pictures.shape[1] // 2] if pictures.ndim == 5 else pictures
+
+
+def saturation(pictures: Tensor) -> Tensor:
+    """HSV saturation, the mean over a picture's pixels (of a video: its middle frame): (n, ...) in [0, 1] -> (n,)."""
+    top, low = middle_frames(pictures).amax(1), middle_frames(pictures).amin(1)
+    return ((top - low) / top.clamp_min(1e-3)).flatten(1).mean(1)
 
 
 def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> Image.Image:
@@ -58,24 +68,26 @@ def save_grid(path: Path, pictures: Tensor, columns: int, captions: list[str] | 
 
 def grid_files(path: Path, pictures: Tensor, columns: int, captions: list[str] | None = None) -> dict[Path, bytes]:
     """The files that save_grid writes."""
-    content = io.BytesIO()
-    grid(middle_frames(pictures), columns, captions).save(content, "PNG")
-    files = {path.with_suffix(".png"): content.getvalue()}
+    files = {path.with_suffix(".png"): encode(grid(middle_frames(pictures), columns, captions))}
     if pictures.ndim == 5:
-        content = io.BytesIO()
         first, *rest = [grid(frame, columns, captions) for frame in pictures.unbind(1)]
-        first.save(content, "GIF", save_all=True, append_images=rest, duration=125, loop=0)  # 8 frames a second
-        files[path.with_suffix(".gif")] = content.getvalue()
+        options = dict(save_all=True, append_images=rest, duration=125, loop=0)  # 8 frames a second
+        files[path.with_suffix(".gif")] = encode(first, "GIF", **options)
     return files
+
+
+def encode(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+    picture.save(content := io.BytesIO(), kind, **options)
+    return content.getvalue()
 
 
 def earlier_samples(out: str) -> list[Path]:
     """The pictures that sample.py wrote to a folder earlier. Raises InputError if there are other pictures with such
     names, for example a training run's: they would be overwritten."""
-    listed, names = Path(out) / "samples.jsonl", set()
-    if listed.exists():
-        with on_error(f"--out {out}: its samples.jsonl is not as sample.py writes it", "; give another --out"):
-            names = {"grid", *(Path(json.loads(line)["file"]).stem for line in listed.read_text().splitlines())}
+    listed = Path(out) / "samples.jsonl"
+    with on_error(f"--out {out}: its samples.jsonl is not as sample.py writes it", "; give another --out"):
+        lines = ['{"file": "grid"}', *listed.read_text().splitlines()] if listed.exists() else []
+        names = {Path(json.loads(line)["file"]).stem for line in lines}
     pictures = list(Path(out).glob("[0-9]" * 5 + ".*"))
     others = [file.name for file in (*pictures, *Path(out).glob("grid.*")) if file.stem not in names]
     if others:
@@ -98,40 +110,68 @@ def save_samples(out: str, pictures: Tensor, rows: list[dict]):
     print(f"{len(rows)} pictures in {folder}/")
 
 
-def read_folder(folder: str, plain: bool = False) -> list[dict]:
-    """A row per picture: prompt, metadata, file, size, hash of its content, and a key that pairs it with other folders'
-    pictures.
+def open_picture(file: str | Path) -> Image.Image:
+    """A picture as people see it, in 8-bit RGB: turned as its EXIF says, transparency on white, the first frame of
+    several. Numbers of more than 8 bits are scaled by their range: 16 bits to their upper 8, others from 0 to the least
+    of 1, 255 and 65535 that holds them. Colour profiles are not applied. `info["on_white"]`: it has transparency."""
+    huge = warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)  # over 89 million pixels
+    with reading(file, "restore it, make it smaller, or move it away"), huge, Image.open(file) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        on_white = picture.has_transparency_data
+        if picture.mode[0] in "IF":
+            values, clear = np.asarray(picture), picture.info.get("transparency")
+            tops = [top for top in (1, 255, 65535) if 0 <= values.min() <= values.max() <= top]
+            if not tops:
+                raise ValueError("its numbers are not within 0 and 65535")
+            scaled = values >> 8 if ";16" in picture.mode else (values * (255 / tops[0])).round()
+            picture = Image.fromarray(np.where(values == clear, 255, scaled).astype(np.uint8))
+        elif on_white:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        picture = picture.convert("RGB")
+    picture.info = {"on_white": on_white}
+    return picture
 
-    Reads samples.jsonl. With `plain` a folder without one is read too: all its pictures, with empty prompts."""
-    rows, seen, listed = [], Counter(), Path(folder) / "samples.jsonl"
+
+def natural(name: str) -> list:
+    """A key that sorts names as people do: 2 before 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def read_folder(folder: str) -> list[dict]:
+    """A row per picture: prompt ("" in a folder without samples.jsonl), metadata, file, name without suffix, size, hash
+    of its pixels, and a key of prompt and seed that pairs it with other folders' pictures. Prints what is not read."""
+    rows, names, seen, notes, listed = [], {}, Counter(), Counter(), Path(folder) / "samples.jsonl"
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: there is no such folder")
     with reading(listed, "give a folder that sample.py wrote"):
-        if plain and not listed.exists():
-            found = sorted(file.name for file in Path(folder).iterdir() if file.suffix.lower() in SUFFIXES)
-            lines = [("", i, name, {}) for i, name in enumerate(found)]
-        else:
-            lines = [json.loads(line) for line in listed.read_text().splitlines()]
-            lines = [(line["prompt"], line["seed"], line["file"], line.get("metadata", {})) for line in lines]
+        lines = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
+        for path in [] if listed.exists() else sorted(Path(folder).iterdir(), key=lambda path: natural(path.name)):
+            suffix = path.suffix.lower() or "no suffix"
+            kind = "hidden" if path.name[0] == "." else "subfolder" if path.is_dir() else suffix
+            notes[f"not read ({kind})"] += kind not in SUFFIXES
+            lines += [{"prompt": "", "seed": path.name, "file": path.name}] * (kind in SUFFIXES)
+        lines = [(line["prompt"], line["seed"], line["file"], line.get("metadata", {})) for line in lines]
         if not all(isinstance(prompt, str) and isinstance(metadata, dict) for prompt, _, _, metadata in lines):
             raise ValueError("a prompt is no text, or its metadata no object")
-    for prompt, seed, name, metadata in lines:
-        file = f"{folder}/{name}"
-        with reading(file, "restore it"):
-            content = Path(file).read_bytes()
-            size = Image.open(io.BytesIO(content)).convert("RGB").size  # decodes it, to find a broken file now
+    for prompt, seed, file, metadata in lines:
+        picture, name = open_picture(f"{folder}/{file}"), Path(file).stem
+        if names.setdefault(name, file) != file and not prompt:
+            raise InputError(f"{folder}: {names[name]} and {file} have one name; move one of them away")
+        notes["with alpha, put on white"] += picture.info["on_white"]
         seen[prompt, seed] += 1  # a prompt and seed that come again are told apart by their order
-        rows.append({"key": (prompt, seed, seen[prompt, seed]), "prompt": prompt, "metadata": metadata, "file": file,
-                     "size": size, "hash": hashlib.sha256(content).hexdigest()})
+        rows.append({"key": (prompt, seed, seen[prompt, seed]), "prompt": prompt, "metadata": metadata,
+                     "file": f"{folder}/{file}", "name": name, "size": picture.size,
+                     "hash": hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()})
+    if said := ", ".join(f"{count} {what}" for what, count in notes.items() if count):
+        print(f"note: {folder}: {len(rows)} pictures; {said}")
     if not rows:
-        raise InputError(f"{folder}: holds no picture")
+        raise InputError(f"{folder}: holds no picture{said and f' ({said})'}")
     return rows
 
 
 def load_pictures(files: list[str]) -> Tensor:
     """Files of one size as (n, 3, h, w) in [0, 1]."""
-    arrays = [np.array(Image.open(file).convert("RGB")) for file in files]
-    return torch.stack([torch.from_numpy(array).permute(2, 0, 1) / 255 for array in arrays])
+    return torch.stack([torch.from_numpy(np.array(open_picture(file))).permute(2, 0, 1) / 255 for file in files])
 
 
 def read_log(log: Path, size: int | None = None) -> list[dict]:
@@ -167,12 +207,57 @@ def summarize(out: Path) -> str:
     lines, parts = read_log(out / "metrics.jsonl"), []
     prefix, prompts = ("eval_", "held-out") if any("eval_reward" in line for line in lines) else ("", "training")
     for name in ("reward", "norm_ratio"):
-        values = [line[prefix + name] for line in lines if line.get(prefix + name) is not None]
-        if values:
+        if values := [line[prefix + name] for line in lines if line.get(prefix + name) is not None]:
             change = abs(values[-1] - values[0]) if name == "reward" else 0.1
             first, last = digits(values[0], change), digits(values[-1], change)
             parts.append(f"{prompts} {name.replace('_', ' ')} {first} -> {last}")
     return ", ".join(parts)
+
+
+def model_card(method: str, args, eval_prompts: list[dict]) -> str:
+    """lora/README.md: a model card for the hub. The user chooses the licence."""
+    command, defaults = ["python", f"train_{method}.py"], vars(type(args)())
+    changed = {name.replace("_", "-"): value for name, value in vars(args).items() if value != defaults[name]}
+    for flag, value in changed.items():
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            command += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(row["prompt"] for row in eval_prompts[:4]))
+    base_model = "" if Path(args.model).is_dir() else f"base_model: {args.model}\n"  # the hub does not know a folder
+    guard = f" and NormGuard (arXiv 2606.27771), lam {args.lam}" if args.lam != 0 else ""
+    start = f", from the LoRA `{Path(args.init_lora).name}`" if args.init_lora else ""
+    tags = ["lora", "diffusers", *["normguard"] * bool(guard), method]
+    return f"""---
+{base_model}library_name: diffusers
+tags: [{', '.join(tags)}]
+---
+A LoRA of rank {args.rank} and alpha {args.rank} for `{Path(args.model).name if not base_model else args.model}`
+(`pipe.load_lora_weights(FOLDER)`), trained for the reward `{args.reward}` with {method.upper()}{guard}{start}:
+
+    {shlex.join(command)}
+
+Prompts to try:
+
+{prompts}
+"""
+
+
+def page(report: dict, folders: list[list[str]]) -> str:
+    """report.html: the template with the report and each folder's first 256 pictures in it, so that it needs no other
+    file. Pictures larger than 128 pixels are JPEGs, shrunk so that the page has less than 20 MB."""
+    folders = [folder[:256] for folder in folders]
+    side = min(1024, int((21e6 / sum(map(len, folders))) ** 0.5))  # noise, the worst case, takes 0.9 bytes a pixel
+
+    def uri(file: str) -> str:
+        picture = open_picture(file)
+        kind = "PNG" if max(picture.size) <= 128 < side else "JPEG"
+        picture.thumbnail((side, side))
+        return f"data:image/{kind.lower()};base64,{base64.b64encode(encode(picture, kind, quality=80)).decode()}"
+
+    pictures = [list(map(uri, folder)) for folder in folders]
+    content = to_json({**report, "pictures": pictures}).replace("<", "\\u003c")  # so that nothing ends the script
+    return Path(__file__).with_name("report.html").read_text("utf-8").replace("{{report}}", content)
 
 
 def plot_curves(out: Path, guidance: float | None = None):
@@ -181,45 +266,56 @@ def plot_curves(out: Path, guidance: float | None = None):
     lines = read_log(out / "metrics.jsonl")
     trained, evaluated = ("", "") if guidance is None else (" (conditional)", f" (guidance {guidance:g})")
 
-    by_t = [line for line in lines if "norm_ratio_by_t" in line]
-    bins = len(by_t[0]["norm_ratio_by_t"]) if by_t else 0  # equal parts of [0, 1]
+    def values(key: str, x: str = "step") -> list[tuple]:
+        return [(line[x], line[key]) for line in lines if key in line]
 
     other_rewards = dict.fromkeys(key for line in lines for key in line if key.startswith("eval_reward/"))
-
-    def values(key: str) -> list[tuple]:
-        return [(line["step"], line.get(key)) for line in lines]
-
+    parts, bands = {}, {}  # of the reward: mean - first mean, with a band of the deviation, both / first deviation
+    for name in dict.fromkeys(key for line in lines for key in line if key.startswith("reward/")):
+        rows = [[line["step"], line.get(name), line.get(f"{name}_std")] for line in lines]
+        if rows := [row for row in rows if None not in row]:  # name is a mean
+            step, mean, std = np.array(rows).T
+            unit = std[0] or 1.0
+            label, gain = f"{name}: from {mean[0]:.3g}, unit {unit:.2g}", (mean - mean[0]) / unit
+            parts[label], bands[label] = zip(step, gain), (step, gain - std / unit, gain + std / unit)
+    by_t, paths = values("norm_ratio_by_t"), values("eval_norm_ratio_steps", "epoch")
+    bins = len(by_t[0][1]) if by_t else 0  # equal parts of [0, 1]
+    shown = [paths[i] for i in sorted({round(i * (len(paths) - 1) / 7) for i in range(8)})] if paths else []
+    along = f"norm ratio along the trajectory ({len(shown)} of {len(paths)})"
     panels = {  # title: {label: [(x, y or None), ...]}
         "reward": {key: values(key) for key in ["reward", "eval_reward", *other_rewards]},
+        **({"parts of the reward, in units of their first deviation": parts} if parts else {}),
         "norm ratio to the reference": {
             "norm_ratio" + trained: values("norm_ratio"),
             **{key + evaluated: values(key) for key in ("eval_norm_ratio", "eval_norm_ratio_max")}},
         "guard: fraction of samples over the reference": {"active": values("active")},
         "norm ratio by noise level, training": {
-            f"t {k / bins:.1f} to {(k + 1) / bins:.1f}": [(line["step"], line["norm_ratio_by_t"][k]) for line in by_t]
-            for k in range(bins)},
-        "norm ratio along the trajectory": {
-            f"epoch {line['epoch']}": enumerate(line["eval_norm_ratio_steps"])
-            for line in lines if "eval_norm_ratio_steps" in line}}
-    figure = Figure(figsize=(21, 3.4))
-    figure.subplots_adjust(0.025, 0.14, 0.995, 0.91, 0.18)  # a computed layout takes as long as the drawing
-    for axis, (title, curves) in zip(figure.subplots(1, len(panels)), panels.items()):
+            f"t {k / bins:.1f} to {(k + 1) / bins:.1f}": [(x, ratios[k]) for x, ratios in by_t] for k in range(bins)},
+        along: {f"epoch {epoch}": enumerate(ratios) for epoch, ratios in shown}}
+    for title, curves in panels.copy().items():
+        points = {label: [point for point in curve if None not in point] for label, curve in curves.items()}
+        # at most 1000 points, counted from the last
+        panels[title] = {label: curve[::-len(curve) // 1000] for label, curve in points.items() if curve}
+    panels = {title: curves for title, curves in panels.items() if curves}  # what is not drawn has no panel
+    n = len(panels)
+    figure = Figure(figsize=(4.2 * n, 3.4))  # a computed layout would take as long as the drawing
+    figure.subplots_adjust(0.125 / n, 0.14, 1 - 0.025 / n, 0.91, 0.18)
+    for axis, (title, curves) in zip(figure.subplots(1, n, squeeze=False)[0], panels.items()):
         for i, (label, curve) in enumerate(curves.items()):
-            colour, marker = matplotlib.colormaps["viridis"](i / len(curves)), "o" if label.startswith("eval") else None
-            if curve := [(x, y) for x, y in curve if y is not None]:
-                axis.plot(*zip(*curve), color=colour, label=label, marker=marker, markersize=3, linewidth=1)
-        if axis.lines:
-            axis.legend(fontsize=8)
+            marker = "o" if len(curve) < (100 if label.startswith("eval") else 2) else None  # one point has no line
+            colour = matplotlib.colormaps["viridis"](i / len(curves))
+            axis.plot(*zip(*curve), color=colour, label=label, marker=marker, markersize=3, linewidth=1)
+            if label in bands:
+                axis.fill_between(*bands[label], color=colour, alpha=0.15, linewidth=0)
+        axis.legend(fontsize=8)
         axis.set_title(title, y=1)  # y=1 is its default place, but matplotlib takes long to find it
-        axis.set_xlabel("optimizer step")
+        axis.set_xlabel("sampling step (0 is noise)" if title == along else "optimizer step")
         axis.locator_params(nbins=5)  # fewer ticks are faster to draw
         axis.grid(alpha=0.3)
-    axis.set_xlabel("sampling step (0 is noise)")  # of the last one
     write_files({out / "curves.png": png(figure)})
 
 
 def png(figure, dpi: int = 110) -> bytes:
     """A figure as a PNG file."""
-    content = io.BytesIO()
-    figure.savefig(content, dpi=dpi, format="png")
+    figure.savefig(content := io.BytesIO(), dpi=dpi, format="png")
     return content.getvalue()

@@ -14,6 +14,7 @@ layout in which the scheduler gets them: (b, channels, h, w), packed tokens, or 
     v = velocity(pipe, add_noise(x0, noise, t), t, prompts)      # with gradients; t (n,), one for each sample
 """
 import functools
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ from flow import intercept
 from flow.cli import InputError, loading, progress, quiet_libraries, reason, width_and_height
 from flow.distributed import base_dtype, shard
 from flow.intercept import Captured, capture, first_step, latents_of, patched, transformer_inputs_hook
-from flow.lora import merged, only_variant, quantization, shallow_copy, use_autocast, use_fast_kernels
+from flow.lora import merged, quantization, shallow_copy, use_autocast, use_fast_kernels
 from flow.prompts import PROBE_PAIR, batches, cache_prompts, call_settings, encode_all, encodes_in_one_go
 from normguard import norm_ratio, reference, renormalize
 
@@ -44,7 +45,7 @@ def load_pipeline(model: str, device: torch.device, size: int | str | None = Non
     base = base or base_dtype(device)
     options = {"dtype": {"default": base, "vae": torch.float32}, "quantization_config": quantization(quantize)}
     with loading("--model", model):
-        check_parts(model, diffusers.DiffusionPipeline.load_config(model))
+        intercept.check_parts(model, diffusers.DiffusionPipeline.load_config(model))
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, variant=only_variant(model), **options)
     probe = shallow_copy(pipe.transformer)  # before it is divided among processes
     if sharded:
@@ -96,12 +97,13 @@ def prepare_pipeline(pipe, model: str, device: torch.device, size: int | str | N
     return pipe
 
 
-def check_parts(model: str, config: dict):
-    """Check a model_index.json, before weights are loaded: the only denoiser must be a transformer."""
-    found = [name for name in ("transformer", "transformer_2", "unet", "prior") if (config.get(name) or [None])[0]]
-    if found != ["transformer"]:
-        raise InputError(f"--model {model}: is a {config['_class_name']} with {' and '.join(found) or 'no denoiser'}; "
-                         "it takes a flow-matching pipeline with one transformer")
+def only_variant(model: str) -> str | None:
+    """The variant, for example fp16, of a folder in which a part has weights of that variant alone; or None."""
+    for part in sorted({file.parent for file in Path(model).glob("*/*.safetensors")}):
+        names = [re.sub(r"-\d+-of-\d+", "", file.name) for file in sorted(part.glob("*.safetensors"))]
+        if all(name.count(".") == 2 for name in names):
+            return names[0].split(".")[1]
+    return None
 
 
 # ---------------------------------------------------------------- learning about a pipeline by calling it

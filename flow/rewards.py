@@ -2,6 +2,7 @@
 
 A reward is given as text:
   pickscore, hpsv2.1, clipscore    yuvalkirstain/PickScore_v1, xswu/HPSv2, CLIP ViT-L/14
+  aesthetic, ocr                   LAION's aesthetic predictor on CLIP ViT-L/14; the prompt's quoted text can be read
   a folder or a hub id             a CLIPModel, scored by PickScore's formula
   file.py:function                 your own function
   vlm:MODEL, vlm:MODEL@URL         P(yes) of a vision-language model's answer to a question, here or on a server
@@ -28,13 +29,16 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from flow.cli import InputError, loading, on_error, quiet_libraries, reason
 from flow.pictures import to_bytes, to_image
-from flow.prompts import warn_cut as warn_cut_prompts
+from flow.prompts import warn_cut
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore and HPSv2 use its processor
-HUB = {"pickscore": ("yuvalkirstain/PickScore_v1", VIT_H),  # reward: (its model, its processor)
+VIT_L = "openai/clip-vit-large-patch14"
+HUB = {"pickscore": ("yuvalkirstain/PickScore_v1", VIT_H),  # reward: (its model, its processor, its head if it has one)
        "hpsv2.1": ("xswu/HPSv2", VIT_H),
-       "clipscore": ("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14")}
-KNOWN = f"{', '.join(HUB)}, file.py:function, vlm:MODEL, "
+       "clipscore": (VIT_L, VIT_L),
+       "aesthetic": (VIT_L, VIT_L, "camenduru/improved-aesthetic-predictor")}
+KNOWN = f"{', '.join(HUB)}, ocr, file.py:function, vlm:MODEL, "
+KEY = re.compile(r"\[[^]]*]$")  # at the end of a function's name: which score of its dict is used
 VLM_QUESTION = 'Does this picture show "{prompt}", without defects? Answer yes or no.'
 
 
@@ -82,10 +86,10 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     Images are (n, 3, h, w) in [0, 1]; a video (n, frames, 3, h, w) gets the mean of at most four evenly spaced frames.
     `question` is what a vlm is asked (None: VLM_QUESTION); {prompt} in it becomes the image's prompt. `differentiable`
     scores have gradients to the images, which must be square; they differ from the others by rounding to 8 bits.
-    Attributes of the function: `models` and `names` of the parts, `scores_of(images, prompts) -> (parts, n)`,
-    `weighted(scores) -> (n,)`, and `warn_cut(prompts)`, which prints a note about prompts too long for a part. It and
-    scores_of take as `metadata` a dict per image, for functions that take a third argument. A call moves the models to
-    `device`; move them away to free its memory.
+    Attributes of the function: `models`; `names` of the parts and, after the first call, of each score in a dict that a
+    part returns; `scores_of(images, prompts) -> (names, n)`; `weighted(scores) -> (n,)`; `check_prompts(rows)`, about
+    prompts that a part cuts or cannot use. It and scores_of take as `metadata` a dict per image, for functions that
+    take a third argument. A call moves the models to `device`; move them away to free its memory.
     Raises InputError if a part cannot be loaded, or later if it returns anything but one finite number per image."""
     quiet_libraries()
     parts = [(name, weight, load_part(name, device, differentiable, question)) for name, weight in split_reward(spec)]
@@ -98,37 +102,50 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
             frames = torch.linspace(0, images.shape[1] - 1, min(4, images.shape[1])).round().long()
             prompts, metadata = [[x for x in values for _ in frames] for values in (prompts, metadata)]
             scores = scores_of(images[:, frames].flatten(0, 1), prompts, metadata)
-            return scores.view(len(parts), len(images), len(frames)).mean(2)
+            return scores.view(len(scores), len(images), len(frames)).mean(2)
         for model in models:
             model.to(device)
-        rows = []
-        for name, _, score in parts:  # each part gets its own copy of the images, in case it writes into them
+        rows, reward.names = [], []
+        for short, (name, _, score) in zip(names, parts):  # each gets a copy of the images, as it may write into them
             rows.append(torch.cat([call_part(name, score, images[i:i + batch].clone(), prompts[i:i + batch],
                                              metadata[i:i + batch])
-                                   for i in range(0, len(images), batch)]))
-        return torch.stack(rows)
+                                   for i in range(0, len(images), batch)], 1))
+            reward.names += [short, *(f"{KEY.sub('', short)}[{key}]" for key in getattr(score, "logged", ()))]
+        return torch.cat(rows)
 
     def weighted(scores: Tensor) -> Tensor:
-        return sum(weight * score for (_, weight, _), score in zip(parts, scores))
+        scores = dict(zip(reward.names, scores))
+        return sum(weight * scores[name] for name, (_, weight, _) in zip(names, parts))
 
     def reward(images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
         return weighted(scores_of(images, prompts, metadata))
 
-    def warn_cut(prompts: list[str]):
-        for name, _, score in parts:
-            if hasattr(score, "limit"):
-                warn_cut_prompts(f"--reward {name}", prompts, [score.limit])
+    def check_prompts(rows: list[dict]):
+        for _, _, score in parts:
+            if hasattr(score, "check"):
+                score.check(rows)
 
     names = [name for name, _, _ in parts]
     short = [short_reward(name) for name in names]
-    reward.names = short if len(set(short)) == len(short) else names
-    reward.models, reward.scores_of, reward.weighted, reward.warn_cut = models, scores_of, weighted, warn_cut
+    functions, short_functions = [{KEY.sub("", text) for text in texts} for texts in (names, short)]
+    names = reward.names = short if len(short_functions) == len(functions) else names
+    reward.models, reward.scores_of, reward.weighted = models, scores_of, weighted
+    reward.check_prompts, reward.deviations = check_prompts, running_deviations
     if differentiable:
         images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        for name, (score,) in zip(names, scores_of(images, ["a picture"])):  # NumPy code has no gradient
-            if not torch.autograd.grad(score + 0 * images.sum(), images, retain_graph=True)[0].any():
+        scores = scores_of(images, ['"a picture"']) + 0 * images.sum()  # NumPy code has no gradient
+        for short, (name, _, _) in zip(names, parts):
+            if not torch.autograd.grad(scores[reward.names.index(short)], images, retain_graph=True)[0].any():
                 raise InputError(f"--adjoint: --reward {name} has no gradient")
     return reward
+
+
+def running_deviations(scores: Tensor, variances: list[Tensor], epoch: int) -> Tensor:
+    """The deviation of each row of an epoch's scores (rows, n), root mean square over the epochs so far, (rows, 1); 1
+    for rows that are constant up to rounding. variances: [(rows, 1)], summed over the epochs; this one's are added."""
+    variances[0] += scores.nan_to_num().double().var(1, keepdim=True)
+    std = (variances[0] / (epoch + 1)).sqrt().float()
+    return torch.where(std > 1e-6 * scores.abs().amax(1, keepdim=True), std, 1.0)
 
 
 def takes_metadata(function: Callable) -> bool:
@@ -140,12 +157,13 @@ def takes_metadata(function: Callable) -> bool:
 
 
 def call_part(name: str, score: Callable, images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-    """score(images, prompts), or score(images, prompts, metadata) if it takes that, as (b,) fp32 on the CPU. Raises
-    InputError unless it is one finite number per image."""
+    """score(images, prompts), or score(images, prompts, metadata) if it takes that, as (1, b) fp32 on the CPU, and a
+    row more for each score that is only logged. Raises InputError unless the first is one finite number per image."""
     n, path = len(images), reward_model(name)
     try:
         third = [[copy.deepcopy(fields) for fields in metadata]] if takes_metadata(score) else []
-        values = torch.as_tensor(score(images, prompts, *third)).float().cpu()
+        returned = score(images, prompts, *third)
+        rows = [torch.as_tensor(row).float().cpu() for row in (returned if isinstance(returned, list) else [returned])]
     except InputError:  # a vlm's, or about a dict's keys
         raise
     except (Exception, SystemExit) as e:  # a function is the user's code: name its file and line
@@ -153,19 +171,23 @@ def call_part(name: str, score: Callable, images: Tensor, prompts: list[str], me
         at = next((frame for frame in frames if frame.filename == path), frames[-1])
         why = f"{type(e).__name__}: {reason(e)}; {at.filename}:{at.lineno}"
         raise InputError(f"--reward {name}: failed on {tuple(images.shape)} pictures ({why})")
-    values = values[:, 0] if values.shape == (n, 1) else values
-    if values.shape != (n,):
-        raise InputError(f"--reward {name}: returned shape {tuple(values.shape)} for {n} pictures; it must be ({n},)")
-    for value, prompt in zip(values.tolist(), prompts):
+    rows = [row[:, 0] if row.shape == (n, 1) else row for row in rows]
+    for row in rows:
+        if row.shape != (n,):
+            raise InputError(f"--reward {name}: returned shape {tuple(row.shape)} for {n} pictures; it must be ({n},)")
+    for value, prompt in zip(rows[0].tolist(), prompts):
         if not math.isfinite(value):
             raise InputError(f"--reward {name}: returned {value} for the prompt {prompt!r}")
-    return values
+    return torch.stack(rows)
 
 
 def load_part(name: str, device: torch.device, differentiable: bool, question: str | None) -> Callable:
     """One part of a reward, without its weight."""
     if name.startswith("vlm:"):
         return load_vlm(name, device, question or VLM_QUESTION)
+    if name == "ocr":
+        from flow.judge import load_ocr  # here, so that other rewards run without that file
+        return load_ocr()
     if name.endswith(".py"):
         raise InputError(f"--reward {name}: which function of it? Give {name}:FUNCTION")
     if ".py:" in name:
@@ -178,8 +200,8 @@ def load_function(name: str, device: torch.device) -> Callable:
     """file.py:FUNCTION as score(images, prompts). FUNCTION takes images (b, 3, h, w) in [0, 1] on `device`, or as
     FUNCTION@pil a list of PIL images, as FUNCTION@uint8 a NumPy array (b, h, w, 3) of bytes; prompts; and, if it has a
     third parameter, a dict of metadata per image. It returns scores, (scores, anything), or a dict of scores, of which
-    FUNCTION[KEY] takes one; without KEY it is "avg", or the mean of all. A class, or a function that takes nothing or
-    `device` alone, is called once, and returns the reward."""
+    FUNCTION[KEY] takes one; without KEY it is "avg", or the mean of all. The dict's others are logged. A class, or a
+    function that takes nothing or `device` alone, is called once, and returns the reward."""
     path, _, function_name = name.rpartition(":")
     function_name, _, key = function_name.rstrip("]").partition("[")
     function_name, _, kind = function_name.partition("@")
@@ -193,44 +215,58 @@ def load_function(name: str, device: torch.device) -> Callable:
     if not callable(function):
         raise InputError(f"--reward {name}: there is no function {function_name} in {path}")
 
-    def score(images: Tensor, prompts: list[str], metadata: list[dict]):
+    first = {}  # a dict's names in the first call: all, and those that are logged
+
+    def score(images: Tensor, prompts: list[str], metadata: list[dict]) -> list:
         given = {"": lambda: images.to(device), "pil": lambda: [to_image(x) for x in images],
                  "uint8": lambda: to_bytes(images).permute(0, 2, 3, 1).numpy()}[kind]()
         returned = function(given, prompts, *[metadata] * takes_metadata(function))
         returned = returned[0] if isinstance(returned, tuple) else returned
-        if isinstance(returned, dict):
-            if key and key not in returned or not returned:
-                raise InputError(f"--reward {name}: returned scores named {', '.join(returned)}; there is no {key}")
-            chosen = [returned[key]] if key else [returned["avg"]] if "avg" in returned else list(returned.values())
-            returned = torch.stack([torch.as_tensor(values).float().cpu() for values in chosen]).mean(0)
-        return returned
+        names = [*map(str, returned)] if isinstance(returned, dict) else []
+        if {*names} != {*first.setdefault("names", names)}:
+            raise InputError(f"--reward {name}: returned scores named {', '.join(names) or 'nothing'}, but first "
+                             f"{', '.join(first['names']) or 'nothing'}; give the same names each time")
+        if not isinstance(returned, dict):
+            return [returned]
+        if key and key not in returned or not returned:
+            raise InputError(f"--reward {name}: returned scores named {', '.join(names)}; there is no {key}")
+        chosen = [returned[key]] if key else [returned["avg"]] if "avg" in returned else list(returned.values())
+        used = torch.stack([torch.as_tensor(values).float().cpu() for values in chosen]).mean(0)
+        others = {}
+        for other in returned.keys() - {key}:
+            with contextlib.suppress(Exception):  # it is not one number per picture
+                others[other] = torch.as_tensor(returned[other]).float().cpu().reshape(len(images))
+        score.logged = first.setdefault("logged", sorted(others, key=str))
+        return [used, *(others[other] for other in score.logged)]
     return score
 
 
 def load_vlm(name: str, device: torch.device, question: str) -> Callable:
     """P(yes) of a vision-language model's answer to `question`, in which {prompt} is the picture's prompt."""
-    from flow.judge import http_judge, local_judge, read_answer  # here, so that other rewards run without that file
+    from flow import judge  # here, so that other rewards run without that file
 
     match = re.fullmatch(r"vlm:(?!https?://)([^@[]+)(?:@(https?://[^/]+/[^[]*))?", name)
     if not match:
-        raise InputError(f"--reward {name}: give vlm:MODEL, or for a server vlm:MODEL@http://HOST:PORT/v1; give its "
-                         "question as --vlm-question")
+        raise InputError(f"--reward {name}: give vlm:MODEL or vlm:MODEL@http://HOST:PORT/v1, and --vlm-question")
     model, url = match.groups()
-    ask = http_judge(url, model, flag="--reward vlm:") if url else local_judge(model, device, "--reward vlm:")
+    flag = "--reward vlm:"
+    ask = judge.http_judge(url, model, flag=flag) if url else judge.local_judge(model, device, flag)
+    notes = [f"note: --reward {name}: answers without probabilities count as certain: 0 or 1"]
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         questions = [question.replace("{prompt}", prompt) for prompt in prompts]
-        margins = []
-        with tempfile.TemporaryDirectory() as folder:  # a judge reads files
+        with tempfile.TemporaryDirectory() as folder:  # a judge reads files, 16 at once for the memory of a large one
             files = [[f"{folder}/{i}.png"] for i in range(len(images))]
             for image, (file,) in zip(images, files):
                 to_image(image).save(file)
-            for i in range(0, len(files), 16):  # 16 at once, for the memory of a large model
-                answers = ask(questions[i:i + 16], files[i:i + 16])
-                margins += [read_answer(answer, "yes", "no") for answer in answers]
-        for asked, margin in zip(questions, margins):
+            answers = [answer for i in range(0, len(files), 16) for answer in ask(questions[i:i + 16], files[i:i + 16])]
+        margins = [judge.read_answer(answer, "yes", "no") for answer in answers]
+        for asked, answer, margin in zip(questions, answers, margins):
             if math.isnan(margin):
-                raise InputError(f"--reward {name}: no answer, or neither yes nor no, to the question {asked!r}")
+                said = repr(answer[0][0]) if answer else "nothing"
+                raise InputError(f"--reward {name}: neither yes nor no but {said} came to the question {asked!r}")
+        while url and notes and judge.CERTAIN in map(abs, margins):
+            print(notes.pop())
         return torch.tensor(margins).sigmoid()
 
     if not url:
@@ -240,14 +276,20 @@ def load_vlm(name: str, device: torch.device, question: str) -> Callable:
 
 def load_clip(name: str, device: torch.device, differentiable: bool = False) -> Callable:
     """PickScore's formula (arXiv 2305.01569) for any CLIPModel: exp(logit_scale) cos(image, text) / 26. For clipscore
-    and hpsv2.1 the cosine alone."""
-    model, processor = HUB.get(name, (name, name))
+    and hpsv2.1 the cosine alone; for aesthetic what a head makes of the image's embedding."""
+    model, processor, *head = HUB.get(name, (name, name))
     if name == "hpsv2.1":  # arXiv 2306.09341, github.com/tgxs002/HPSv2
         state = torch.load(hf_hub_download(model, "HPS_v2.1_compressed.pt"), map_location="cpu", weights_only=True)
         clip = CLIPModel(CLIPConfig(**VIT_H_CONFIG))
         clip.load_state_dict(from_open_clip(state["state_dict"]))
     else:
         clip = AutoModel.from_pretrained(model, dtype=torch.float32)
+    if head:  # github.com/christophschuhmann/improved-aesthetic-predictor; no activation between its layers
+        state = torch.load(hf_hub_download(*head, "sac+logos+ava1-l14-linearMSE.pth"), "cpu", weights_only=True)
+        linear, dropout = torch.nn.Linear, torch.nn.Dropout()
+        clip.head = torch.nn.Sequential(linear(768, 1024), dropout, linear(1024, 128), dropout, linear(128, 64),
+                                        dropout, linear(64, 16), linear(16, 1))
+        clip.head.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
     clip.eval().requires_grad_(False)
     scale = 1.0 if name in ("clipscore", "hpsv2.1") else clip.logit_scale.exp().item() / 26
     processor = AutoProcessor.from_pretrained(processor)
@@ -270,9 +312,12 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
         if is_siglip:
             tokens = {"input_ids": tokens["input_ids"]}
         out = clip(pixel_values=pixels.to(device), **tokens)  # gives normalized embeddings
-        return (out.image_embeds * out.text_embeds).sum(1) * scale
+        return clip.head(out.image_embeds)[:, 0] if head else (out.image_embeds * out.text_embeds).sum(1) * scale
 
-    score.model, score.limit = clip, (processor.tokenizer, padding["max_length"])
+    def check(rows: list[dict]):
+        warn_cut(f"--reward {name}", [row["prompt"] for row in rows], [(processor.tokenizer, padding["max_length"])])
+
+    score.model, score.check = clip, (len if head else check)  # the head does not read prompts
     return score
 
 

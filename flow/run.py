@@ -21,11 +21,11 @@ from tqdm import tqdm
 from flow import cli
 from flow.cli import InputError, append, check_flags, check_place, fingerprint, make_dir, reading, to_json, write_files
 from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, move_to_cpu, shutdown
-from flow.lora import check_compiler, model_card, quantization, save_lora, swapped
-from flow.pictures import digits, epochs_logged, plot_curves, read_log, summarize
+from flow.lora import check_compiler, lora_rank, quantization, save_lora, swapped
+from flow.pictures import digits, epochs_logged, model_card, plot_curves, read_log, summarize
 from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import eval_file, warn_unsuitable
-from flow.rewards import load_reward, reward_model, short_reward, split_reward
+from flow.rewards import KEY, load_reward, reward_model, short_reward, split_reward
 
 # flags that may differ in a resumed run: without an effect on the result, or with a difference in rounding only
 MAY_CHANGE = "--epochs", "--save-every", "--eval-every", "--wandb"
@@ -64,6 +64,7 @@ def check_args(args):
             raise InputError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be positive")
     quantization(args.quantize)
     check_compiler(args.compile)
+    args.rank = lora_rank(args)
     try:
         if args.wandb:
             import wandb  # noqa: F401 - an optional package
@@ -76,29 +77,29 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
     run's size, before the pipeline is loaded if the size is known by then: that can take minutes."""
     def try_rewards(*shape: int):
         images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
-        for tried in (reward, *others.values()):
-            tried(images, [prompts[0]["prompt"]] * 2, [prompts[0]["metadata"]] * 2)
+        for tried, (row, *_) in rows_of.items():
+            tried(images, [row["prompt"]] * 2, [row["metadata"]] * 2)
             move_to_cpu(tried.models)
 
     reward = load_reward(args.reward, device, question=args.vlm_question)
     others = {}
     for spec in args.eval_reward:
         name = short_reward(spec)
-        name = spec if name in [*reward.names, *others] else name  # so that none is logged under another's name
+        taken = [KEY.sub("", known) for known in (*reward.names, *others)]
+        name = spec if KEY.sub("", name) in taken else name  # so that none is logged under another's name
         others[name] = load_reward(spec, device, question=args.vlm_question)
+    rows_of = {reward: prompts + eval_prompts, **{other: eval_prompts for other in others.values()}}
+    for loaded, rows in rows_of.items():
+        loaded.check_prompts(rows)
     if args.size and not args.frames:
-        width, height = cli.width_and_height(args.size)
-        try_rewards(3, height, width)
+        try_rewards(3, *reversed(cli.width_and_height(args.size)))  # height, width
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
     if args.guard_guidance is not None and pipe.transformer.config.get("guidance_embeds"):
         raise InputError(f"--guard-guidance: {type(pipe).__name__} is told --guidance in every call, so the guard sees "
                          "it already; leave the flag out")
     if not args.size or args.frames:
         try_rewards(*pipe.flow.picture)
-    texts = [row["prompt"] for row in prompts + eval_prompts]
-    warn_unsuitable(pipe, texts, args.size)
-    for loaded in (reward, *others.values()):
-        loaded.warn_cut(texts)
+    warn_unsuitable(pipe, [row["prompt"] for row in prompts + eval_prompts], args.size)
     return reward, others, pipe
 
 
@@ -191,7 +192,8 @@ def inputs_of(args) -> dict[str, str | None]:
     specs = ",".join([args.reward, *args.eval_reward])
     rewards = [str(fingerprint(reward_model(name))) for name, _ in split_reward(specs)]
     return {"prompts": fingerprint(args.prompts), "eval_prompts": fingerprint(eval_file(args) or ""),
-            "model": fingerprint(args.model) or revision(args.model), "reward": " ".join(rewards)}
+            "init_lora": fingerprint(args.init_lora or ""), "reward": " ".join(rewards),
+            "model": fingerprint(args.model) or revision(args.model)}
 
 
 def check_inputs(out: Path, args, recorded: dict):
@@ -320,8 +322,7 @@ def save_checkpoint(out: Path, method: str, args, pipe, eval_prompts: list[dict]
     with swapped(params, ema):
         save_lora(pipe, out / "lora")
     write_files({out / "lora" / "README.md": model_card(method, args, eval_prompts)})
-    embedded = pipe.transformer.config.get("guidance_embeds")  # then training uses the guidance too
-    plot_curves(out, None if embedded else args.guidance)
+    plot_curves(out, None if pipe.transformer.config.get("guidance_embeds") else args.guidance)  # else also trained
     content = io.BytesIO()  # torch.save to a file does not report a full disk
     torch.save({"lora": get_peft_model_state_dict(pipe.transformer), "opt": optimizer.state_dict(), "epoch": epoch,
                 "step": step, "skipped": skipped, "bad": skipped_in_a_row, "ema": ema, **copies,  # bad: in a row
@@ -336,12 +337,12 @@ def resume(out: Path, saved: dict | None, model: torch.nn.Module, params: list, 
     if saved is None:
         return 0, 0, 0, 0
     lora, now = saved["lora"], get_peft_model_state_dict(model)
-    shapes = [p.shape for p in params]
     try:
         fits = {name: x.shape for name, x in lora.items()} == {name: x.shape for name, x in now.items()}
         for i, moments in saved["opt"]["state"].items():
-            fits = fits and moments["exp_avg"].shape == moments["exp_avg_sq"].shape == shapes[i]
-        fits = fits and all([x.shape for x in saved.get(name)] == shapes for name, copy in copies.items() if copy)
+            fits = fits and moments["exp_avg"].shape == moments["exp_avg_sq"].shape == params[i].shape
+        for name, copy in copies.items():
+            fits = fits and (not copy or [x.shape for x in saved[name]] == [x.shape for x in copy])
         optimizer.load_state_dict(saved["opt"])
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # it is of another form
         fits = False

@@ -151,8 +151,8 @@ def family(tmp_path_factory):
 
 @contextmanager
 def serve(reply):
-    """The URL of an OpenAI-compatible server. reply(path, headers, request) gives (status, body); None closes the
-    connection without an answer."""
+    """The URL of an OpenAI-compatible server. reply(path, headers, request) gives (status, body) or (status, body,
+    headers); None closes the connection without an answer."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -163,11 +163,12 @@ def serve(reply):
             replied = reply(self.path, self.headers, request)
             if replied is None:
                 return self.connection.close()
-            status, body = replied
+            status, body, *more = replied
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("retry-after-ms", "10")
+            headers = {"Content-Type": "application/json", "Content-Length": len(body), "retry-after-ms": 10}
+            for name, value in (headers | dict(*more)).items():
+                if value is not None:
+                    self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(body)
 
@@ -193,14 +194,14 @@ def answer(probs: dict[str, float]) -> dict:
 
 @pytest.fixture()
 def server():
-    """(url, replies, asked): a server that gives the next of `replies`, (status, body), and 60 % yes when out of them;
-    each request goes to `asked` as (its headers, its body)."""
+    """(url, replies, asked): a server that gives the next of `replies`, (status, body) or (status, body, headers), and
+    60 % yes when out of them; each request goes to `asked` as (its headers, its body). A body is JSON, or bytes."""
     replies, asked = [], []
 
     def reply(path, headers, request):
         asked.append((headers, request))
-        status, body = replies.pop(0) if replies else (200, answer({"Yes": 0.6, "no": 0.3}))
-        return status, json.dumps(body).encode()
+        status, body, *headers = replies.pop(0) if replies else (200, answer({"Yes": 0.6, "no": 0.3}))
+        return status, body if isinstance(body, bytes) else json.dumps(body).encode(), *headers
     with serve(reply) as url:
         yield url, replies, asked
 

@@ -81,6 +81,12 @@ train_awm | --max-grad-norm nan | --max-grad-norm nan
 train_awm | --adv-clip 0 | --adv-clip 0
 train_awm | --power 0 | --power 0
 train_awm | --wandb '' | --wandb empty
+train_awm | --init-lora missing | --init-lora missing no such folder
+train_awm | --init-lora '' | --init-lora empty
+train_awm | --init-lora run/lora --rank 8 | --rank 8 --init-lora run/lora rank 4
+train_nft | --init-lora run/lora --rank 32 | --rank 32 --init-lora run/lora rank 4
+train_dpo | --init-lora loras/loha | --init-lora loras/loha LoHa plain
+train_awm | --init-lora loras/text --rank 8 | --init-lora loras/text lacks any layer
 train_nft | --nft-beta 0 | --nft-beta 0
 train_nft | --nft-beta nan | --nft-beta nan
 train_nft | --timesteps 9 | --timesteps 9
@@ -241,7 +247,6 @@ sample | --prompts odd/bom.txt | --prompts odd/bom.txt
 sample | --lora missing | --lora missing
 sample | --lora '' | --lora empty
 sample | --lora run | --lora run lora/
-sample | --lora run/lora/pytorch_lora_weights.safetensors | --lora folder run/lora
 sample | --lora loras/garbage | --lora loras/garbage
 sample | --lora loras/cut | --lora loras/cut
 sample | --lora loras/folder | --lora loras/folder
@@ -249,11 +254,29 @@ sample | --lora loras/nan | --lora loras/nan not finite
 sample | --lora loras/none | --lora loras/none
 sample | --lora loras/half | --lora loras/half lacks
 sample | --lora loras/layers | --lora loras/layers lacks
-sample | --lora loras/wide | --lora loras/wide [4, 128]
-sample | --lora loras/thin | --lora loras/thin [4, 128]
-sample | --lora loras/renamed | --lora loras/renamed nothing
-sample | --lora loras/more | --lora loras/more 64 62
+sample | --lora loras/wide | --lora loras/wide no place [128, 4] [4, 256] of transformer_blocks
+sample | --lora loras/thin | --lora loras/thin rank 2 says 4
+sample | --lora loras/renamed | --lora loras/renamed UNet no place unet.transformer_blocks
+sample | --lora loras/more | --lora loras/more diffusers no place of more
 sample | --lora loras/metadata | --lora loras/metadata
+sample | --lora loras/peft | --lora loras/peft PEFT adapter_config.json is not beside it
+sample | --lora loras/loha | --lora loras/loha LoHa hada_w1_a plain
+sample | --lora loras/dora | --lora loras/dora DoRA lora_magnitude_vector
+sample | --lora loras/dropped --model tiny/flux | --lora loras/dropped kohya no place double_blocks_0
+sample | --lora loras | --lora loras holds no .safetensors file lora/
+sample | --lora loras/dora-scale | --lora loras/dora-scale DoRA dora_scale plain
+sample | --lora loras/bias | --lora loras/bias lora_B.bias plain
+sample | --lora loras/twice | --lora loras/twice lora_A comes twice
+sample | --lora loras/again | --lora loras/again no place for
+sample | --lora loras/second | --lora loras/second no place transformer_2.
+sample | --lora loras/text | --lora loras/text lacks any layer of the transformer
+sample | --lora loras/conv | --lora loras/conv no place pos_embed.proj
+sample | --lora loras/unet | --lora loras/unet kohya no place down_blocks_0
+sample | --lora loras/empty | --lora loras/empty cannot be read
+sample | --lora loras/mine.pt | --lora loras/mine.pt .safetensors file run code
+sample | --lora loras/pickled | --lora loras/pickled no .safetensors file
+sample | --lora run/lor/x | --lora run/lor/x no such folder
+sample | --lora loras/two | --lora loras/two holds a.safetensors, b.safetensors give one
 sample | --lora run/lora --model tiny/flux | --lora run/lora tiny/flux
 sample | --out odd/empty.txt | --out odd/empty.txt no folder
 sample | --out run/samples | --out run/samples 00000.png
@@ -291,7 +314,7 @@ eval_judge | a b --embed missing --real b --reward --forensic --judge none | --e
 eval_judge | | folders
 eval_judge | a missing | missing no such folder
 eval_judge | a odd/empty.txt | odd/empty.txt folder
-eval_judge | a odd/folder | odd/folder samples.jsonl
+eval_judge | a odd/folder | odd/folder no picture
 eval_judge | a outs/jsonl-garbage | outs/jsonl-garbage samples.jsonl
 eval_judge | a outs/cut | 00001.png
 eval_judge | a outs/gone | 00001.png
@@ -506,7 +529,31 @@ def make_loras(loras: Path, run: Path):
     make("renamed", {k.replace("transformer.", "unet."): v for k, v in weights.items()}, None)
     make("more", {**weights, **more}, None)
     make("metadata", weights, {"lora_adapter_metadata": "{"})
-    for what, content in {"garbage": os.urandom(2000), "cut": good[:2000]}.items():
+    first = next(iter(weights)).removesuffix(".lora_A.weight")
+    make("peft", {f"base_model.model.{k.removeprefix('transformer.')}": v for k, v in weights.items()}, None)
+    make("loha", {f"{first}.hada_w1_a": torch.ones(4, 4)}, None)
+    make("dora", {**weights, f"{first}.lora_magnitude_vector": torch.ones(64)})
+    kohya = {f"lora_unet_{layer}.lora_{part}.weight": torch.ones(shape) for layer in (
+        "double_blocks_0_img_attn_proj", "final_layer_other") for part, shape in (("down", (2, 64)), ("up", (64, 2)))}
+    make("dropped", kohya, None)
+    make("dora-scale", {**weights, f"{first}.dora_scale": torch.ones(128, 1)}, None)
+    make("bias", {**weights, f"{first}.lora_B.bias": torch.ones(128)}, None)
+    make("twice", {**weights, f"{first}.lora_A.old.weight": torch.ones(4, 128)}, None)
+    kohya_name = f"lora_transformer_{first.removeprefix('transformer.').replace('.', '_')}"
+    make("again", {**weights, **{f"{kohya_name}.lora_{part}.weight": 1 * weights[f"{first}.lora_{x}.weight"]
+                                 for part, x in (("down", "A"), ("up", "B"))}}, None)
+    make("second", {k.replace("transformer.", "transformer_2."): v for k, v in weights.items()}, None)
+    make("text", {k.replace("transformer.", "text_encoder."): v for k, v in weights.items()}, None)
+    make("conv", {f"transformer.pos_embed.proj.lora_{part}.weight": torch.ones(4, 4, 1, 1) for part in "AB"}, None)
+    make("unet", {f"lora_unet_down_blocks_0_attentions_0_proj_in.lora_{part}.weight": torch.ones(4, 4)
+                  for part in ("down", "up")}, None)
+    (loras / "pickled").mkdir()
+    for file in ("mine.pt", "pickled/adapter_model.bin"):
+        torch.save(weights, loras / file)
+    (loras / "two").mkdir()
+    for file in ("a", "b"):
+        save_file(weights, loras / "two" / f"{file}.safetensors")
+    for what, content in {"garbage": os.urandom(2000), "cut": good[:2000], "empty": b""}.items():
         (loras / what).mkdir()
         (loras / what / name).write_bytes(content)
     (loras / "folder" / name).mkdir(parents=True)

@@ -103,6 +103,8 @@ def red(images, prompts):
     if os.environ.get("RANK") == "1" and len(calls) == int(os.environ.get("FAIL_AT", 0)):
         raise RuntimeError("no red today")
     return images[:, 0].mean((1, 2))
+def dark(images, prompts):
+    return -images.mean((1, 2, 3)).square() / 1000
 """
 
 
@@ -136,6 +138,8 @@ def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
     (folder / "n.py").write_text("def n(images, prompts, metadata):\n    return [row['n'] for row in metadata]\n")
     rows = ["--prompts", f"{folder}/rows.jsonl", "--eval-prompts", f"{folder}/rows.jsonl"]
     runs += [("awm", [*FLAGS, *rows, "--reward", f"{folder}/n.py:n", "--out", f"{folder}/rows"])]
+    parts = ["--reward", f"{folder}/red.py:red,{folder}/red.py:dark:2", "--normalize-rewards"]
+    runs += [("awm", [*FLAGS, *parts, "--out", f"{folder}/parts"])]
     ended = torchrun(folder, runs, SHARDED + FAILING.format(flags=[*flags, "--out", f"{folder}/failed"]))
     return folder, ended, time.time() - (folder / "failed/metrics.jsonl").stat().st_mtime
 
@@ -144,7 +148,7 @@ def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
 def two(launch) -> Path:
     """The folder of these runs."""
     folder, ended, _ = launch
-    assert ended.stdout.count("done: ") == 5, ended.stderr[-4000:]  # by the first process alone
+    assert ended.stdout.count("done: ") == 6, ended.stderr[-4000:]  # by the first process alone
     return folder
 
 
@@ -187,6 +191,15 @@ def assert_nearly_equal(one: Path, other: Path):
     for key, value in ours.items():
         assert (value - theirs[key]).norm() <= 1e-3 * value.norm(), key
     assert all(value.any() for key, value in ours.items() if "lora_B" in key and "blocks.0" in key)  # it has learned
+
+
+def test_two_processes_normalize_a_sum_by_the_deviations_of_all_pictures(two, tmp_path, monkeypatch):
+    flags = ["--reward", f"{two}/red.py:red,{two}/red.py:dark:2", "--normalize-rewards", "--out", f"{tmp_path}/one"]
+    run_here("awm", [*FLAGS, *flags], monkeypatch)
+    assert_nearly_equal(tmp_path / "one", two / "parts")
+    one, both = (torch.load(run / "checkpoint/state.pt", weights_only=True)["variances"][0]
+                 for run in (tmp_path / "one", two / "parts"))
+    torch.testing.assert_close(one, both, rtol=1e-3, atol=0)
 
 
 def test_a_sharded_base_computes_what_a_whole_one_does(two, tmp_path, monkeypatch):

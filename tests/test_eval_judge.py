@@ -1,12 +1,18 @@
 """Tests of eval_judge.py: folders compared by rewards, judge, detector and distance; its report."""
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from pathlib import Path
 from threading import Lock
 
@@ -20,7 +26,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import eval_judge
 import flow.pictures
 import sample
-from tests.helpers import CPU, answer, refuses, sample_rows, serve
+from flow.pictures import to_image
+from flow.rewards import load_reward
+from tests.helpers import CPU, answer, refuses, renders, sample_rows, serve
 
 PICKSCORE = ("tiny/pickscore",)
 OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_judge.py's questions only; it has commas
@@ -148,7 +156,8 @@ def judge_server():
                 files.append(base64.b64decode(part.pop("image_url")["url"].removeprefix("data:image/png;base64,")))
                 part |= {"type": "image", "image": Image.open(io.BytesIO(files[-1])).convert("RGB")}
         asked.append(request["model"])
-        hashes = [hashlib.sha256(file).hexdigest() for file in files]
+        sent = [Image.open(io.BytesIO(file)) for file in files]
+        hashes = [hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest() for image in sent]
         fault = next((faults[h] for h in hashes if h in faults), None)
         if fault in ("hang", "cut"):
             time.sleep(2 if fault == "hang" else 0)
@@ -213,6 +222,104 @@ def test_faults_of_the_server_are_counted(base_and_lora, judge_server, tmp_path,
     assert all(m["nan"] == 0 for scores in whole["metrics"].values() for m in scores.values())
 
 
+def test_answers_without_probabilities_are_counted(folders, tmp_path, capsys):
+    """Also those of an earlier run; not those with probabilities or those that are not read."""
+    def reply(path, headers, request):
+        question = request["messages"][0]["content"][-1]["text"]
+        if question == OVERALL:
+            return 200, json.dumps(answer({"yes": 1.0, "I": 1e-12})).encode()  # certain, but with probabilities
+        said = "A" if question == eval_judge.PAIR else "Well" if "artifacts" in question else "No"
+        return 200, json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+    with serve(reply) as url:
+        for _ in range(2):
+            report = compare(*folders, judge=url, out=tmp_path / "out")
+            # 6 pictures and 5 questions, of which "artifacts" has no answer, and 3 pairs in both orders
+            assert "\nanswers without probabilities: 24 of 30" in capsys.readouterr().out
+    means = {name: m[folders[0]]["mean"] for name, m in report["metrics"].items()}
+    assert means["judge/oversaturation"] == pytest.approx(0, abs=1e-6)
+    assert means["judge/overall"] == pytest.approx(1, abs=1e-6)
+    assert means["judge/artifacts"] is None and report["unread"]["judge/artifacts"] == ", such as `'Well'`"
+
+
+def test_an_answer_that_is_not_read_is_shown(tmp_path, capsys):
+    """Beside the number, if there are more than a tenth of such answers."""
+    dirs, unread = [render_folder(tmp_path / name, 20, name, 1.0) for name in ("blur", "noise")], set()
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(Path(dirs[0]).glob("0*.png"))]
+
+    def reply(path, headers, request):
+        *parts, question = request["messages"][0]["content"]
+        urls = [part["image_url"]["url"].partition(",")[2] for part in parts if part["type"] == "image_url"]
+        if {hashlib.sha256(base64.b64decode(url)).hexdigest() for url in urls} & unread:
+            said = json.dumps(answer({"I|you": 0.9, "it": 0.1})).encode()
+            return (400, b"") if question["text"] == OVERALL else (200, said)
+        return 200, json.dumps(answer({"A": 0.6} if question["text"] == eval_judge.PAIR else {"yes": 0.6})).encode()
+    with serve(reply) as url:
+        unread |= set(hashes[:2])
+        compare(*dirs, judge=url, out=tmp_path / "two")
+        text = capsys.readouterr().out
+        assert text.count("(2 of 20 not read)") == 5 and "such as" not in text and "| 0 | 18 | 0 | 2 |" in text
+        unread |= {hashes[2]}
+        compare(*dirs, judge=url, out=tmp_path / "three")
+        text = capsys.readouterr().out
+        assert text.count("(3 of 20 not read, such as `'I\\|you'`)") == 4
+        assert "(3 of 20 not read, as no answer came)" in text and "| 0 | 17 | 0 | 3, such as `'I\\|you'` |" in text
+
+
+def test_judge_extra(folders, server, tmp_path, capsys):
+    """It goes into each request; with another one the server is asked again."""
+    url, _, asked = server
+    for extra, count in ((None, 36), ('{"max_tokens": 9}', 72), ('{"max_tokens": 9}', 78)):  # pairs are not read here
+        compare(*folders, judge=url, judge_extra=extra, out=tmp_path / "out")
+        assert len(asked) == count and asked[-1][1]["max_tokens"] == (9 if extra else 1)
+    refuses(capsys, lambda: compare(*folders, judge="tiny/judge", judge_extra="{}", out=tmp_path / "out"),
+            "--judge-extra", "--judge http://HOST:PORT/v1")
+    refuses(capsys, lambda: compare(*folders, judge=url, judge_extra="[1]", out=tmp_path / "out"), "--judge-extra [1]")
+
+
+@pytest.mark.parametrize("encoding, sign", [("ascii", "^"), ("cp1252", "^"), ("cp437", "^"), ("utf-8", "↑")])
+def test_the_table_is_printed_by_any_terminal(tmp_path, monkeypatch, encoding, sign):
+    (tmp_path / "bright.py").write_text("def f(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    folder = render_folder(tmp_path / "ł", n=4)
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    compare(folder, reward=(f"{tmp_path}/bright.py:f",), out=tmp_path / "out")
+    out.flush()
+    name = folder if encoding == "utf-8" else folder.replace("ł", "?")
+    printed = out.buffer.getvalue().decode(encoding)
+    assert f"| metric | {name} |" in printed and f"| reward/bright.py:f {sign} |" in printed
+
+
+def test_a_real_server(folders, tmp_path):
+    """`transformers serve` answers in words, those of the judge in this process."""
+    pytest.importorskip("uvicorn", reason="needs pip install transformers[serving]")
+    pytest.importorskip("fastapi", reason="needs pip install transformers[serving]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", "tiny/judge",
+               "--host", "127.0.0.1", "--port", str(port)]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(120):
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"{url}/health", timeout=5)
+                    break
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+            there = compare(*folders, judge=f"{url}/v1", judge_model="tiny/judge", out=tmp_path / "there")
+        finally:
+            process.terminate()
+    here = compare(*folders, judge="tiny/judge", out=tmp_path / "here")
+    verdict, same = there["pairs"]["judge/quality"], here["pairs"]["judge/quality"]
+    for name in verdict:
+        assert [verdict[name][k] for k in ("win", "tie", "loss", "nan")] == [
+            same[name][k] for k in ("win", "tie", "loss", "nan")]
+    for name in eval_judge.SINGLE:
+        for folder in folders:
+            assert there["metrics"][f"judge/{name}"][folder]["nan"] == 0
+
+
 def test_forensic_tells_renders_from_samples(tmp_path):
     """The samples are of a base and of prompts that the detector was not trained on."""
     sample.main(sample.Args(steps=12, n=6, seed=500, out=str(tmp_path / "base")))
@@ -258,6 +365,222 @@ def test_a_report_of_odd_names(tmp_path):
                                  for i, line in enumerate(jsonl.read_text().splitlines())))
     report = compare(*dirs, reward=("tiny/pickscore:0.5,tiny/hps:0.5",), out=tmp_path / "report")
     assert list(report["metrics"]) == ["reward/pickscore:0.5,hps:0.5"] and (tmp_path / "report/report.png").exists()
+
+
+def test_a_sums_parts_have_a_mean_and_a_deviation(folders, tmp_path, capsys):
+    """Each is scored once; the sum is theirs, and so are the scores that are kept."""
+    report = compare(*folders, reward=("tiny/pickscore:0.5,tiny/hps:2",), out=tmp_path / "report")
+    table = capsys.readouterr().out
+    alone = compare(*folders, reward=("tiny/pickscore", "tiny/hps"), out=tmp_path / "report")["metrics"]
+    (summed,) = report["metrics"].values()
+    for d in folders:
+        parts, means = summed[d]["parts"], [alone[f"reward/{name}"][d]["mean"] for name in ("pickscore", "hps")]
+        assert [parts["pickscore"]["mean"], parts["hps"]["mean"]] == pytest.approx(means)
+        assert summed[d]["mean"] == pytest.approx(0.5 * means[0] + 2 * means[1])
+        rows = sample_rows(d)
+        pictures = flow.pictures.load_pictures([f"{d}/{row['file']}" for row in rows])
+        scores = load_reward("tiny/hps", CPU)(pictures, [row["prompt"] for row in rows])
+        assert parts["hps"]["std"] == pytest.approx(scores.std().item(), rel=1e-4)
+    hps = [summed[d]["parts"]["hps"] for d in folders]
+    cells = [f"{part['mean']:.4f} (deviation {part['std']:.4f})" for part in hps]
+    assert "| of it: hps | " + " | ".join(cells) + " |" in table and "| of it: pickscore | " in table
+    assert len(eval_judge.read_scores(tmp_path / "report/scores.jsonl")) == 2 * 2 * 3
+
+
+# ---------------------------------------------------------------- pictures of others
+
+def plain_folder(folder, names: list[str], shade: float = 1.0) -> str:
+    """Write renders under these names, as another program would. Picture k of any folder shows the same."""
+    folder.mkdir(parents=True)
+    for name, picture in zip(names, renders(len(names)) * shade):
+        to_image(picture).save(folder / name)
+    return str(folder)
+
+
+def prompts_reward(tmp_path) -> tuple[str]:
+    """A reward that is the number at the end of a prompt."""
+    (tmp_path / "number.py").write_text(
+        "import torch\ndef f(images, prompts):\n    return torch.tensor([float(p.split()[-1]) for p in prompts])\n")
+    return (f"{tmp_path}/number.py:f",)
+
+
+def test_folders_of_others_are_paired_by_name(tmp_path, capsys):
+    """Of several formats; what only one has is left out. Without prompts, what needs none is measured."""
+    a = plain_folder(tmp_path / "a", [f"x{i}.png" for i in range(10)])
+    b = plain_folder(tmp_path / "b", [f"x{i}.bmp" for i in range(9)], 0.7)
+    report = compare(a, b, judge="tiny/judge", forensic=("tiny/forensic",), real=a, out=tmp_path / "out")
+    assert report["n"] == 9 and "9 of the 10 pictures in " + a in capsys.readouterr().out and report["note"] == ""
+    same = plain_folder(tmp_path / "same", [f"x{i}.tif" for i in range(10)])
+    report = compare(a, same, judge="tiny/judge", real=a, out=tmp_path / "same-out")
+    assert report["pairs"]["judge/quality"][f"{a} vs {same}"]["tie"] == 10
+    assert report["metrics"]["fd/embed"][same]["mean"] == pytest.approx(0, abs=1e-3)
+    assert "n 10 to 10 |" in capsys.readouterr().out
+    apart = plain_folder(tmp_path / "apart", ["y.png"])
+    refuses(capsys, lambda: compare(a, apart, judge="tiny/judge", out=tmp_path / "no"), apart[:-5], "no name")
+
+
+def test_prompts_of_folders_of_others(tmp_path, capsys):
+    """A prompt for each name in natural order, also of a name that one folder lacks."""
+    a = plain_folder(tmp_path / "a", [f"ComfyUI_{i}_.png" for i in range(12)])
+    b = plain_folder(tmp_path / "b", [f"ComfyUI_{i}_.png" for i in range(11)])
+    reward = prompts_reward(tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"number {i}\n" for i in range(12)))
+    report = compare(b, a, reward=reward, prompts=str(prompts), out=tmp_path / "out")
+    assert report["metrics"]["reward/number.py:f"][a] | {"diff": 0, "lo": 0, "hi": 0} == {
+        "mean": 5, "n": 11, "nan": 0, "diff": 0, "lo": 0, "hi": 0}  # not in the order 0, 1, 10, 11, 2
+    refuses(capsys, lambda: compare(a, b, reward=reward, out=tmp_path / "no"), "--reward", "needs prompts", "--prompts")
+    refuses(capsys, lambda: compare(a, b, reward=("vlm:tiny/judge",), out=tmp_path / "no"), "--reward", "needs prompts")
+    prompts.write_text("number 1\n")
+    refuses(capsys, lambda: compare(a, b, reward=reward, prompts=str(prompts), out=tmp_path / "no"),
+            f"--prompts {prompts}", "1 prompts for 12 names")
+    assert not (tmp_path / "no").exists()
+    asks = compare(a, b, reward=("vlm:tiny/judge",), vlm_question=OVERALL, out=tmp_path / "asks")
+    assert asks["metrics"]["reward/judge"][a]["n"] == 11  # this question has no {prompt}
+
+
+def test_a_folder_of_sample_beside_one_of_others(folders, tmp_path, capsys):
+    """Names tell the pairs, and the prompts are sample.py's."""
+    a, b = folders
+    plain = str(shutil.copytree(a, tmp_path / "plain"))
+    os.remove(f"{plain}/samples.jsonl")  # its grid.png has no pair
+    for dirs in ((a, plain), (plain, a), (a, plain, b)):
+        report = compare(*dirs, reward=PICKSCORE, out=tmp_path / str(len(os.listdir(tmp_path))))
+        scores = report["metrics"]["reward/pickscore"]
+        assert report["n"] == 3 and scores[plain]["mean"] == pytest.approx(scores[a]["mean"], abs=1e-6)
+    refuses(capsys, lambda: compare(a, plain, reward=PICKSCORE, prompts="tiny/eval_prompts.txt", out=tmp_path / "no"),
+            "--prompts")
+    other = shutil.copytree(a, tmp_path / "other")
+    (other / "samples.jsonl").write_text((other / "samples.jsonl").read_text().replace("red", "blue"))
+    refuses(capsys, lambda: compare(a, plain, str(other), out=tmp_path / "no", reward=PICKSCORE), "another prompt")
+
+
+def test_fewer_than_half_of_the_pictures_pair(tmp_path, capsys):
+    """The table says so first; three pairs have no interval, but the table has their number."""
+    few, many = render_folder(tmp_path / "few", n=3), render_folder(tmp_path / "many", n=7)
+    report = compare(few, many, judge="tiny/judge", out=tmp_path / "out")
+    assert report["note"].startswith("Only 3 of up to 7 pictures")
+    printed = capsys.readouterr().out.splitlines()
+    table = printed[printed.index(report["note"]):]
+    assert table[2].startswith("| metric") and not [line for line in table if "[" in line]
+    assert "n 3 |" in table[4] and "n 3 |" in table[-1]
+    scores = [*report["metrics"]["judge/overall"].values(), *report["pairs"]["judge/quality"].values()]
+    assert all(score["lo"] is None and score["n"] == 3 for score in scores)
+    eight = render_folder(tmp_path / "eight", n=8)
+    assert compare(eight, many, judge="tiny/judge", out=tmp_path / "seven")["note"] == ""
+    assert [eval_judge.summary(torch.arange(n), [str(i) for i in range(n)], 10)["lo"] is None for n in (7, 8)] == [
+        True, False]
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout")  # no place beside names of 200 letters
+def test_a_report_is_named_after_its_folders_and_kept(folders, tmp_path, capsys, monkeypatch):
+    a, b = folders
+    reward = bright(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(b, tmp_path / "c")
+    for dirs in ((a, b), (b, a), (a, b)):
+        eval_judge.main(eval_judge.Args(dirs=dirs, reward=reward, forensic=(), judge=None))
+    assert sorted(os.listdir("runs")) == ["eval-a-b", "eval-b-a"]
+    assert sorted(os.listdir("runs/eval-a-b")) == ["report.html", "report.json", "report.png", "scores.jsonl"]
+    refuses(capsys, lambda: compare(a, str(other), reward=reward, out="runs/eval-a-b"), "report.json", a, b, "--out",
+            unchanged=tmp_path / "runs")
+    compare(f"{a}/", os.path.relpath(b), reward=reward, out="runs/eval-a-b")  # the same folders, written otherwise
+    (tmp_path / "runs/eval-b-a/report.html").write_text("<html>mine</html>")
+    refuses(capsys, lambda: compare(b, a, reward=reward, out="runs/eval-b-a"), "report.html", "not written by",
+            unchanged=tmp_path / "runs")
+    long = [str(shutil.copytree(a, tmp_path / (letter * 200))) for letter in "xy"]
+    eval_judge.main(eval_judge.Args(dirs=tuple(long), reward=reward, forensic=(), judge=None))
+
+
+# ---------------------------------------------------------------- report.html
+
+EVIL = ["</script><script>document.title = 'broken'</script>", "\"quotes\" & 'more' <b>bold</b>", "{{report}} <!-- x"]
+
+
+def in_browser(file: Path, script: str = "") -> str:
+    """The page as Chromium shows it, after a script that acts as a user does."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("no chromium")
+    page = file.with_name("acted.html")
+    page.write_text(file.read_text("utf-8").replace("</body>", f"<script>{script}</script></body>"), "utf-8")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={file.parent}/chrome",
+               "--virtual-time-budget=3000", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory) -> Path:
+    """A report.html of three pairs with prompts and a folder that could break it. By the reward, the right pictures are
+    better by 0, 0.2 and 0.1."""
+    root = tmp_path_factory.mktemp("gallery")
+    rows = [{"prompt": prompt, "seed": 0} for prompt in EVIL]
+    for name, gains in (("a & <b>", (0, 0, 0)), ("b", (0, 0.2, 0.1))):
+        shades = 0.2 + torch.tensor(gains).view(3, 1, 1, 1)
+        flow.pictures.save_samples(str(root / name), torch.ones(3, 3, 64, 64) * shades, rows)
+    compare(f"{root}/a & <b>", f"{root}/b", reward=bright(root), judge="tiny/judge", out=root / "out")
+    return root / "out/report.html"
+
+
+def test_the_page_stands_alone(gallery):
+    """One file, without a word of another, whose JSON cannot end its element."""
+    html = gallery.read_text("utf-8")
+    assert not re.search(r"""(?:src|href)=|url\(|@import|https?://""", html) and html.count("data:image/png") == 6
+    assert html.count("</script>") == 2 and "broken'</script>" not in html
+    content = json.loads(re.search(r'<script type="application/json" id="report">(.*?)</script>', html)[1])
+    assert [prompt for _, prompt in content["pairs"]] == EVIL
+    picture = Image.open(io.BytesIO(base64.b64decode(content["pictures"][1][1].split(",")[1])))
+    assert picture.size == (64, 64) and picture.getpixel((0, 0)) == (102, 102, 102)
+
+
+def test_the_page_in_a_browser(gallery):
+    """The table, the pairs, sorting and the slider."""
+    dom = in_browser(gallery)
+    assert "<title>Folders of pictures compared</title>" in dom  # no prompt has run
+    assert "&lt;/script&gt;&lt;script&gt;document.title" in dom and "&lt;b&gt;bold&lt;/b&gt;" in dom
+    shown = re.findall(r'<article data-pair="(\d)"', dom)
+    table = re.findall(r"<th scope=\"row\">(.*?)</th>", dom)
+    assert shown == ["0", "1", "2"] and table[0] == "reward/bright.py:f ↑" and "judge/overall ↑" in table
+    assert dom.count("n 3") >= 12 and 'class="sides"' in dom and dom.count("<img") == 12 and "The judge prefers" in dom
+    act = "const set = (id, value) => { get(id).value = value; document.forms[0].dispatchEvent(new Event('change')); };"
+    by_reward = in_browser(gallery, act + "set('sort', 'reward/bright.py:f ↑')")
+    assert re.findall(r'<article data-pair="(\d)"', by_reward) == ["1", "2", "0"]
+    lowest = in_browser(gallery, act + "get('up').checked = true; set('sort', 'reward/bright.py:f ↑')")
+    assert re.findall(r'<article data-pair="(\d)"', lowest) == ["0", "2", "1"]
+    slid = in_browser(gallery, act + """get('slider').checked = true; set('right', '1');
+        const range = document.querySelector('input[type=range]');
+        range.value = 20; range.dispatchEvent(new Event('input'));""")
+    assert 'class="slider"' in slid and slid.count("--at: 20%") == 1
+    assert "left of the line" in slid and 'type="range"' in slid
+
+
+def test_the_page_sorts_by_where_the_judges_disagree(gallery):
+    """Pair 0: reward, detector and judge agree. 1: reward against detector. 2: they agree, the judge is undecided."""
+    html = gallery.read_text("utf-8")
+    start = html.index('id="report">') + len('id="report">')
+    content = json.loads(html[start:html.index("</script>", start)])
+    left, right = content["dirs"]
+    content["scores"] = {"reward/x ↑": [[0, 0, 0], [1, 1, 1]], "fake ↓": [[1, 0, 0], [0, 1, 0]],
+                         "judge/overall ↑": [[None, 0, 0], [0, 0, 0]]}
+    content["margins"] = {f"{left} vs {right}": [-1, None, -1], f"{right} vs {left}": [1, 1, -1]}
+    page = gallery.with_name("votes.html")
+    content = json.dumps(content).replace("<", "\\u003c")
+    page.write_text(html[:start] + content + html[html.index("</script>", start):], "utf-8")
+    dom = in_browser(page, "get('sort').value = 'disagreement'; show()")
+    assert re.findall(r'<article data-pair="(\d)"', dom) == ["1", "2", "0"]
+    said = re.findall(r"<p>(.*?)</p>", dom)[-3:]
+    assert said[0] == "An answer of the judge was not read" and "Tie" in said[1] and "not read" in dom
+    assert re.fullmatch("The judge prefers .*b, margin 1.00", said[2])
+
+
+def test_the_page_of_128_pairs_of_large_pictures(tmp_path):
+    """Noise, which compresses worst: below 20 MB, and each picture is still to be seen."""
+    noise = np.random.default_rng(0).integers(0, 256, (700, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.png", compress_level=1)
+    html = flow.pictures.page({}, [[f"{tmp_path}/x.png"] * 128] * 2)
+    content = json.loads(re.search(r'id="report">(.*?)</script>', html)[1])
+    picture = Image.open(io.BytesIO(base64.b64decode(content["pictures"][0][0].split(",")[1])))
+    assert len(html) < 20e6 and 256 <= picture.width <= 400 and picture.format == "JPEG"
+    few = flow.pictures.page({}, [[f"{tmp_path}/x.png"]] * 2)
+    assert max(map(len, json.loads(re.search(r'id="report">(.*?)</script>', few)[1])["pictures"][0])) > 500_000
 
 
 # ---------------------------------------------------------------- errors and files
@@ -311,6 +634,8 @@ def test_files_of_others_are_refused_and_kept(folders, tmp_path, capsys, monkeyp
         ("report.json", b""),
         ("report.png", None),
         ("report.png", b"a picture"),
+        ("report.html", None),
+        ("report.html", b"<html></html>"),
     ]):
         file = tmp_path / f"out{i}" / name
         file.parent.mkdir()

@@ -40,10 +40,10 @@ def test_prompts_that_are_cut_are_reported_once_with_the_limit(pipe, capsys):
 @pytest.mark.parametrize("name", ["tiny/pickscore", "tiny/hps"])
 def test_prompts_that_a_reward_cuts_are_reported_once_with_its_name(name, capsys):
     reward = load_reward(f"{name}:0.5,tiny/pickscore", CPU)
-    reward.warn_cut(["a red star"] * 3)
+    reward.check_prompts([{"prompt": "a red star"}] * 3)
     assert capsys.readouterr().out == ""
     longest = reward.models[0].config.text_config.max_position_embeddings
-    reward.warn_cut(["a red star", "very " * longest, "very " * longest])
+    reward.check_prompts([{"prompt": text} for text in ("a red star", "very " * longest, "very " * longest)])
     first, *others = capsys.readouterr().out.splitlines()
     assert f"note: 1 of 2 prompts are longer than the {longest} tokens that --reward {name} reads" in first
     assert len(others) == 1 and "--reward tiny/pickscore reads" in others[0]

@@ -4,23 +4,39 @@ import functools
 import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 import world
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 import eval_judge
 import flow.evaluate
+import flow.pipeline
 import flow.rewards
+import flow.run
 import sample
 import train_dpo
-from flow.judge import local_judge, read_answer
-from flow.pictures import to_image
+from flow.judge import edit_distance, local_judge, read_answer, wanted_text
+from flow.pictures import save_samples, to_image
 from flow.rewards import VLM_QUESTION, load_reward, reward_model, short_reward, split_reward
 from tests.families import fast_tokenizer, vocab_size
-from tests.helpers import CPU, SCRIPTS, answer, generator, metrics, refuses, renders, sample_rows, small_run
+from tests.helpers import (
+    CPU,
+    SCRIPTS,
+    answer,
+    generator,
+    lora_bytes,
+    metrics,
+    refuses,
+    renders,
+    sample_rows,
+    small_run,
+    timeless,
+)
 
 OVERALL = eval_judge.SINGLE["overall"]  # tiny/judge knows the words of eval_judge.py's questions only; it has commas
 
@@ -340,9 +356,23 @@ def test_a_vlm_reward_without_an_answer(server, capsys):
     url, replies, _ = server
     reward = load_reward(f"vlm:m@{url}", CPU)
     replies += [(200, answer({"Well": 1.0}))]
-    refuses(capsys, lambda: reward(renders(1), ["a red star"]), "--reward vlm:m", "neither yes nor no", "a red star")
+    refuses(capsys, lambda: reward(renders(1), ["a red star"]), "--reward vlm:m", "neither yes nor no", "'Well'",
+            "a red star")
+    replies += [(200, {"choices": [{"message": {"content": "", "reasoning_content": "Yes, but"}}]})]
+    refuses(capsys, lambda: reward(renders(1), ["a red star"]), f"--reward vlm: {url}",
+            "thinks first (<think>Yes, but)")
     replies += [(404, {})]
     refuses(capsys, lambda: reward(renders(1), ["a red star"]), f"--reward vlm: {url}", "404")
+
+
+def test_a_vlm_reward_without_probabilities_says_so_once(server, capsys):
+    url, replies, _ = server
+    replies += [(200, {"choices": [{"message": {"content": text}}]}) for text in ("Yes", "yes", "No", "Yes.")]
+    reward = load_reward(f"vlm:m@{url}", CPU)
+    assert all(score in (0, 1) for score in reward(renders(2), ["a", "b"]).round(decimals=6).tolist())
+    assert sorted(reward(renders(2), ["a", "b"]).round(decimals=6).tolist()) == [0, 1]
+    printed = capsys.readouterr()
+    assert printed.out.count("without probabilities") == 1 and not printed.err
 
 
 def test_vlm_specs_that_are_refused(capsys):
@@ -481,3 +511,323 @@ def test_foreign_rewards_that_are_refused(tmp_path, capsys):
     ]:
         refuses(capsys, lambda: load_reward(f"{tmp_path}/f.py:{function}", CPU)(torch.rand(2, 3, 8, 8), ["a", "b"]),
                 "--reward", *words)
+
+
+DICTS = """
+import torch
+calls = []
+def scores(images, prompts):
+    red, blue = images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))
+    return {"avg": (red + blue) / 2, "red": red.tolist(), "blue": blue[:, None], "one": [0.5] * 3,
+            "unknown": [float("nan")] * len(images), "text": ["no score"] * len(images)}
+def changing(images, prompts):
+    calls.append(None)
+    return {"red": images[:, 0].mean((1, 2)), "blue" if len(calls) < 3 else "green": images[:, 2].mean((1, 2))}
+def later(images, prompts):
+    calls.append(None)
+    scores = images[:, 0].mean((1, 2))
+    return scores if len(calls) < 3 else {"red": scores}
+"""
+
+
+def test_each_score_of_a_dict_has_a_name_and_a_row(tmp_path):
+    """Besides what is used; of parts of a sum, in batches of any size and for videos. What is no number is left out."""
+    (tmp_path / "d.py").write_text(DICTS)
+    images = torch.rand(5, 3, 8, 8, generator=generator(0))
+    red, blue = images[:, 0].mean((1, 2)), images[:, 2].mean((1, 2))
+    reward = load_reward(f"{tmp_path}/d.py:scores[red]:2,{tmp_path}/d.py:scores", CPU, batch=2)
+    assert reward.names == ["d.py:scores[red]", "d.py:scores"]
+    for pictures in (images, images[:, None].repeat(1, 2, 1, 1, 1)):
+        scores = reward.scores_of(pictures, ["a"] * 5)
+        by_name = dict(zip(reward.names, scores))
+        assert len(scores) == len(reward.names) and by_name.pop("d.py:scores[unknown]").isnan().all()
+        torch.testing.assert_close(by_name, {
+            "d.py:scores[red]": red, "d.py:scores[avg]": (red + blue) / 2, "d.py:scores[blue]": blue,
+            "d.py:scores": (red + blue) / 2}, check_stride=False)
+        torch.testing.assert_close(reward.weighted(scores), 2 * red + (red + blue) / 2)
+
+
+@pytest.mark.parametrize("specs, names", [
+    (["a/d.py:scores[red]", "a/d.py:scores[blue]:3"], ["d.py:scores[red]", "d.py:scores[blue]"]),  # one function
+    (["b/d.py:scores[blue]", "a/d.py:scores:3"], ["b/d.py:scores[blue]", "a/d.py:scores"]),
+    (["a/d.py:scores", "b/d.py:scores[blue]:3"], ["a/d.py:scores", "b/d.py:scores[blue]"]),
+])
+def test_the_scores_of_two_dicts_are_kept_apart(tmp_path, monkeypatch, specs, names):
+    """Two files of one name whose scores have other values: each is what its name says, and weighs what it should."""
+    monkeypatch.chdir(tmp_path)
+    for folder, text in (("a", DICTS), ("b", DICTS.replace("images[:, 2]", "10 * images[:, 2]"))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "d.py").write_text(text)
+    images = torch.rand(3, 3, 8, 8, generator=generator(0))
+    alone = [load_reward(spec.removesuffix(":3"), CPU)(images, ["a"] * 3) for spec in specs]
+    both = load_reward(",".join(specs), CPU)
+    scores = both.scores_of(images, ["a"] * 3)
+    assert {*names} <= {*both.names}
+    torch.testing.assert_close(both.weighted(scores), alone[0] + 3 * alone[1])
+    for name, score in zip(names, alone):
+        torch.testing.assert_close(dict(zip(both.names, scores))[name], score)
+
+
+def test_each_score_of_a_dict_is_logged_in_training_and_at_evaluations(tmp_path):
+    (tmp_path / "d.py").write_text(DICTS)
+    out = small_run(tmp_path / "run", epochs=1, group=3, updates=1, steps=2, eval_every=1, eval_n=3,
+                    reward=f"{tmp_path}/d.py:scores[blue]")
+    before, step, after = metrics(out)
+    assert step["reward/d.py:scores[blue]"] == step["reward"] and step["reward/d.py:scores[unknown]"] is None
+    assert {key for key in step if key.startswith("reward")} == {
+        key + std for std in ("", "_std") for key in (
+            "reward", *(f"reward/d.py:scores[{name}]" for name in ("avg", "red", "blue", "unknown")))}
+    for line in (before, after):
+        assert line["eval_reward/d.py:scores[blue]"] == line["eval_reward"]
+        both = line["eval_reward/d.py:scores[red]"] + line["eval_reward/d.py:scores[blue]"]
+        assert line["eval_reward/d.py:scores[avg]"] == pytest.approx(both / 2)
+
+
+def test_an_eval_reward_is_no_score_of_the_trained_dict(tmp_path):
+    """Of two files of one name: their scores of one name are logged apart."""
+    for folder, text in (("a", DICTS), ("b", DICTS.replace("images[:, 2]", "10 * images[:, 2]"))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "d.py").write_text(text)
+    out = small_run(tmp_path / "run", epochs=1, group=3, updates=1, steps=2, eval_every=1, eval_n=3,
+                    reward=f"{tmp_path}/a/d.py:scores", eval_reward=(f"{tmp_path}/b/d.py:scores[blue]",))
+    for line in metrics(out)[::2]:
+        ours, theirs = line["eval_reward/d.py:scores[blue]"], line[f"eval_reward/{tmp_path}/b/d.py:scores[blue]"]
+        assert theirs == pytest.approx(10 * ours)
+
+
+def test_a_dict_has_a_gradient_where_what_is_used_has_one(tmp_path, capsys):
+    (tmp_path / "d.py").write_text(DICTS)
+    images = torch.rand(2, 3, 8, 8, generator=generator(0)).requires_grad_()
+    for spec in ("d.py:scores[blue]", "d.py:scores,tiny/pickscore:0"):
+        scores = load_reward(f"{tmp_path}/{spec}", CPU, differentiable=True)(images, ["a"] * 2)
+        assert torch.autograd.grad(scores.sum(), images)[0].any()
+    for spec in ("d.py:scores[red]", f"d.py:scores,{tmp_path}/d.py:scores[red]"):  # it is made a list
+        refuses(capsys, lambda: load_reward(f"{tmp_path}/{spec}", CPU, differentiable=True), "--adjoint", "scores[red]")
+
+
+def test_a_dict_of_other_names_ends_the_run(tmp_path, capsys):
+    (tmp_path / "d.py").write_text(DICTS)
+    for function, words in [
+        ("changing", ["red, green", "red, blue"]),
+        ("later", ["named red", "nothing"]),
+    ]:
+        refuses(capsys, lambda: small_run(tmp_path / function, reward=f"{tmp_path}/d.py:{function}"),
+                f"--reward {tmp_path}/d.py:{function}", "names each time", *words)
+
+
+# ---------------------------------------------------------------- --normalize-rewards
+
+def test_running_deviations():
+    """Of the epochs so far, as NumPy computes them. What is constant up to rounding stays as it is, and so does NaN."""
+    g = np.random.default_rng(0)
+    means, scales = np.array([[5.0], [-3.0], [7.0], [1e3]]), np.array([[0.01], [1.0], [0.0], [1e-5]])
+    epochs = means + scales * g.normal(size=(3, 4, 50))
+    epochs[1, 1] *= 3
+    variances = [torch.zeros(5, 1).double()]
+    for epoch in range(3):
+        scores = torch.cat([torch.from_numpy(epochs[epoch]).float(), torch.full((1, 50), math.nan)])
+        ours = flow.rewards.running_deviations(scores, variances, epoch)
+        expected = np.sqrt(epochs[:epoch + 1].var(2, ddof=1).mean(0))
+        np.testing.assert_allclose(ours[:2, 0], expected[:2], rtol=1e-3)
+        assert ours[2:].flatten().tolist() == [1.0] * 3 and variances[0].isfinite().all()
+
+
+NORMALIZED = """
+def red(images, prompts):
+    return images[:, 0].mean((1, 2))
+def faint(images, prompts):
+    return red(images, prompts) / 2 ** 14
+def dark(images, prompts):
+    return -images.mean((1, 2, 3)).square()
+def constant(images, prompts):
+    return images.new_zeros(len(images))
+"""
+PARTS = dict(epochs=2, group=3, groups=2, updates=1, batch=3, steps=3, timesteps=1, eval_n=2, save_every=1, lr=2e-2)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_normalized_parts_weigh_the_same_on_any_scale_and_resume_bit_for_bit(tmp_path, script):
+    """A part divided by 2^14, which rounds nothing, and a constant one change nothing; without the flag the first does.
+    A run in two parts is the whole run; the reward is logged in its own units."""
+    (tmp_path / "n.py").write_text(NORMALIZED)
+    part = {name: f"{tmp_path}/n.py:{name}" for name in ("red", "faint", "dark", "constant")}
+    flags = PARTS | ({"pairs": 1} if script is train_dpo else {})
+
+    def train(name, *parts, **changes):
+        given = dict(reward=",".join(part[p] for p in parts), eval_every=0, normalize_rewards=True)
+        out = small_run(tmp_path / name, script, **flags | given | changes)
+        return out, lora_bytes(out)
+    plain, learnt = train("red", "red", "dark", eval_every=1)
+    for epochs in (1, 2):
+        faint, resumed = train("faint", "faint", "dark", eval_every=1, epochs=epochs)
+    assert learnt == resumed == train("constant", "faint", "constant", "dark")[1]
+    raw = train("raw", "red", "dark", normalize_rewards=False)[1]
+    assert learnt != raw != train("raw-faint", "faint", "dark", normalize_rewards=False)[1]
+    for a, b in zip(timeless(plain), timeless(faint)):
+        key = "reward" if "loss" in a else "eval_reward"
+        red, small, dark = a[f"{key}/n.py:red"], b[f"{key}/n.py:faint"], a[f"{key}/n.py:dark"]
+        assert small == red / 2**14 and a[key] == pytest.approx(red + dark, rel=1e-5)
+        assert b[key] == pytest.approx(small + dark, rel=1e-5)
+        assert {k: v for k, v in a.items() if "reward" not in k} == {k: v for k, v in b.items() if "reward" not in k}
+    states = [torch.load(out / "checkpoint/state.pt", weights_only=True) for out in (plain, faint)]
+    (whole,), (parts,) = [state["variances"] for state in states]
+    assert torch.equal(whole, parts * torch.tensor([[2.0**28], [1.0]]))
+    expected = sum(line["reward/n.py:red_std"] ** 2 for line in metrics(plain) if "loss" in line)
+    assert whole[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------- ocr and aesthetic
+
+def written(*texts: str) -> torch.Tensor:
+    """Pictures (n, 3, 192, 320) with texts on them."""
+    images = []
+    for text in texts:
+        image = Image.new("RGB", (320, 192), "lightyellow")
+        ImageDraw.Draw(image).multiline_text((24, 50), text, "navy", ImageFont.load_default(40))
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+    return torch.stack(images)
+
+
+def test_ocr_reads_what_is_written(tmp_path, monkeypatch, capsys):
+    """1 - edit distance / length, without spaces and case; 1 where the text is among others. The text comes from the
+    prompt's quotes or its metadata. Also in a sum, in sample.py and eval_judge.py."""
+    pytest.importorskip("rapidocr_onnxruntime")
+    reward = load_reward("ocr", CPU)
+    images = written("HELLO", "HELLO 2024", "HELLU", "New\nYork", "")
+    close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
+    close(reward(images, ['A sign that says "hello"'] * 5), torch.tensor([1, 1, 0.8, 0, 0]))
+    close(reward(images, ["a city"] * 5, [{"text": "New York"}] * 5)[3:], torch.tensor([1.0, 0.0]))
+    close(reward(images[:2], ["the year"] * 2, [{"text": 2024}] * 2), torch.tensor([0.0, 1.0]))
+    close(reward(torch.rand(2, 3, 64, 64), ["“Hello”"] * 2), torch.zeros(2))
+    close(load_reward("ocr:2,tiny/pickscore:0", CPU)(images[:1], ['"HELLO"']), torch.tensor([2.0]))
+    rows = [{"prompt": f'"{text}"', "seed": 0} for text in ("HELLO", "WORLD")]
+    save_samples(str(tmp_path / "out"), images[[0, 1]], rows)
+    eval_judge.main(eval_judge.Args(dirs=(f"{tmp_path}/out",), reward=("ocr:0.5,ocr:2",), judge=None, forensic=(),
+                                    out=f"{tmp_path}/eval"))
+    report = json.loads((tmp_path / "eval/report.json").read_text())["metrics"]["reward/ocr:0.5,ocr:2"]
+    world_in_hello = 1 - edit_distance("world", "hello2024") / 5
+    assert report[f"{tmp_path}/out"]["mean"] == pytest.approx(2.5 * (1 + max(0, world_in_hello)) / 2)
+    sample.main(sample.Args(prompt='a "red" star', steps=2, reward="ocr", out=f"{tmp_path}/one"))
+    assert sample_rows(tmp_path / "one")[0]["reward"] == 0
+    refuses(capsys, lambda: sample.main(sample.Args(prompt='a "red" star', reward="ocr", adjoint=True, steps=2,
+                                                    out=f"{tmp_path}/two")), "--adjoint", "ocr", "no gradient")
+
+
+def test_ocr_refuses_prompts_without_a_text_at_the_start(tmp_path, monkeypatch, capsys):
+    """The last of the prompts, too, and before the pipeline is loaded. As --eval-reward it is of the held-out ones."""
+    pytest.importorskip("rapidocr_onnxruntime")
+    quoted, plain = '{"prompt": "a sign \\"A\\""}\n{"prompt": "a sign", "text": "B"}\n', '{"prompt": "a star"}\n'
+    for name, text in (("quoted", quoted), ("mixed", quoted + plain)):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    quoted, mixed = f"{tmp_path}/quoted.jsonl", f"{tmp_path}/mixed.jsonl"
+    flags = dict(epochs=1, groups=2, group=2, updates=1, steps=2, eval_n=2, eval_every=1)
+    small_run(tmp_path / "both", prompts=quoted, eval_prompts=quoted, reward="ocr", **flags)
+    small_run(tmp_path / "held-out", prompts=mixed, eval_prompts=quoted, eval_reward=("ocr",), **flags)
+    assert metrics(tmp_path / "held-out")[-1]["eval_reward/ocr"] == 0
+
+    def too_early(*args, **kwargs):
+        raise AssertionError("the pipeline is loaded first")
+    monkeypatch.setattr(flow.run, "load_pipeline", too_early)
+    monkeypatch.setattr(flow.pipeline, "load_pipeline", too_early)
+    more = flags | dict(eval_n=3)
+    for given in (dict(prompts=mixed, eval_prompts=quoted, reward="ocr"),
+                  dict(prompts=quoted, eval_prompts=mixed, reward="ocr"),
+                  dict(prompts=mixed, eval_prompts=mixed, eval_reward=("tiny/hps", "ocr"))):
+        more["groups"] = 2 if given["prompts"] == quoted else 3
+        words = "--reward ocr", "'a star'", "double quotes", "`text`"
+        refuses(capsys, lambda: small_run(tmp_path / "no", **more, **given), *words)
+    refuses(capsys, lambda: sample.main(sample.Args(prompts=mixed, reward="ocr", out=f"{tmp_path}/no")), "'a star'")
+    assert not (tmp_path / "no").exists()
+    save_samples(str(tmp_path / "out"), renders(1), [{"prompt": "a star", "seed": 0}])
+    refuses(capsys, lambda: eval_judge.main(eval_judge.Args(dirs=(f"{tmp_path}/out",), reward=("ocr",), judge=None,
+                                                            forensic=(), out=f"{tmp_path}/no")), "'a star'")
+
+
+def test_without_its_package_ocr_is_refused(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
+    refuses(capsys, lambda: load_reward("tiny/hps,ocr", CPU), "--reward ocr", "pip install rapidocr-onnxruntime==1.4.4")
+
+
+@pytest.mark.parametrize("prompt, metadata, text", [
+    ('New York Skyline with "Hello World" and "more"', {}, "Hello World"),
+    ("a sign “Open” by the road", {"text": None}, "Open"),
+    ("„Halt“", {"text": " "}, "Halt"),
+    ('an "" empty one, then "A"', {}, "A"),
+    ("it's 5 o'clock", {"text": 17}, "17"),
+    ('a "vintage" sign', {"text": "CAFÉ", "tag": "x"}, "CAFÉ"),
+    ("它说「你好」", {}, "你好"),
+])
+def test_the_text_that_ocr_looks_for(prompt, metadata, text):
+    assert wanted_text(prompt, metadata) == text
+
+
+@pytest.mark.parametrize("a, b, distance", [
+    ("kitten", "sitting", 3),
+    ("flaw", "lawn", 2),
+    ("", "abc", 3),
+    ("abc", "", 3),
+    ("same", "same", 0),
+])
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+@pytest.fixture()
+def predictor(tmp_path, monkeypatch) -> torch.nn.Sequential:
+    """An aesthetic predictor's head, and a small CLIP of 768 dimensions, in the place of the hub's."""
+    torch.manual_seed(0)
+    wide, layers = [768, 1024, 128, 64, 16, 1], []
+    for i, sizes in enumerate(zip(wide, wide[1:])):
+        layers += [torch.nn.Linear(*sizes)] + [torch.nn.Dropout(0.2)] * (i < 3)
+    head = torch.nn.Sequential(*layers).eval()
+    torch.save({f"layers.{key}": value for key, value in head.state_dict().items()}, tmp_path / "head.pth")
+    shared = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    processor = AutoProcessor.from_pretrained("tiny/pickscore")
+    text = dict(shared, vocab_size=len(processor.tokenizer), max_position_embeddings=16)
+    clip = CLIPModel(CLIPConfig(vision_config=dict(shared, image_size=64, patch_size=16), text_config=text,
+                                projection_dim=768))
+    for part in (clip, processor):
+        part.save_pretrained(tmp_path / "clip")
+    asked = ("camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth")
+    monkeypatch.setattr(flow.rewards, "hf_hub_download", lambda *names: {asked: f"{tmp_path}/head.pth"}[names])
+    monkeypatch.setitem(flow.rewards.HUB, "aesthetic", (f"{tmp_path}/clip", f"{tmp_path}/clip", asked[0]))
+    return head
+
+
+def test_the_aesthetic_predictor(predictor, tmp_path):
+    """Its head on the normalized embedding of the picture, whatever the prompt; in a sum, and with a gradient."""
+    pictures, prompts = renders(4), ["a red star", "word " * 99, "", "b"]
+    clip = CLIPModel.from_pretrained(tmp_path / "clip")
+    mean, std = [torch.tensor(x).view(3, 1, 1) for x in (flow.rewards.OPENAI_CLIP_MEAN, flow.rewards.OPENAI_CLIP_STD)]
+    with torch.no_grad():
+        embedding = clip.get_image_features(((pictures * 255).round() / 255 - mean) / std).pooler_output
+        expected = predictor(embedding / embedding.norm(dim=1, keepdim=True))[:, 0]
+    reward = load_reward("aesthetic", CPU)
+    torch.testing.assert_close(reward(pictures, prompts), expected, rtol=1e-4, atol=1e-6)
+    both = load_reward("aesthetic:2,tiny/pickscore:0", CPU)
+    torch.testing.assert_close(both(pictures, prompts), 2 * expected, rtol=1e-4, atol=1e-6)
+    images = pictures.clone().requires_grad_()
+    scores = load_reward("aesthetic", CPU, differentiable=True)(images, prompts)
+    torch.testing.assert_close(scores.detach(), expected, rtol=1e-2, atol=1e-4)
+    assert torch.autograd.grad(scores.sum(), images)[0].flatten(1).any(1).all()
+    assert all(p.device == CPU and not p.requires_grad for p in reward.models[0].head.parameters())
+
+
+def test_the_aesthetic_predictor_tells_of_no_cut_prompts(predictor, capsys):
+    load_reward("aesthetic", CPU).check_prompts([{"prompt": "word " * 99}])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("head", [
+    {"layers.0.weight": torch.zeros(3, 3)},  # of another shape
+    {"other": torch.zeros(3)},
+    torch.nn.Linear(2, 2),  # a pickled object, which weights_only does not load
+    b"no checkpoint",
+])
+def test_a_broken_head_is_refused(predictor, tmp_path, capsys, head):
+    if isinstance(head, bytes):
+        (tmp_path / "head.pth").write_bytes(head)
+    else:
+        torch.save(head, tmp_path / "head.pth")
+    refuses(capsys, lambda: load_reward("aesthetic", CPU), "--reward aesthetic", "cannot be loaded",
+            "camenduru/improved-aesthetic-predictor")

@@ -22,7 +22,7 @@ import train_awm
 import train_dpo
 import train_nft
 from flow import cli, pictures, run
-from flow.lora import model_card
+from flow.pictures import model_card
 from tests.helpers import CPU, SMALL, contents, lora_bytes, lora_weights, metrics, refuses, small_run, timeless
 
 SHORT = dict(epochs=2, group=2, updates=1, steps=3, eval_n=2, save_every=2)

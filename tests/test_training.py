@@ -277,11 +277,11 @@ def test_what_a_script_adds_to_a_shared_block_is_added_lines():
             ("imports", "nft", "contextmanager|CLIP"),
             ("imports", "dpo", "functional|einops|CLIP"),
             ("load; errors come before anything is written", "dpo", "training_levels"),
-            ("LoRA and optimizer", "nft", "old|use_adapter"),
+            ("LoRA and optimizer", "nft", "old|set_adapter"),
             ("start or resume", "nft", "old_decay"),
             ("evaluation and checkpoint", "nft", "old=")):
         theirs = blocks(method)[heading].replace(", old=old_params", "").replace("ema=ema,\n", "ema=ema)\n")
-        theirs = theirs.replace(", use_adapter", "").replace("training_levels, ", "")
+        theirs = theirs.replace("set_adapter, ", "").replace("training_levels, ", "")
         ours = [line for line in blocks("awm")[heading].splitlines() if not re.search("CLIP", line)]
         lines = [line for line in theirs.splitlines() if not re.search(words, line)]
         assert "\n".join(lines).split() == "\n".join(ours).split(), heading

@@ -184,7 +184,7 @@ def draw_front(r: dict, folders: dict[str, Path], path: Path, columns: int = 5):
     grid = figure.add_gridspec(len(folders), columns, left=0.03, right=0.63, bottom=0.01, top=0.99, wspace=0.03,
                                hspace=0.03)
     for i, (who, folder) in enumerate(folders.items()):
-        files = [line["file"] for line in read_folder(str(folder), plain=True)]
+        files = [line["file"] for line in read_folder(str(folder))]
         pictures = load_pictures(files[::len(files) // columns][:columns])
         for j, picture in enumerate(pictures):
             axis = figure.add_subplot(grid[i, j], xticks=[], yticks=[])

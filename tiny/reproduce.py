@@ -300,7 +300,7 @@ def training_rewards(home: Path, run: Run, size: Size, name: str, flags: str) ->
 
 def colours(folder: Path) -> dict[str, float]:
     """Means over a folder's pictures: HSV saturation, and sharpness, the absolute Laplacian of the luma."""
-    x = load_pictures([row["file"] for row in read_folder(str(folder), plain=True)])  # (n, 3, h, w)
+    x = load_pictures([row["file"] for row in read_folder(str(folder))])  # (n, 3, h, w)
     luma = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
     saturation = (x.amax(1) - x.amin(1)) / x.amax(1).clamp_min(1e-3)
@@ -311,6 +311,8 @@ def colours(folder: Path) -> dict[str, float]:
 def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "renders") -> dict:
     """eval_judge.py on named folders: "means" {name: {metric: mean}}, "verdicts" {"A vs B": [win, tie, loss, nan]}."""
     out, names = home / "eval", {str(path): name for name, path in folders.items()}
+    for report in out.glob("report.*"):
+        report.unlink()  # of other folders
     flags = f"--reward tiny/pickscore tiny/hps --real {home.parent / renders} --out {out}"
     command(home, f"eval_judge.py {' '.join(names)} {flags}")
     report = json.loads((out / "report.json").read_text())
@@ -432,7 +434,7 @@ def early_part(home: Path, run: Run, size: Size) -> dict:
 
 def judged_good(ask: Callable, folder: Path) -> float:
     """The judge's mean P(good) of a folder's pictures."""
-    files, margins = [row["file"] for row in read_folder(str(folder), plain=True)], []
+    files, margins = [row["file"] for row in read_folder(str(folder))], []
     for i in range(0, len(files), 32):
         answers = ask(SINGLE["overall"], [[file] for file in files[i:i + 32]])
         margins += [read_answer(top, "yes", "no") for top in answers]

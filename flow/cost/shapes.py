@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from flow import pipeline
 from flow.cli import loading
+from flow.intercept import check_parts
 from flow.lora import add_lora, use_autocast, use_fast_kernels
 from flow.prompts import CHUNK
 from flow.rewards import VIT_H_CONFIG
@@ -91,7 +92,7 @@ def read_configs(model: str) -> tuple[str, dict, dict]:
         return json.loads(Path(path).read_text())
     with loading("--model", model):
         index = read("model_index.json")
-        pipeline.check_parts(model, index)
+        check_parts(model, index)
         parts, own = {}, {}
         for name, value in index.items():
             if not isinstance(value, list):
