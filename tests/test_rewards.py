@@ -231,6 +231,9 @@ def wrap(function):
         return function(*args, **kwargs)
     return inner
 wrapped = wrap(third)
+class Network(torch.nn.Module):
+    def forward(self, images, prompts, metadata=None):
+        return third(images, prompts, metadata)
 needs = lambda images, prompts, metadata: torch.tensor([float(fields["n"]) for fields in metadata])
 """
 ROWS = [{"prompt": "a red star", "n": i} for i in range(5)]  # of one text: only the row tells them apart
@@ -239,11 +242,11 @@ ROWS = [{"prompt": "a red star", "n": i} for i in range(5)]  # of one text: only
 def test_metadata_reaches_functions_that_take_a_third_argument(tmp_path):
     """One dict a picture, in parts of a sum and in batches, a copy each; a video's for each frame."""
     (tmp_path / "m.py").write_text(METADATA)
-    spec = ",".join(f"{tmp_path}/m.py:{name}" for name in ("third", "default", "two", "wrapped"))
+    spec = ",".join(f"{tmp_path}/m.py:{name}" for name in ("third", "default", "two", "wrapped", "Network"))
     reward, fields = flow.rewards.load_reward(spec, CPU, batch=2), [{"n": i} for i in range(5)]
     for images in (torch.rand(5, 3, 8, 8), torch.rand(5, 2, 3, 8, 8)):
-        assert reward.scores_of(images, ["a"] * 5, fields).tolist() == [[*range(5)]] * 2 + [[7] * 5] + [[*range(5)]]
-        assert reward(images, ["a"] * 5, [{"n": 3}] * 5).tolist() == [16] * 5
+        assert reward.scores_of(images, ["a"] * 5, fields).tolist() == [[*range(5)]] * 2 + [[7] * 5] + [[*range(5)]] * 2
+        assert reward(images, ["a"] * 5, [{"n": 3}] * 5).tolist() == [19] * 5
         assert reward.scores_of(images, ["a"] * 5)[0].tolist() == [-1] * 5
     assert fields == [{"n": i} for i in range(5)]
 
@@ -436,6 +439,12 @@ def factory():
         return red(images), {}
     return score
 
+def factory_of(device, batch):
+    return as_column
+
+def with_words(images, prompts):
+    return {"red": red(images), "words": prompts}
+
 def factory_on(device):
     assert device.type == "cpu"
     return as_column
@@ -494,8 +503,10 @@ def test_foreign_rewards_that_are_refused(tmp_path, capsys):
         ("named[blue]", ["red, none", "blue"]),
         ("nothing", ["no function nothing"]),
         ("red", ["failed", "f.py"]),  # it takes no prompts
+        ("factory_of", ["returned <function", "3 numbers"]),
+        ("with_words", ["red, words", "[NAME]"]),
     ]:
-        refuses(capsys, lambda: load_reward(f"{tmp_path}/f.py:{function}", CPU)(torch.rand(2, 3, 8, 8), ["a", "b"]),
+        refuses(capsys, lambda: load_reward(f"{tmp_path}/f.py:{function}", CPU)(torch.rand(3, 3, 8, 8), ["a"] * 3),
                 "--reward", *words)
 
 
