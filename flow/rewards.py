@@ -45,7 +45,7 @@ VLM_QUESTION = 'Does this picture show "{prompt}", without defects? Answer yes o
 def split_reward(spec: str) -> list[tuple[str, float]]:
     """The parts of a reward and their weights: "A:0.5,B" -> [("A", 0.5), ("B", 1.0)]."""
     parts = []
-    for part in spec.split(","):
+    for part in map(str.strip, spec.split(",")):
         name, _, weight = part.rpartition(":")
         is_weight = not re.search(r"\.py$|://[^/]*$", name)  # but a function, which may be called nan, or a port
         try:
@@ -72,7 +72,7 @@ def reward_model(name: str) -> str:
 def short_reward(spec: str) -> str:
     """The reward's text with only the last piece of each path or id: "DIR/clip:0.5,vlm:ORG/M@URL" -> "clip:0.5,M"."""
     short = []
-    for text, (name, _) in zip(spec.split(","), split_reward(spec)):
+    for text, (name, _) in zip(map(str.strip, spec.split(",")), split_reward(spec)):
         weight = text.removeprefix(name)  # as it was written
         name = (reward_model(name) if name.startswith("vlm:") else name).rstrip("/").rpartition("/")[2]
         short.append(name + weight)

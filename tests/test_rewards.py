@@ -382,6 +382,7 @@ def test_vlm_specs_that_are_refused(capsys):
 @pytest.mark.parametrize("spec, parts, short", [
     ("pickscore", [("pickscore", 1.0, "yuvalkirstain/PickScore_v1")], "pickscore"),
     ("runs/clip/:0.5,a/b", [("runs/clip/", 0.5, "runs/clip/"), ("a/b", 1.0, "a/b")], "clip:0.5,b"),
+    ("pickscore:2, a/b", [("pickscore", 2.0, "yuvalkirstain/PickScore_v1"), ("a/b", 1.0, "a/b")], "pickscore:2,b"),
     ("dir/f.py:nan:-1e-1", [("dir/f.py:nan", -0.1, "dir/f.py")], "f.py:nan:-1e-1"),
     ("f.py:nan", [("f.py:nan", 1.0, "f.py")], "f.py:nan"),
     ("vlm:a/b@http://h:8000/v1", [("vlm:a/b@http://h:8000/v1", 1.0, "a/b")], "b"),
@@ -753,6 +754,7 @@ def test_without_its_package_ocr_is_refused(monkeypatch, capsys):
     ("it's 5 o'clock", {"text": 17}, "17"),
     ('a "vintage" sign', {"text": "CAFÉ", "tag": "x"}, "CAFÉ"),
     ("它说「你好」", {}, "你好"),
+    ('a "vintage" sign', {"text": math.nan}, "vintage"),  # an empty cell of pandas
 ])
 def test_the_text_that_ocr_looks_for(prompt, metadata, text):
     assert wanted_text(prompt, metadata) == text
