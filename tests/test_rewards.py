@@ -697,6 +697,7 @@ def test_ocr_reads_what_is_written(tmp_path, monkeypatch, capsys):
     close(reward(images, ["a city"] * 5, [{"text": "New York"}] * 5)[3:], torch.tensor([1.0, 0.0]))
     close(reward(images[:2], ["the year"] * 2, [{"text": 2024}] * 2), torch.tensor([0.0, 1.0]))
     close(reward(torch.rand(2, 3, 64, 64), ["“Hello”"] * 2), torch.zeros(2))
+    close(reward(images[1:2].flip(2, 3), ['"HELLO 2024"']), torch.zeros(1))  # upside down
     close(load_reward("ocr:2,tiny/pickscore:0", CPU)(images[:1], ['"HELLO"']), torch.tensor([2.0]))
     rows = [{"prompt": f'"{text}"', "seed": 0} for text in ("HELLO", "WORLD")]
     save_samples(str(tmp_path / "out"), images[[0, 1]], rows)
