@@ -190,6 +190,8 @@ def read_lora(pipe, flag: str, name: str) -> dict[str, tuple[torch.Tensor, torch
                   "; give a plain LoRA of this model, best in diffusers' format"):
         if kind == "PEFT" and "r" not in config:
             raise ValueError("adapter_config.json is not beside it")
+        if re.match("pissa|olora|corda|loftq", str(start := config.get("init_lora_weights"))):
+            raise ValueError(f"it began as {start}, which changes the base's weights; convert it to a plain one")
         lora = layers_of(tensors, config)
         if not lora.keys() <= places.keys() and hasattr(pipe, "transformer_name"):  # PRX's loader is one for UNets
             with suppress(Exception):  # each of diffusers' converters raises its own

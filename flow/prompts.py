@@ -7,7 +7,7 @@ import io
 import json
 import pickle
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -57,7 +57,9 @@ def read_fields(content: bytes, suffix: str) -> list[dict]:
     text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     if "\0" in text:
         raise ValueError("holds NULs: it is binary, or UTF-16 without a BOM")
-    lines = [line.strip() for line in re.split("\r?\n", text) if line.strip()]
+    if re.match(r"\s*(<!doctype|<html|version https://git-lfs)", text, re.I):
+        raise ValueError("a web page, or a pointer of git-lfs, is there in place of the file: download it again")
+    lines = [line.strip() for line in re.split("\r\n?|\n", text) if line.strip()]
     if (listed := read_json(text, list)) is not None:
         return [row if isinstance(row, dict) else {"prompt": row} for row in listed]
     rows, is_table = [read_json(line, dict) for line in lines], suffix in (".csv", ".tsv")
@@ -66,19 +68,19 @@ def read_fields(content: bytes, suffix: str) -> list[dict]:
         if not all(is_json):
             raise ValueError(f"row {rows.index(None) + 1} is no JSON object")
         return rows
-    header = re.split("[,;\t]", lines[0].lower()) if lines else []
+    header = re.split("[,;\t]", lines[0].lower().replace('"', "")) if lines else []
     if is_table or len(header) > 1 and all(map(str.isidentifier, header)) and {*COLUMNS} & {*header}:
         return read_table(text, "\t" if suffix == ".tsv" else max(",;\t", key=lines[0].count))
+    if lines and suffix not in ("", ".txt"):
+        raise ValueError("it is neither JSON nor a table; if each line is a prompt, name it .txt")
     return [{"prompt": line} for line in lines]
 
 
 def read_json(text: str, kind: type):
     """JSON of a kind (dict or list), or None."""
-    try:
-        value = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, kind) else None
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        return value if isinstance(value, kind) else None
 
 
 def read_table(text: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> list[dict]:
@@ -359,8 +361,7 @@ def share_tensors(encodings: list[tuple[tuple, tuple]]) -> dict[tuple, tuple]:
 
 def load_encodings(flow, file: Path) -> bool:
     """Put a file's encodings into the cache; tensors stay on disk until used. False if it is missing or damaged."""
-    try:
+    with suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         cache_encodings(flow, torch.load(file, mmap=True, weights_only=True))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        return False
-    return True
+        return True
+    return False

@@ -80,6 +80,7 @@ def read(tmp_path, name: str, content: bytes) -> list[dict]:
     b"\xef\xbb\xbf" + "a red star\r\n\r\nUN CAFÉ".encode(),
     "a red star\nUN CAFÉ\n".encode("utf-16"),
     b"\xfe\xff" + "a red star\r\nUN CAFÉ\n".encode("utf-16-be"),
+    "a red star\rUN CAFÉ\r".encode(),  # as old programs on a Mac
 ])
 def test_encodings_and_line_ends_of_a_text_file(tmp_path, content):
     assert read(tmp_path, "p.txt", content) == [STAR, {"prompt": "UN CAFÉ", "metadata": {}}]
@@ -120,8 +121,9 @@ def test_tables(tmp_path):
     assert [row["prompt"] for row in read(tmp_path, "p.tsv", swallowing)] == ['"a cat', 'a dog"']
     assert read(tmp_path, "p.csv", b",caption,url\n0,a cat,x\n1,a dog,y\n") == [
         {"prompt": "a cat", "metadata": {"": "0", "url": "x"}}, {"prompt": "a dog", "metadata": {"": "1", "url": "y"}}]
-    assert read(tmp_path, "p.txt", b"text,prompt\nHELLO,a sign\n") == [
-        {"prompt": "a sign", "metadata": {"text": "HELLO"}}]
+    for header in (b"text,prompt", b'"text","prompt"'):
+        assert read(tmp_path, "p.txt", header + b"\nHELLO,a sign\n") == [
+            {"prompt": "a sign", "metadata": {"text": "HELLO"}}]
     assert read(tmp_path, "p.csv", "\ufeffprompt;n\r\na cat;1\r\n;\r\n".encode()) == [
         {"prompt": "a cat", "metadata": {"n": "1"}}]
 
@@ -164,6 +166,9 @@ def test_parquet_without_its_package(tmp_path, monkeypatch, capsys):
     ("p.csv", b"prompt,n\n,1\n", "row 1 has no text"),
     ("p.csv", b'prompt,n\n"a cat,1\n', "cannot be read"),
     ("p.parquet", b"a red star\n", "cannot be read"),
+    ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
+    ("p.txt", b"\n<!DOCTYPE html>\n<html>404</html>\n", "web page"),
+    ("p.yaml", b"- prompt: a red star\n", "name it .txt"),
 ])
 def test_what_is_no_list_of_prompts_is_refused(tmp_path, capsys, name, content, words):
     refuses(capsys, lambda: read(tmp_path, name, content), f"--prompts {tmp_path}/{name}", words)
