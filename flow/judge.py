@@ -233,7 +233,7 @@ def load_ocr() -> Callable:
 
 def wanted_text(prompt: str, metadata: dict) -> str:
     """The text that a picture is to show: `text` of the prompt's metadata, else the first in double quotes."""
-    given, quoted = metadata.get("text"), re.findall('["“„«「]([^"“”„«»「」]*)["”“»」]', prompt)
+    given, quoted = metadata.get("text"), re.findall('(?<![0-9])["“„«「]([^"“”„«»「」]*)["”“»」]', prompt)
     given = [str(given)] if isinstance(given, (str, int, float)) and given == given else []  # NaN: an empty cell
     for text in filter(str.strip, given + quoted):
         return text

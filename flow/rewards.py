@@ -14,9 +14,11 @@ import inspect
 import math
 import re
 import runpy
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -80,7 +82,7 @@ def short_reward(spec: str) -> str:
 
 
 def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False,
-                question: str | None = None) -> Callable:
+                question: str | None = None, flag: str = "--reward") -> Callable:
     """Load a reward as a function (images, prompts) -> (n,) fp32 on the CPU, which scores `batch` images at once.
 
     Images are (n, 3, h, w) in [0, 1]; a video (n, frames, 3, h, w) gets the mean of at most four evenly spaced frames.
@@ -92,9 +94,12 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     take a third argument. A call moves the models to `device`; move them away to free its memory.
     Raises InputError if a part cannot be loaded, or later if it returns anything but one finite number per image."""
     quiet_libraries()
-    parts = [(name, weight, load_part(name, device, differentiable, question)) for name, weight in split_reward(spec)]
+    with naming(flag):
+        parts = [(name, weight, load_part(name, device, differentiable, question))
+                 for name, weight in split_reward(spec)]
     models = [score.model for _, _, score in parts if hasattr(score, "model")]
 
+    @naming(flag)
     @torch.set_grad_enabled(differentiable)
     def scores_of(images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
         metadata = metadata or [{} for _ in prompts]
@@ -120,6 +125,7 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     def reward(images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
         return weighted(scores_of(images, prompts, metadata))
 
+    @naming(flag)
     def check_prompts(rows: list[dict]):
         for _, _, score in parts:
             getattr(score, "check", len)(rows)  # len: nothing to check
@@ -137,6 +143,15 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
             if not torch.autograd.grad(scores[reward.names.index(short)], images, retain_graph=True)[0].any():
                 raise InputError(f"--adjoint: --reward {name} has no gradient")
     return reward
+
+
+@contextlib.contextmanager
+def naming(flag: str):
+    """Inside, an InputError names this flag in place of --reward."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(str(e).replace("--reward", flag, 1))
 
 
 def running_deviations(scores: Tensor, variances: list[Tensor], epoch: int) -> Tensor:
@@ -169,7 +184,8 @@ def call_part(name: str, score: Callable, images: Tensor, prompts: list[str], me
         frames = traceback.extract_tb(e.__traceback__)
         at = next((frame for frame in frames if frame.filename == path), frames[-1])
         why = f"{type(e).__name__}: {reason(e)}; {at.filename}:{at.lineno}"
-        raise InputError(f"--reward {name}: failed on {tuple(images.shape)} pictures ({why})")
+        called = f"{tuple(images.shape)} pictures, {n} prompts{f', {n} dicts' * len(third)}"
+        raise InputError(f"--reward {name}: failed when called with {called} ({why})")
     rows = returned if isinstance(returned, list) else [returned]
     with on_error(f"--reward {name}: returned {rows[0]!r:.60}", f"; it must be {n} numbers, one for each picture"):
         rows = [torch.as_tensor(row).float().cpu() for row in rows]
@@ -208,11 +224,15 @@ def load_function(name: str, device: torch.device) -> Callable:
     function_name, _, kind = function_name.partition("@")
     if kind not in ("", "pil", "uint8"):
         raise InputError(f"--reward {name}: give {function_name}, {function_name}@pil or {function_name}@uint8")
+    sys.path.append(str(Path(path).resolve().parent))  # for what the file imports from beside it
     with on_error(f"--reward {name}: cannot be imported"):
         function = runpy.run_path(path).get(function_name)
         parameters = inspect.signature(function).parameters if callable(function) else ()
-        if isinstance(function, type) or callable(function) and set(parameters) <= {"device"}:
-            function = function(**({"device": device} if "device" in parameters else {}))
+    if isinstance(function, type) or callable(function) and set(parameters) <= {"device"}:
+        given = {"device": device} if "device" in parameters else {}
+        with on_error(f"--reward {name}: {function_name}({', '.join(given)}) failed",
+                      "; write a function of nothing, or of device alone, that returns the reward"):
+            function = function(**given)
     if not callable(function):
         raise InputError(f"--reward {name}: there is no function {function_name} in {path}")
 

@@ -10,6 +10,7 @@ import uuid
 import zipfile
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -62,11 +63,10 @@ def check_args(args):
     quantization(args.quantize)
     check_compiler(args.compile)
     args.rank = lora_rank(args)
-    try:
-        if args.wandb:
-            import wandb  # noqa: F401 - an optional package
-    except ImportError:
+    if args.wandb and find_spec("wandb") is None:
         raise InputError("--wandb: needs a package that is not installed: pip install wandb")
+    if args.vlm_question and not any("vlm:" in spec for spec in (args.reward, *args.eval_reward)):
+        raise InputError("--vlm-question: no vlm: reward is asked; leave it out, or give --reward vlm:MODEL")
 
 
 def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: list[dict]):
@@ -84,7 +84,7 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
         name = short_reward(spec)
         taken = [KEY.sub("", known) for known in (*reward.names, *others)]
         name = spec if KEY.sub("", name) in taken else name  # so that none is logged under another's name
-        others[name] = load_reward(spec, device, question=args.vlm_question)
+        others[name] = load_reward(spec, device, question=args.vlm_question, flag="--eval-reward")
     rows_of = {reward: prompts + eval_prompts, **{other: eval_prompts for other in others.values()}}
     for loaded, rows in rows_of.items():
         loaded.check_prompts(rows)
