@@ -109,6 +109,8 @@ train_awm | --model odd/broken-model | --model odd/broken-model
 train_awm | --model a/b/c | --model a/b/c
 train_awm | --reward '' | --reward empty
 train_awm | --reward pickscor | --reward pickscor pickscore,
+train_awm | --vlm-question Good? | --vlm-question vlm:MODEL
+sample | --vlm-question Good? | --vlm-question vlm:MODEL
 train_awm | --reward missing.py:f | --reward missing.py
 train_awm | --reward odd/reward.py | --reward odd/reward.py:FUNCTION
 train_awm | --reward odd/reward.py: | --reward odd/reward.py
