@@ -62,12 +62,13 @@ def read_fields(content: bytes, suffix: str) -> list[dict]:
     lines = [line.strip() for line in re.split("\r\n?|\n", text) if line.strip()]
     if (listed := read_json(text, list)) is not None:
         return [row if isinstance(row, dict) else {"prompt": row} for row in listed]
-    rows, is_table = [read_json(line, dict) for line in lines], suffix in (".csv", ".tsv")
+    named_json, is_table = suffix in (".json", ".jsonl"), suffix in (".csv", ".tsv")
+    rows = [read_json(line, (dict, str) if named_json else dict) for line in lines]
     is_json = [row is not None for row in rows]
-    if suffix in (".json", ".jsonl") or (all if is_table else any)(is_json):
+    if named_json or (all if is_table else any)(is_json):
         if not all(is_json):
             raise ValueError(f"row {rows.index(None) + 1} is no JSON object")
-        return rows
+        return [row if isinstance(row, dict) else {"prompt": row} for row in rows]
     header = re.split("[,;\t]", lines[0].lower().replace('"', "")) if lines else []
     if is_table or len(header) > 1 and all(map(str.isidentifier, header)) and {*COLUMNS} & {*header}:
         return read_table(text, "\t" if suffix == ".tsv" else max(",;\t", key=lines[0].count))
@@ -76,8 +77,8 @@ def read_fields(content: bytes, suffix: str) -> list[dict]:
     return [{"prompt": line} for line in lines]
 
 
-def read_json(text: str, kind: type):
-    """JSON of a kind (dict or list), or None."""
+def read_json(text: str, kind: type | tuple[type, ...]):
+    """JSON of a kind (dict, list, str), or None."""
     with suppress(ValueError, RecursionError):
         value = json.loads(text)
         return value if isinstance(value, kind) else None
@@ -113,8 +114,7 @@ def read_split(args) -> tuple[list[dict], list[dict]]:
     held_out = distinct[-min(64, max(1, len(distinct) // 10)):]
     if len(distinct) == 1:
         raise InputError(f"--prompts {args.prompts}: has one prompt, none to evaluate on; give --eval-prompts")
-    print(f"{args.prompts}: the last {len(held_out)} of {len(distinct)} prompts are held out for the evaluation, for "
-          "want of --eval-prompts")
+    print(f"{args.prompts}: the last {len(held_out)} of {len(distinct)} prompts are held out (no --eval-prompts)")
     return [row for row in rows if row["prompt"] not in held_out], [row for row in rows if row["prompt"] in held_out]
 
 

@@ -104,6 +104,7 @@ def test_a_json_list(tmp_path):
     for name in ("p.json", "p.txt"):
         assert read(tmp_path, name, json.dumps(rows, indent=1).encode()) == TAGGED
         assert read(tmp_path, name, b'["a red star", "a blue ring, and 3 more"]') == [STAR, RING]
+    assert read(tmp_path, "p.jsonl", b'"a red star"\n"a blue ring, and 3 more"\n') == [STAR, RING]
 
 
 def test_tables(tmp_path):
