@@ -72,9 +72,10 @@ def read_fields(content: bytes, suffix: str) -> list[dict]:
         return [row if isinstance(row, dict) else {"prompt": row} for row in listed]
     if (whole := read_json(text, dict)) is not None:
         return [whole]
-    rows, is_table = [read_json(line, dict | str) for line in lines], suffix in (".csv", ".tsv")
+    named_json, is_table = suffix in (".json", ".jsonl"), suffix in (".csv", ".tsv")
+    rows = [read_json(line, (dict, str) if named_json else dict) for line in lines]
     is_json = [row is not None for row in rows]
-    if suffix in (".json", ".jsonl") or (all if is_table else any)(isinstance(row, dict) for row in rows):
+    if named_json or (all if is_table else any)(is_json):
         if not all(is_json):
             raise ValueError(f"row {rows.index(None) + 1} is no JSON object or text")
         return [row if isinstance(row, dict) else {"prompt": row} for row in rows]
@@ -87,7 +88,7 @@ def read_fields(content: bytes, suffix: str) -> list[dict]:
     return [{"prompt": line} for line in lines]
 
 
-def read_json(text: str, kind):
+def read_json(text: str, kind: type | tuple[type, ...]):
     """JSON of a kind (dict, list, str), or None. NaN in it becomes None."""
     with suppress(ValueError, RecursionError):
         value = json.loads(text, parse_constant=lambda _: None)
@@ -126,8 +127,7 @@ def read_split(args) -> tuple[list[dict], list[dict]]:
     held_out = distinct[-min(64, max(1, len(distinct) // 10)):]
     if len(distinct) == 1:
         raise InputError(f"--prompts {args.prompts}: has one prompt, none to evaluate on; give --eval-prompts")
-    print(f"{args.prompts}: there is no --eval-prompts, so the last {len(held_out)} of {len(distinct)} prompts are not "
-          "trained on, but evaluated")
+    print(f"{args.prompts}: the last {len(held_out)} of {len(distinct)} prompts are held out (no --eval-prompts)")
     return [row for row in rows if row["prompt"] not in held_out], [row for row in rows if row["prompt"] in held_out]
 
 

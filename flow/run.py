@@ -10,7 +10,6 @@ import uuid
 import zipfile
 from dataclasses import asdict
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -63,10 +62,11 @@ def check_args(args):
     quantization(args.quantize)
     check_compiler(args.compile)
     args.rank = lora_rank(args)
-    if args.wandb and find_spec("wandb") is None:
-        raise InputError("--wandb: needs a package that is not installed: pip install wandb")
-    if args.vlm_question and not any("vlm:" in spec for spec in (args.reward, *args.eval_reward)):
-        raise InputError("--vlm-question: no vlm: reward is asked; leave it out, or give --reward vlm:MODEL")
+    if args.vlm_question and "vlm:" not in ",".join([args.reward, *args.eval_reward]):
+        raise InputError("--vlm-question: no reward is a vlm:MODEL that could be asked; leave it out")
+    if args.wandb:
+        with cli.on_error("--wandb: the package cannot be imported", "; pip install wandb"):
+            import wandb  # noqa: F401 - an optional package
 
 
 def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: list[dict]):

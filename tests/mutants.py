@@ -141,7 +141,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/rewards.py", "variances[0] / (epoch + 1)", "variances[0]", "normalized"),
     ("train_awm.py", "reward.weighted(scores / deviations)", "reward.weighted(scores)", "normalized"),
     ("train_dpo.py", "optimizer, variances=variances, ema=ema)", "optimizer, ema=ema)", "normalized"),
-    ("flow/rewards.py", "sorted(others, key=str))", "[])", "dicts"),
+    ("flow/rewards.py", "sorted(scores.keys() - {key}, key=str))", "[])", "dicts"),
     ("flow/judge.py", "0 if wanted in found else ", "", "ocr"),
     ("flow/rewards.py", "clip.head(out.image_embeds)", "clip.head(out.text_embeds)", "ocr"),
     # the judge, the detector

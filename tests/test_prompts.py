@@ -104,6 +104,9 @@ def test_a_json_list(tmp_path):
     for name in ("p.json", "p.txt"):
         assert read(tmp_path, name, json.dumps(rows, indent=1).encode()) == TAGGED
         assert read(tmp_path, name, b'["a red star", "a blue ring, and 3 more"]') == [STAR, RING]
+    assert read(tmp_path, "p.jsonl", b'"a red star"\n"a blue ring, and 3 more"\n') == [STAR, RING]
+    one = b'{"prompt": "a cat",\n "n": NaN}'
+    assert read(tmp_path, "p.json", one) == [{"prompt": "a cat", "metadata": {"n": None}}]
 
 
 def test_tables(tmp_path):
@@ -124,6 +127,8 @@ def test_tables(tmp_path):
     for header in (b"text,prompt", b'"text","prompt"'):
         assert read(tmp_path, "p.txt", header + b"\nHELLO,a sign\n") == [
             {"prompt": "a sign", "metadata": {"text": "HELLO"}}]
+    assert read(tmp_path, "p.txt", b"prompt\na cat\n") == [{"prompt": "a cat", "metadata": {}}]
+    assert [row["prompt"] for row in read(tmp_path, "p.txt", b"text\na cat\n")] == ["text", "a cat"]
     assert read(tmp_path, "p.csv", "\ufeffprompt;n\r\na cat;1\r\n;\r\n".encode()) == [
         {"prompt": "a cat", "metadata": {"n": "1"}}]
 
@@ -151,6 +156,10 @@ def test_parquet_without_its_package(tmp_path, monkeypatch, capsys):
     ("p.txt", "un café\n".encode("latin-1"), "cannot be read"),
     ("p.txt", "un café\n".encode("shift-jis", "replace") + b"\x81", "cannot be read"),
     ("p.txt", b"\x89PNG\r\n\x1a\n", "cannot be read"),
+    ("p.txt", "un café\n".encode("latin-1"), "iconv"),
+    ("p.json", b'{"annotations": [\n{"caption": "a cat"}]}', "JSON is a list of objects"),
+    ("p.json", b'{"prompt": {"0": "a cat",\n"1": "a dog"}}', "a list of JSON objects"),
+    ("p.csv", b"prompt,prompt\na cat,a dog\n", "two columns have one name"),
     ("p.txt", b"a red star\na \x1b[31mred star\n", "row 2 has no text"),
     ("p.txt", GENEVAL + b'{"prompt": "cut sho', "row 3 is no JSON object"),
     ("p.jsonl", b"a red star\n", "row 1 is no JSON object"),

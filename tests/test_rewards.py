@@ -542,6 +542,22 @@ def later(images, prompts):
 """
 
 
+def test_a_reward_may_import_from_beside_it(tmp_path):
+    """Its folder is searched for modules."""
+    (tmp_path / "scorer_beside_it.py").write_text("def red(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "mine.py").write_text("from scorer_beside_it import red\n")
+    assert load_reward(f"{tmp_path}/mine.py:red", CPU)(torch.ones(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 1]
+
+
+def test_a_reward_that_needs_more_is_refused(tmp_path, capsys):
+    (tmp_path / "r.py").write_text("class Big:\n    def __init__(self, path):\n        pass\n\n\n"
+                                   "def swapped(prompts, images):\n    return images.mean((1, 2, 3))\n")
+    refuses(capsys, lambda: load_reward(f"{tmp_path}/r.py:Big", CPU), "Big() failed", "path", "write a function")
+    swapped = load_reward(f"{tmp_path}/r.py:swapped", CPU, flag="--eval-reward")
+    refuses(capsys, lambda: swapped(torch.ones(2, 3, 4, 4), ["a", "b"]), "--eval-reward", "r.py:swapped",
+            "(2, 3, 4, 4) pictures, 2 prompts", "r.py:7")
+
+
 def test_each_score_of_a_dict_has_a_name_and_a_row(tmp_path):
     """Besides what is used; of parts of a sum, in batches of any size and for videos. What is no number is left out."""
     (tmp_path / "d.py").write_text(DICTS)
@@ -747,7 +763,7 @@ def test_ocr_refuses_prompts_without_a_text_at_the_start(tmp_path, monkeypatch, 
                   dict(prompts=quoted, eval_prompts=mixed, reward="ocr"),
                   dict(prompts=mixed, eval_prompts=mixed, eval_reward=("tiny/hps", "ocr"))):
         more["groups"] = 2 if given["prompts"] == quoted else 3
-        words = "--reward ocr", "'a star'", "double quotes", "`text`"
+        words = "--eval-reward ocr" if "eval_reward" in given else "--reward ocr", "'a star'", "double quotes", "`text`"
         refuses(capsys, lambda: small_run(tmp_path / "no", **more, **given), *words)
     refuses(capsys, lambda: sample.main(sample.Args(prompts=mixed, reward="ocr", out=f"{tmp_path}/no")), "'a star'")
     assert not (tmp_path / "no").exists()
