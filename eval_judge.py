@@ -228,14 +228,13 @@ def compare_pairs(dirs: tuple[str, ...], margins: dict[str, Tensor], prompts: li
     for a, b in combinations(dirs, 2):
         one, other = margins[f"{a} vs {b}"], -margins[f"{b} vs {a}"]  # above 0: the picture of a is preferred
         margin = (one + other) / 2
-        unread = margin.isnan()
         win, loss = (one > 0) & (other > 0), (one < 0) & (other < 0)
-        score = (0.5 + 0.5 * win.double() - 0.5 * loss.double()).where(~unread, torch.nan)
+        score = (0.5 + 0.5 * win.double() - 0.5 * loss.double()).where(~margin.isnan(), torch.nan)
         rate = summary(score, prompts, draws)
         verdicts[f"{a} vs {b}"] = {
             "win": int(win.sum()), "tie": int((score == 0.5).sum()), "loss": int(loss.sum()), "n": rate["n"],
             "nan": rate["nan"], "rate": rate["mean"], "lo": rate["lo"], "hi": rate["hi"],
-            "margin": None if unread.all() else margin[~unread].mean().item()}
+            "margin": summary(margin, prompts, 1)["mean"]}
     return verdicts
 
 
@@ -291,37 +290,34 @@ def short_names(names: tuple[str, ...], shorten: Callable = os.path.basename) ->
     return short if len(set(short)) == len(short) else list(names)
 
 
-def cell(m: dict, decimals: int = 4) -> str:
-    """A mean with its interval and the number of its pictures."""
-    text = "-" if m["mean"] is None else f"{m['mean']:.{decimals}f}"
-    if m["lo"] is not None:
-        text += f" [{m['lo']:.{decimals}f}, {m['hi']:.{decimals}f}]"
-    return f"{text}, n {m['n']}"
-
-
 def table(report: dict) -> str:
     """The report in Markdown. Where more than a tenth of the judge's answers are not read, it shows one of them."""
-    dirs, verdicts, unread = report["dirs"], report["pairs"].get("judge/quality", {}), report["unread"]
+    dirs, verdicts = report["dirs"], report["pairs"].get("judge/quality", {})
+
+    def numbers(m: dict, decimals: int) -> str:
+        interval = "" if m["lo"] is None else f" [{m['lo']:.{decimals}f}, {m['hi']:.{decimals}f}]"
+        return ("-" if m["mean"] is None else f"{m['mean']:.{decimals}f}") + f"{interval}, n {m['n']}"
 
     def example(name: str, m: dict) -> str:
-        return unread.get(name, ", as no answer came") if m["nan"] > 0.1 * (m["n"] + m["nan"]) else ""
+        return report["unread"].get(name, ", as no answer came") if m["nan"] > 0.1 * (m["n"] + m["nan"]) else ""
 
     lines = [report["note"], ""] if report["note"] else []
     lines += ["| metric | " + " | ".join(dirs) + " |", "|---|" + "---|" * len(dirs)]
     for name, scores in report["metrics"].items():
-        cells = []
+        line = f"| {name} {arrow(name)} |"
         for m in scores.values():
-            of_real = f" to {m['n_real']}" if "n_real" in m else ""
-            lost = f" ({m['nan']} of {m['n'] + m['nan']} not read{example(name, m)})" if m["nan"] else ""
-            cells.append(cell(m) + of_real + lost)
-        lines.append(f"| {name} {arrow(name)} | " + " | ".join(cells) + " |")
+            line += f" {numbers(m, 4)}"
+            line += f" to {m['n_real']}" if "n_real" in m else ""
+            line += f" ({m['nan']} of {m['n'] + m['nan']} not read{example(name, m)})" if m["nan"] else ""
+            line += " |"
+        lines.append(line)
         for part in scores[dirs[0]].get("parts", ()):
             cells = [["-" if x is None else f"{x:.4f}" for x in scores[d]["parts"][part].values()] for d in dirs]
             lines.append(f"| of it: {part} | " + " | ".join(f"{mean} (deviation {std})" for mean, std in cells) + " |")
     if verdicts:
         lines += ["", "| judge/quality | win | tie | loss | not read | rate |", "|---|---|---|---|---|---|"]
     for name, v in verdicts.items():
-        lost, rate = f"{v['nan']}{example('judge/quality', v)}", cell({**v, "mean": v["rate"]}, 3)
+        lost, rate = f"{v['nan']}{example('judge/quality', v)}", numbers({**v, "mean": v["rate"]}, 3)
         lines.append(f"| {name} | {v['win']} | {v['tie']} | {v['loss']} | {lost} | {rate} |")
     return "\n".join(lines)
 
@@ -329,9 +325,8 @@ def table(report: dict) -> str:
 def draw_report(folders: Folders, report: dict) -> bytes:
     """A PNG: each folder's pictures of up to 12 prompts, and a bar chart per metric and of the judge's verdicts."""
     names, prompts = short_names(tuple(folders)), [row["prompt"] for row in next(iter(folders.values()))]
-    shown = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:12]
-    if len(shown) == 1:  # one prompt, or none: of it up to 12 pictures
-        shown = list(range(len(prompts)))[:12]
+    several = len(set(prompts)) > 1  # else the pictures of one prompt
+    shown = [i for i, prompt in enumerate(prompts) if not several or prompts.index(prompt) == i][:12]
     charts = {}  # title: {label: its mean and interval}
     for name, scores in report["metrics"].items():
         better = "higher" if arrow(name) == "↑" else "lower"
@@ -356,9 +351,8 @@ def draw_report(folders: Folders, report: dict) -> bytes:
         mean, lo, hi = np.array([[bar[k] for k in ("mean", "lo", "hi")] for bar in bars.values()], dtype=float).T
         errors = np.nan_to_num([mean - lo, hi - mean]).clip(0)
         axis.barh(list(bars), mean, 0.75, xerr=errors, color=[f"C{k}" for k in range(len(bars))])
-        fewest, unread = min(bar["n"] for bar in bars.values()), sum(bar["nan"] for bar in bars.values())
-        title += f", n {fewest} or more, {unread} not read" if unread else f", n {fewest}"
-        axis.set_title(title, fontsize=9)
+        n, unread = min(bar["n"] for bar in bars.values()), sum(bar["nan"] for bar in bars.values())
+        axis.set_title(f"{title}, n {n}" + f" or more, {unread} not read" * (unread > 0), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.locator_params("x", nbins=5)
         axis.invert_yaxis()
@@ -408,7 +402,7 @@ def main(args: Args):
         load_judge()  # now, to find a wrong URL, key or --judge-extra
     scores_of, parts_of = {}, {}  # by metric: scores (folders, n), and those of a reward's parts by name
     answers, unread = [], {}  # margins of all the judge's answers; by metric, one that is not read
-    margins, verdicts = {}, {}
+    margins = {}  # "a vs b": those of the pairs of two folders
     singles = [[row] for rows in folders.values() for row in rows]
     for spec, short in zip(args.reward, short_names(args.reward, short_reward)):
         metric, total, parts = f"reward/{short}", 0, {}
@@ -437,7 +431,6 @@ def main(args: Args):
         load = partial(judge_scorer, load_judge, PAIR, ("A", "B"), "judge/quality", unread)
         answers.append(cached(out, f"{who} {PAIR}", pairs, load, batch, "judge/quality"))
         margins = {f"{a} vs {b}": margin for (a, b), margin in zip(orders, answers[-1].view(-1, n))}
-        verdicts = compare_pairs(args.dirs, margins, prompts, args.bootstrap)
     metrics = {metric: compare_folders(args.dirs, scores, parts_of.get(metric, {}), prompts, args.bootstrap)
                for metric, scores in scores_of.items()}
     if args.real:
@@ -450,6 +443,7 @@ def main(args: Args):
         if min(n, n_real) < 128:
             print(f"note: {metric} of {n} pictures to {n_real}: so few make it larger than it is, and noisy")
 
+    verdicts = compare_pairs(args.dirs, margins, prompts, args.bootstrap) if margins else {}
     report = {"dirs": args.dirs, "n": n, "note": note, "args": asdict(args), "metrics": metrics,
               "pairs": {"judge/quality": verdicts} if verdicts else {}, "unread": unread}
     report = json.loads(cli.to_json(report))  # with None for NaN, as in the file
