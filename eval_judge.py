@@ -232,9 +232,8 @@ def compare_pairs(dirs: tuple[str, ...], margins: dict[str, Tensor], prompts: li
         score = (0.5 + 0.5 * win.double() - 0.5 * loss.double()).where(~margin.isnan(), torch.nan)
         rate = summary(score, prompts, draws)
         verdicts[f"{a} vs {b}"] = {
-            "win": int(win.sum()), "tie": int((score == 0.5).sum()), "loss": int(loss.sum()), "n": rate["n"],
-            "nan": rate["nan"], "rate": rate["mean"], "lo": rate["lo"], "hi": rate["hi"],
-            "margin": summary(margin, prompts, 1)["mean"]}
+            "win": int(win.sum()), "tie": int((score == 0.5).sum()), "loss": int(loss.sum()),
+            "rate": rate.pop("mean"), **rate, "margin": summary(margin, prompts, 1)["mean"]}
     return verdicts
 
 
@@ -252,9 +251,9 @@ def detector_scorer(name: str, real_label: str | None, device: torch.device) -> 
     return lambda jobs: detector([row["file"] for [row] in jobs]).tolist()
 
 
-def judge_scorer(load_judge: Callable, question: str, words: tuple[str, str], metric: str, unread: dict) -> Callable:
-    """Its scores are log P(first word) - log P(second). The first answer that is not read goes to unread[metric]."""
-    ask = load_judge()
+def judge_scorer(load_judge: Callable, question: str, metric: str, unread: dict[str, str]) -> Callable:
+    """Its scores are log P(yes) - log P(no), or of A and B. An answer that is not read goes to unread[metric]."""
+    ask, words = load_judge(), ("A", "B") if question == PAIR else ("yes", "no")
 
     def score(jobs: list[list[dict]]) -> list[float]:
         answers = ask(question, [[row["file"] for row in job] for job in jobs])
@@ -295,8 +294,9 @@ def table(report: dict) -> str:
     dirs, verdicts = report["dirs"], report["pairs"].get("judge/quality", {})
 
     def numbers(m: dict, decimals: int) -> str:
+        mean = "-" if m["mean"] is None else f"{m['mean']:.{decimals}f}"
         interval = "" if m["lo"] is None else f" [{m['lo']:.{decimals}f}, {m['hi']:.{decimals}f}]"
-        return ("-" if m["mean"] is None else f"{m['mean']:.{decimals}f}") + f"{interval}, n {m['n']}"
+        return f"{mean}{interval}, n {m['n']}"
 
     def example(name: str, m: dict) -> str:
         return report["unread"].get(name, ", as no answer came") if m["nan"] > 0.1 * (m["n"] + m["nan"]) else ""
@@ -401,7 +401,7 @@ def main(args: Args):
                                    args.judge_retries, args.judge_concurrency, extra=args.judge_extra or "{}"))
         load_judge()  # now, to find a wrong URL, key or --judge-extra
     scores_of, parts_of = {}, {}  # by metric: scores (folders, n), and those of a reward's parts by name
-    answers, unread = [], {}  # margins of all the judge's answers; by metric, one that is not read
+    answers, unread = {}, {}  # by metric: the margins of the judge's answers, and one answer that is not read
     margins = {}  # "a vs b": those of the pairs of two folders
     singles = [[row] for rows in folders.values() for row in rows]
     for spec, short in zip(args.reward, short_names(args.reward, short_reward)):
@@ -421,16 +421,14 @@ def main(args: Args):
     if args.judge:
         who = f"{identity(args.judge, device)} {args.judge_model} {args.judge_extra}"
         batch = args.batch * (args.judge_concurrency if is_server else 1)
-        for short, asked in SINGLE.items():
-            metric = f"judge/{short}"
-            load = partial(judge_scorer, load_judge, asked, ("yes", "no"), metric, unread)
-            answers.append(cached(out, f"{who} {asked}", singles, load, batch, metric))
-            scores_of[metric] = answers[-1].view(-1, n).sigmoid()
         orders = list(permutations(folders, 2))
         pairs = [[x, y] for a, b in orders for x, y in zip(folders[a], folders[b])]
-        load = partial(judge_scorer, load_judge, PAIR, ("A", "B"), "judge/quality", unread)
-        answers.append(cached(out, f"{who} {PAIR}", pairs, load, batch, "judge/quality"))
-        margins = {f"{a} vs {b}": margin for (a, b), margin in zip(orders, answers[-1].view(-1, n))}
+        for short, asked in [*SINGLE.items(), ("quality", PAIR)]:
+            metric, jobs = f"judge/{short}", pairs if asked == PAIR else singles
+            load = partial(judge_scorer, load_judge, asked, metric, unread)
+            answers[metric] = cached(out, f"{who} {asked}", jobs, load, batch, metric).view(-1, n)
+        margins = {f"{a} vs {b}": margin for (a, b), margin in zip(orders, answers["judge/quality"])}
+        scores_of |= {f"judge/{short}": answers[f"judge/{short}"].sigmoid() for short in SINGLE}
     metrics = {metric: compare_folders(args.dirs, scores, parts_of.get(metric, {}), prompts, args.bootstrap)
                for metric, scores in scores_of.items()}
     if args.real:
@@ -448,9 +446,9 @@ def main(args: Args):
               "pairs": {"judge/quality": verdicts} if verdicts else {}, "unread": unread}
     report = json.loads(cli.to_json(report))  # with None for NaN, as in the file
     text = table(report)
-    answers = torch.cat([*answers, torch.zeros(0)])
-    if certain := (answers.abs() == judge.CERTAIN).sum():
-        text += f"\n\nanswers without probabilities: {certain} of {(~answers.isnan()).sum()}"
+    read = [x for values in answers.values() for x in values.flatten().tolist() if not math.isnan(x)]
+    certain = sum(abs(x) == judge.CERTAIN for x in read)
+    text += f"\n\nanswers without probabilities: {certain} of {len(read)}" if certain else ""
     shown = {"dirs": args.dirs, "text": text, "pairs": [[row["name"], row["prompt"]] for row in folders[first]],
              "scores": {f"{metric} {arrow(metric)}": scores.tolist() for metric, scores in scores_of.items()},
              "margins": {name: margin.tolist() for name, margin in margins.items()}}
