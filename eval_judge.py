@@ -134,7 +134,7 @@ def check_out(out: Path, dirs: tuple[str, ...]):
         with cli.on_error(f"{file}: was not written by eval_judge.py", OTHERS):
             report = json.loads((out / "report.json").read_text())
             compared = {Path(d).resolve() for d in report["dirs"]}
-            report["metrics"], report["pairs"]
+            report["metrics"], report["pairs"]  # a KeyError if it has none
             if file.suffix == ".html" and "eval_judge.py" not in file.read_text():
                 raise ValueError("another page")
         if compared != {Path(d).resolve() for d in dirs}:
@@ -351,8 +351,9 @@ def draw_report(folders: Folders, report: dict) -> bytes:
         mean, lo, hi = np.array([[bar[k] for k in ("mean", "lo", "hi")] for bar in bars.values()], dtype=float).T
         errors = np.nan_to_num([mean - lo, hi - mean]).clip(0)
         axis.barh(list(bars), mean, 0.75, xerr=errors, color=[f"C{k}" for k in range(len(bars))])
-        n, unread = min(bar["n"] for bar in bars.values()), sum(bar["nan"] for bar in bars.values())
-        axis.set_title(f"{title}, n {n}" + f" or more, {unread} not read" * (unread > 0), fontsize=9)
+        counts, unread = [bar["n"] for bar in bars.values()], sum(bar["nan"] for bar in bars.values())
+        title += f", n {min(counts)}" + (f" to {max(counts)}, {unread} not read" if unread else "")
+        axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.locator_params("x", nbins=5)
         axis.invert_yaxis()
@@ -381,13 +382,13 @@ def main(args: Args):
         cli.check_model("--judge", args.judge, "http://HOST:PORT/v1, ")
     if is_server and not args.judge_model:
         raise cli.InputError(f"--judge {args.judge}: give the model's name on that server as --judge-model")
+    if args.judge_extra and not is_server:
+        raise cli.InputError("--judge-extra: goes into the requests to a server; give --judge http://HOST:PORT/v1")
     question = args.vlm_question or VLM_QUESTION
-    for name in (name for spec in args.reward for name, _ in split_reward(spec)):
+    for name, _ in chain(*map(split_reward, args.reward)):
         if not all(prompts) and ("vlm:" not in name or "{prompt}" in question):
             raise cli.InputError(f"--reward {name}: needs prompts; give --prompts FILE, one for each picture in the "
                                  "order of their names, or --reward without a value")
-    if args.judge_extra and not is_server:
-        raise cli.InputError("--judge-extra: goes into the requests to a server; give --judge http://HOST:PORT/v1")
     tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
     if tiny and folders[first][0]["size"] != (64, 64):
         print(f"note: {', '.join(tiny)} were trained on 64x64 pictures of one kind; their scores of others mean little")

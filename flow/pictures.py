@@ -72,7 +72,8 @@ def grid_files(path: Path, pictures: Tensor, columns: int, captions: list[str] |
 
 
 def encode(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
-    picture.save(content := io.BytesIO(), kind, **options)
+    content = io.BytesIO()
+    picture.save(content, kind, **options)
     return content.getvalue()
 
 
@@ -159,10 +160,11 @@ def read_folder(folder: str) -> list[dict]:
         rows.append({"key": (prompt, seed, seen[prompt, seed]), "prompt": prompt, "metadata": metadata,
                      "file": f"{folder}/{file}", "name": name, "size": picture.size,
                      "hash": hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()})
-    if said := ", ".join(f"{count} {what}" for what, count in notes.items() if count):
-        print(f"note: {folder}: {len(rows)} pictures; {said}")
+    said = "".join(f"; {count} {what}" for what, count in notes.items() if count)
     if not rows:
-        raise InputError(f"{folder}: holds no picture{said and f' ({said})'}")
+        raise InputError(f"{folder}: holds no picture{said}")
+    if said:
+        print(f"note: {folder}: {len(rows)} pictures{said}")
     return rows
 
 
@@ -269,7 +271,8 @@ def plot_curves(out: Path, guidance: float | None = None):
     parts, bands = {}, {}  # of the reward: mean - first mean, with a band of the deviation, both / first deviation
     for name in dict.fromkeys(key for line in lines for key in line if key.startswith("reward/")):
         rows = [[line["step"], line.get(name), line.get(f"{name}_std")] for line in lines]
-        if rows := [row for row in rows if None not in row]:  # name is a mean
+        rows = [row for row in rows if None not in row]
+        if rows:  # name is a mean
             step, mean, std = np.array(rows).T
             unit = std[0] or 1.0
             label, gain = f"{name}: from {mean[0]:.3g}, unit {unit:.2g}", (mean - mean[0]) / unit
@@ -314,5 +317,6 @@ def plot_curves(out: Path, guidance: float | None = None):
 
 def png(figure, dpi: int = 110) -> bytes:
     """A figure as a PNG file."""
-    figure.savefig(content := io.BytesIO(), dpi=dpi, format="png")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format="png")
     return content.getvalue()
