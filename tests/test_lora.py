@@ -15,7 +15,7 @@ import sample
 import train_nft
 from flow import lora
 from flow.lora import NAME, add_lora, lora_layers, lora_targets, merged, quantization, read_lora, save_lora, swapped
-from flow.pictures import load_pictures, save_grid
+from flow.pictures import grid_files, load_pictures
 from flow.pipeline import add_noise, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from normguard import norm_hinge, norm_ratio, reference
 from tests.helpers import CPU, SCRIPTS, SMALL, metrics, refuses, sample_rows, small_run
@@ -472,8 +472,8 @@ def test_a_run_starts_from_a_lora(run, tmp_path, script):
     sample.main(sample.Args(lora=lora, prompts=f"{tmp_path}/four.txt", steps=SMALL["steps"], norms=True,
                             out=f"{tmp_path}/out"))
     drawn = load_pictures([f"{tmp_path}/out/{i:05d}.png" for i in range(4)])
-    save_grid(tmp_path / "grid.png", drawn, 8, [row["prompt"] for row in sample_rows(tmp_path / "out")])
-    assert (tmp_path / "grid.png").read_bytes() == (out / "samples/00000.png").read_bytes()
+    (grid,) = grid_files(tmp_path / "grid", drawn, 8, [row["prompt"] for row in sample_rows(tmp_path / "out")]).values()
+    assert grid == (out / "samples/00000.png").read_bytes()
     assert json.loads((tmp_path / "out/norms.json").read_text())["mean"] == first["eval_norm_ratio_steps"]
     recorded = json.loads((out / "args.json").read_text())
     assert recorded["init_lora"] == lora and recorded["rank"] == 4 and recorded["inputs"]["init_lora"]
