@@ -688,9 +688,11 @@ def test_normalized_parts_weigh_the_same_on_any_scale_and_resume_bit_for_bit(tmp
     plain, learnt = train("red", "red", "dark", eval_every=1)
     for epochs in (1, 2):
         faint, resumed = train("faint", "faint", "dark", eval_every=1, epochs=epochs)
-    assert learnt == resumed == train("constant", "faint", "constant", "dark")[1]
-    raw = train("raw", "red", "dark", normalize_rewards=False)[1]
-    assert learnt != raw != train("raw-faint", "faint", "dark", normalize_rewards=False)[1]
+    assert learnt == resumed
+    if script.__name__ == "train_awm":
+        assert learnt == train("constant", "faint", "constant", "dark")[1]
+        raw = train("raw", "red", "dark", normalize_rewards=False)[1]
+        assert learnt != raw != train("raw-faint", "faint", "dark", normalize_rewards=False)[1]
     for a, b in zip(timeless(plain), timeless(faint)):
         key = "reward" if "loss" in a else "eval_reward"
         red, small, dark = a[f"{key}/n.py:red"], b[f"{key}/n.py:faint"], a[f"{key}/n.py:dark"]
