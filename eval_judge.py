@@ -100,9 +100,10 @@ def pair_folders(dirs: tuple[str, ...], prompts: str | None) -> tuple[Folders, s
     by_name = prompts or not all(rows[0]["prompt"] for rows in read.values())
     if by_name:
         names = sorted({row["name"] for row in chain(*read.values())}, key=natural)
-        sources = dict(zip(names, given := read_prompts(prompts, "--prompts") if prompts else []))
+        given = read_prompts(prompts, "--prompts") if prompts else []
         if prompts and len(given) != len(names):
             raise cli.InputError(f"--prompts {prompts}: {len(given)} prompts for {len(names)} names; give one for each")
+        sources = dict(zip(names, given))
         for row in sorted(chain(*read.values()), key=lambda row: not row["prompt"]):  # first those that have one
             source = sources.setdefault(row["name"], row)
             if row["prompt"] not in ("", source["prompt"]):
@@ -133,7 +134,7 @@ def check_out(out: Path, dirs: tuple[str, ...]):
         with cli.on_error(f"{file}: was not written by eval_judge.py", OTHERS):
             report = json.loads((out / "report.json").read_text())
             compared = {Path(d).resolve() for d in report["dirs"]}
-            report["metrics"], report["pairs"]
+            report["metrics"], report["pairs"]  # a KeyError if it has none
             if file.suffix == ".html" and "eval_judge.py" not in file.read_text():
                 raise ValueError("another page")
         if compared != {Path(d).resolve() for d in dirs}:
@@ -205,21 +206,34 @@ def summary(values: Tensor, prompts: list[str], draws: int) -> dict:
     return result
 
 
-def compare_pairs(folders: Folders, margins: dict[tuple[str, str], Tensor], draws: int) -> dict:
+def compare_folders(dirs: tuple[str, ...], scores: Tensor, parts: dict, prompts: list[str], draws: int) -> dict:
+    """Each folder's summary of its scores, of (folders, n), and mean and deviation of each of several parts. Of all but
+    the first also `diff`, to the first: the pictures are paired, so differences have an interval of their own."""
+    compared = {}
+    for i, d in enumerate(dirs):
+        compared[d] = summary(scores[i], prompts, draws)
+        if len(parts) > 1:
+            compared[d]["parts"] = {name: {"mean": part[i].mean().item(), "std": part[i].std().item()}
+                                    for name, part in parts.items()}
+        if i > 0:
+            diff = summary(scores[i] - scores[0], prompts, draws)
+            compared[d]["diff"] = {k: diff[k] for k in ("mean", "lo", "hi")}
+    return compared
+
+
+def compare_pairs(dirs: tuple[str, ...], margins: dict[str, Tensor], prompts: list[str], draws: int) -> dict[str, dict]:
     """The judge's verdicts on each two folders: how often the first one wins, ties or loses, its rate (a tie counts
-    half), and its mean margin. margins[a, b] (n,) is log P(A) - log P(B) where A is the picture of a, B that of b."""
+    half), and its mean margin. margins["a vs b"] (n,) is log P(A) - log P(B), where A is a's picture, B that of b."""
     verdicts = {}
-    for a, b in combinations(folders, 2):
-        margin = (margins[a, b] - margins[b, a]) / 2
-        unread = margin.isnan()
-        win = (margins[a, b] > 0) & (margins[b, a] < 0)
-        loss = (margins[a, b] < 0) & (margins[b, a] > 0)
-        score = (0.5 + 0.5 * win.double() - 0.5 * loss.double()).where(~unread, torch.nan)
-        rate = summary(score, [row["prompt"] for row in folders[a]], draws)
+    for a, b in combinations(dirs, 2):
+        one, other = margins[f"{a} vs {b}"], -margins[f"{b} vs {a}"]  # above 0: the picture of a is preferred
+        margin = (one + other) / 2
+        win, loss = (one > 0) & (other > 0), (one < 0) & (other < 0)
+        score = (0.5 + 0.5 * win.double() - 0.5 * loss.double()).where(~margin.isnan(), torch.nan)
+        rate = summary(score, prompts, draws)
         verdicts[f"{a} vs {b}"] = {
-            "win": int(win.sum()), "tie": int((score == 0.5).sum()), "loss": int(loss.sum()), "n": rate["n"],
-            "nan": rate["nan"], "rate": rate["mean"], "lo": rate["lo"], "hi": rate["hi"],
-            "margin": None if unread.all() else margin[~unread].mean().item()}
+            "win": int(win.sum()), "tie": int((score == 0.5).sum()), "loss": int(loss.sum()),
+            "rate": rate.pop("mean"), **rate, "margin": summary(margin, prompts, 1)["mean"]}
     return verdicts
 
 
@@ -237,14 +251,16 @@ def detector_scorer(name: str, real_label: str | None, device: torch.device) -> 
     return lambda jobs: detector([row["file"] for [row] in jobs]).tolist()
 
 
-def judge_scorer(load_judge: Callable, keep_unread: Callable, question: str, first: str, second: str) -> Callable:
-    ask = load_judge()
+def judge_scorer(load_judge: Callable, question: str, metric: str, unread: dict[str, str]) -> Callable:
+    """Its scores are log P(yes) - log P(no), or of A and B. An answer that is not read goes to unread[metric]."""
+    ask, words = load_judge(), ("A", "B") if question == PAIR else ("yes", "no")
 
     def score(jobs: list[list[dict]]) -> list[float]:
         answers = ask(question, [[row["file"] for row in job] for job in jobs])
-        margins = [judge.read_answer(answer, first, second) for answer in answers]  # log P(first) - log P(second)
-        for answer in (answer for answer, margin in zip(answers, margins) if answer and math.isnan(margin)):
-            keep_unread(f", such as `{answer[0][0]!r}`".replace("|", "\\|"))
+        margins = [judge.read_answer(answer, *words) for answer in answers]
+        for answer, margin in zip(answers, margins):
+            if answer and math.isnan(margin):
+                unread.setdefault(metric, f", such as `{answer[0][0]!r}`".replace("|", "\\|"))
         return margins
     return score
 
@@ -273,61 +289,70 @@ def short_names(names: tuple[str, ...], shorten: Callable = os.path.basename) ->
     return short if len(set(short)) == len(short) else list(names)
 
 
-def table(dirs: tuple[str, ...], metrics: dict, verdicts: dict, note: str, unread: dict[str, str]) -> str:
-    """The report in Markdown. Each number stands with the number n of pictures that it is of and, if more than a tenth
-    of the judge's answers are not read, with the one in `unread`."""
-    lines = [note, ""] * bool(note) + ["| metric | " + " | ".join(dirs) + " |", "|---|" + "---|" * len(dirs)]
-    for name, scores in metrics.items():
-        cells = []
-        for m in (scores[d] for d in dirs):
-            cell = "-" if m["mean"] is None else f"{m['mean']:.4f}"
-            cell += "" if m["lo"] is None else f" [{m['lo']:.4f}, {m['hi']:.4f}]"
-            cell += f", n {m['n']}" + (f" to {m['n_real']}" if "n_real" in m else "")
-            such_as = unread.get(name, ", as no answer came") if m["nan"] > 0.1 * (m["n"] + m["nan"]) else ""
-            cell += f" ({m['nan']} of {m['n'] + m['nan']} not read{such_as})" if m["nan"] else ""
-            cells.append(cell)
-        lines.append(f"| {name} {arrow(name)} | " + " | ".join(cells) + " |")
+def table(report: dict) -> str:
+    """The report in Markdown. Where more than a tenth of the judge's answers are not read, it shows one of them."""
+    dirs, verdicts = report["dirs"], report["pairs"].get("judge/quality", {})
+
+    def numbers(m: dict, decimals: int) -> str:
+        mean = "-" if m["mean"] is None else f"{m['mean']:.{decimals}f}"
+        interval = "" if m["lo"] is None else f" [{m['lo']:.{decimals}f}, {m['hi']:.{decimals}f}]"
+        return f"{mean}{interval}, n {m['n']}"
+
+    def example(name: str, m: dict) -> str:
+        return report["unread"].get(name, ", as no answer came") if m["nan"] > 0.1 * (m["n"] + m["nan"]) else ""
+
+    lines = [report["note"], ""] if report["note"] else []
+    lines += ["| metric | " + " | ".join(dirs) + " |", "|---|" + "---|" * len(dirs)]
+    for name, scores in report["metrics"].items():
+        line = f"| {name} {arrow(name)} |"
+        for m in scores.values():
+            line += f" {numbers(m, 4)}"
+            line += f" to {m['n_real']}" if "n_real" in m else ""
+            line += f" ({m['nan']} of {m['n'] + m['nan']} not read{example(name, m)})" if m["nan"] else ""
+            line += " |"
+        lines.append(line)
         for part in scores[dirs[0]].get("parts", ()):
             cells = [["-" if x is None else f"{x:.4f}" for x in scores[d]["parts"][part].values()] for d in dirs]
             lines.append(f"| of it: {part} | " + " | ".join(f"{mean} (deviation {std})" for mean, std in cells) + " |")
     if verdicts:
         lines += ["", "| judge/quality | win | tie | loss | not read | rate |", "|---|---|---|---|---|---|"]
     for name, v in verdicts.items():
-        rate = "-" if v["rate"] is None else f"{v['rate']:.3f}"
-        rate += ("" if v["lo"] is None else f" [{v['lo']:.3f}, {v['hi']:.3f}]") + f", n {v['n']}"
-        such_as = unread.get("judge/quality", ", as no answer came") if v["nan"] > 0.1 * (v["n"] + v["nan"]) else ""
-        lines.append(f"| {name} | {v['win']} | {v['tie']} | {v['loss']} | {v['nan']}{such_as} | {rate} |")
+        lost, rate = f"{v['nan']}{example('judge/quality', v)}", numbers({**v, "mean": v["rate"]}, 3)
+        lines.append(f"| {name} | {v['win']} | {v['tie']} | {v['loss']} | {lost} | {rate} |")
     return "\n".join(lines)
 
 
-def draw_report(folders: Folders, metrics: dict, verdicts: dict, note: str) -> bytes:
+def draw_report(folders: Folders, report: dict) -> bytes:
     """A PNG: each folder's pictures of up to 12 prompts, and a bar chart per metric and of the judge's verdicts."""
     names, prompts = short_names(tuple(folders)), [row["prompt"] for row in next(iter(folders.values()))]
-    first = [prompts.index(prompt) for prompt in list(dict.fromkeys(prompts))[:12]]
-    first = first if len(first) > 1 else list(range(len(prompts)))[:12]
-    charts = {f"{name}\n{'higher' if arrow(name) == '↑' else 'lower'} is better": dict(zip(names, scores.values()))
-              for name, scores in metrics.items()}  # title: {label: its mean and interval}
-    if verdicts:
-        charts["judge/quality (win, tie, loss)\nrate of the first"] = {
+    several = len(set(prompts)) > 1  # else the pictures of one prompt
+    shown = [i for i, prompt in enumerate(prompts) if not several or prompts.index(prompt) == i][:12]
+    charts = {}  # title: {label: its mean and interval}
+    for name, scores in report["metrics"].items():
+        better = "higher" if arrow(name) == "↑" else "lower"
+        charts[f"{name}\n{better} is better"] = dict(zip(names, scores.values()))
+    if verdicts := report["pairs"].get("judge/quality"):
+        charts["judge/quality (win, tie, loss)\nabove 0.5 the first is better"] = {
             f"{a} vs {b}\n{v['win']}, {v['tie']}, {v['loss']}": {**v, "mean": v["rate"]}
             for (a, b), v in zip(combinations(names, 2), verdicts.values())}
-    rows = -(-len(charts) // 5)
+    columns = min(5, len(charts))
+    rows = math.ceil(len(charts) / columns)
     heights = 1.2 * len(names), rows * (0.22 * max(map(len, charts.values())) + 0.9)
     figure = Figure(figsize=(13, sum(heights) + 0.3), layout="constrained")
-    figure.suptitle(f"{note} Black lines: 95 % intervals.".strip(), fontsize=9)
+    figure.suptitle(f"{report['note']} n: number of pictures. Black lines: 95 % intervals.".strip(), fontsize=9)
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
-    pictures = load_pictures([rows[i]["file"] for rows in folders.values() for i in first])
-    sheet = grid(pictures, len(first), [prompts[i] for i in first] * len(names))  # one image: axes are slow to draw
+    pictures = load_pictures([folder[i]["file"] for folder in folders.values() for i in shown])
+    sheet = grid(pictures, len(shown), [prompts[i] for i in shown] * len(names))  # one image: axes are slow to draw
     axis = top.subplots()
     axis.imshow(sheet)
     axis.set(xticks=[], yticks=np.arange(0.5, len(names)) * sheet.height / len(names), yticklabels=names)
     for i, (title, bars) in enumerate(charts.items(), 1):
-        axis = bottom.add_subplot(rows, min(5, len(charts)), i)
+        axis = bottom.add_subplot(rows, columns, i)
         mean, lo, hi = np.array([[bar[k] for k in ("mean", "lo", "hi")] for bar in bars.values()], dtype=float).T
         errors = np.nan_to_num([mean - lo, hi - mean]).clip(0)
         axis.barh(list(bars), mean, 0.75, xerr=errors, color=[f"C{k}" for k in range(len(bars))])
         counts, unread = [bar["n"] for bar in bars.values()], sum(bar["nan"] for bar in bars.values())
-        title += f", n {min(counts)}" + f" to {max(counts)}, {unread} not read" * (unread > 0)
+        title += f", n {min(counts)}" + (f" to {max(counts)}, {unread} not read" if unread else "")
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.locator_params("x", nbins=5)
@@ -359,6 +384,11 @@ def main(args: Args):
         raise cli.InputError(f"--judge {args.judge}: give the model's name on that server as --judge-model")
     if args.judge_extra and not is_server:
         raise cli.InputError("--judge-extra: goes into the requests to a server; give --judge http://HOST:PORT/v1")
+    question = args.vlm_question or VLM_QUESTION
+    for name, _ in chain(*map(split_reward, args.reward)):
+        if not all(prompts) and ("vlm:" not in name or "{prompt}" in question):
+            raise cli.InputError(f"--reward {name}: needs prompts; give --prompts FILE, one for each picture in the "
+                                 "order of their names, or --reward without a value")
     tiny = [name for name in (args.judge, *args.forensic, *args.reward) if name and name.startswith("tiny/")]
     if tiny and folders[first][0]["size"] != (64, 64):
         print(f"note: {', '.join(tiny)} were trained on 64x64 pictures of one kind; their scores of others mean little")
@@ -371,73 +401,60 @@ def main(args: Args):
         load_judge = cache(partial(judge.http_judge, args.judge, args.judge_model, args.judge_timeout,
                                    args.judge_retries, args.judge_concurrency, extra=args.judge_extra or "{}"))
         load_judge()  # now, to find a wrong URL, key or --judge-extra
-    scorers = []  # (metric, its parts: (name, weight, what its scores depend on, a function that loads its scorer))
+    scores_of, parts_of = {}, {}  # by metric: scores (folders, n), and those of a reward's parts by name
+    answers, unread = {}, {}  # by metric: the margins of the judge's answers, and one answer that is not read
+    margins = {}  # "a vs b": those of the pairs of two folders
+    singles = [[row] for rows in folders.values() for row in rows]
     for spec, short in zip(args.reward, short_names(args.reward, short_reward)):
-        parts = []
+        metric, total, parts = f"reward/{short}", 0, {}
         for name, weight in split_reward(spec):
-            question = args.vlm_question or VLM_QUESTION if "vlm:" in name else ""
-            if not all(prompts) and (not question or "{prompt}" in question):
-                raise cli.InputError(f"--reward {name}: needs prompts; give --prompts FILE, one for each picture in "
-                                     "the order of their names, or --reward without a value")
-            load = partial(reward_scorer, name, device, question, folders[first])
-            parts.append((name, weight, f"{identity(name, device)} {question}", load))
-        scorers.append((f"reward/{short}", parts))
+            asked = question if "vlm:" in name else ""
+            load = partial(reward_scorer, name, device, asked, folders[first])
+            scores = cached(out, f"{identity(name, device)} {asked}", singles, load, args.batch, metric)
+            parts[name] = scores.view(-1, n)
+            total = total + weight * parts[name]
+        scores_of[metric] = total
+        parts_of[metric] = dict(zip(short_names(tuple(parts), short_reward), parts.values()))
     for name, short in zip(args.forensic, short_names(args.forensic)):
+        metric, who = f"forensic/{short}", f"{identity(name, device)} {args.real_label}"
         load = partial(detector_scorer, name, args.real_label, device)
-        scorers.append((f"forensic/{short}", [(name, 1, f"{identity(name, device)} {args.real_label}", load)]))
-    asked = f"{identity(args.judge, device)} {args.judge_model} {args.judge_extra}" if args.judge else ""
-    unread, judged = {}, []  # by metric, an answer of the judge that is not read; all its scores
-    for short, question in SINGLE.items() if args.judge else ():
-        load = partial(judge_scorer, load_judge, partial(unread.setdefault, f"judge/{short}"), question, "yes", "no")
-        scorers.append((f"judge/{short}", [(short, 1, f"{asked} {question}", load)]))
-
-    metrics, verdicts, scores_of, margins = {}, {}, {}, {}
-    judge_batch = args.batch * (args.judge_concurrency if is_server else 1)
-    jobs = [[row] for rows in folders.values() for row in rows]
-    for metric, parts in scorers:
-        is_judge = metric.startswith("judge/")
-        batch, names = judge_batch if is_judge else args.batch, tuple(name for name, *_ in parts)
-        scored = torch.stack([cached(out, who, jobs, load, batch, metric) for _, _, who, load in parts])
-        judged += scored.flatten().tolist() if is_judge else []
-        scored = (scored.sigmoid() if is_judge else scored).view(len(parts), -1, n)  # (parts, folders, n)
-        scores = sum(weight * part for (_, weight, *_), part in zip(parts, scored))
-        by_folder = dict(zip(folders, scores))
-        scores_of[f"{metric} {arrow(metric)}"] = [scores.tolist() for scores in by_folder.values()]
-        metrics[metric] = {d: summary(by_folder[d], prompts, args.bootstrap) for d in folders}
-        for i, d in enumerate(folders) if len(parts) > 1 else ():
-            metrics[metric][d]["parts"] = {name: {"mean": part.mean().item(), "std": part.std().item()}
-                                           for name, part in zip(short_names(names, short_reward), scored[:, i])}
-        for d in args.dirs[1:]:  # the pictures are paired, so their differences have an interval of their own
-            diff = summary(by_folder[d] - by_folder[first], prompts, args.bootstrap)
-            metrics[metric][d]["diff"] = {k: diff[k] for k in ("mean", "lo", "hi")}
+        scores_of[metric] = cached(out, who, singles, load, args.batch, metric).view(-1, n)
     if args.judge:
+        who = f"{identity(args.judge, device)} {args.judge_model} {args.judge_extra}"
+        batch = args.batch * (args.judge_concurrency if is_server else 1)
         orders = list(permutations(folders, 2))
-        jobs = [[x, y] for a, b in orders for x, y in zip(folders[a], folders[b])]
-        load = partial(judge_scorer, load_judge, partial(unread.setdefault, "judge/quality"), PAIR, "A", "B")
-        margins = cached(out, f"{asked} {PAIR}", jobs, load, judge_batch, "judge/quality")
-        judged += margins.tolist()
-        margins = dict(zip(orders, margins.view(-1, n)))
-        verdicts = compare_pairs(folders, margins, args.bootstrap)
-
+        pairs = [[x, y] for a, b in orders for x, y in zip(folders[a], folders[b])]
+        for short, asked in [*SINGLE.items(), ("quality", PAIR)]:
+            metric, jobs = f"judge/{short}", pairs if asked == PAIR else singles
+            load = partial(judge_scorer, load_judge, asked, metric, unread)
+            answers[metric] = cached(out, f"{who} {asked}", jobs, load, batch, metric).view(-1, n)
+        margins = {f"{a} vs {b}": margin for (a, b), margin in zip(orders, answers["judge/quality"])}
+        scores_of |= {f"judge/{short}": answers[f"judge/{short}"].sigmoid() for short in SINGLE}
+    metrics = {metric: compare_folders(args.dirs, scores, parts_of.get(metric, {}), prompts, args.bootstrap)
+               for metric, scores in scores_of.items()}
     if args.real:
-        name = f"fd/{short_names((args.embed,))[0]}"
+        metric = f"fd/{short_names((args.embed,))[0]}"
         who = f"{identity(args.embed, device)} {sorted(row['hash'] for row in real_rows)}"
         load = partial(distance_scorer, args.embed, real_rows, device, args.batch)
-        distances = cached(out, who, list(folders.values()), load, len(folders), name)
-        metrics[name] = {d: {"mean": distance, "lo": None, "hi": None, "n": n, "n_real": n_real, "nan": 0}
-                         for d, distance in zip(folders, distances.clamp_min(0).tolist())}
+        distances = cached(out, who, list(folders.values()), load, len(folders), metric)
+        metrics[metric] = {d: {"mean": distance, "lo": None, "hi": None, "n": n, "n_real": n_real, "nan": 0}
+                           for d, distance in zip(folders, distances.clamp_min(0).tolist())}
         if min(n, n_real) < 128:
-            print(f"note: {name} of {n} pictures to {n_real}: so few make it larger than it is, and noisy")
+            print(f"note: {metric} of {n} pictures to {n_real}: so few make it larger than it is, and noisy")
 
-    metrics, verdicts = json.loads(cli.to_json([metrics, verdicts]))  # with None for NaN, as in the file
-    report = {"dirs": list(args.dirs), "n": n, "note": note, "args": asdict(args), "metrics": metrics,
+    verdicts = compare_pairs(args.dirs, margins, prompts, args.bootstrap) if margins else {}
+    report = {"dirs": args.dirs, "n": n, "note": note, "args": asdict(args), "metrics": metrics,
               "pairs": {"judge/quality": verdicts} if verdicts else {}, "unread": unread}
-    text, certain = table(args.dirs, metrics, verdicts, note, unread), sum(abs(x) == judge.CERTAIN for x in judged)
-    text += f"\n\nanswers without probabilities: {certain} of {sum(x == x for x in judged)}" if certain else ""
+    report = json.loads(cli.to_json(report))  # with None for NaN, as in the file
+    text = table(report)
+    read = [x for values in answers.values() for x in values.flatten().tolist() if not math.isnan(x)]
+    certain = sum(abs(x) == judge.CERTAIN for x in read)
+    text += f"\n\nanswers without probabilities: {certain} of {len(read)}" if certain else ""
     shown = {"dirs": args.dirs, "text": text, "pairs": [[row["name"], row["prompt"]] for row in folders[first]],
-             "scores": scores_of, "margins": {f"{a} vs {b}": margin.tolist() for (a, b), margin in margins.items()}}
+             "scores": {f"{metric} {arrow(metric)}": scores.tolist() for metric, scores in scores_of.items()},
+             "margins": {name: margin.tolist() for name, margin in margins.items()}}
     cli.write_files({out / "report.json": cli.to_json(report, indent=2) + "\n",
-                     out / "report.png": draw_report(folders, metrics, verdicts, note),
+                     out / "report.png": draw_report(folders, report),
                      out / "report.html": page(shown, [[row["file"] for row in rows] for rows in folders.values()])})
     encoding = sys.stdout.encoding or "utf-8"
     signs = {} if "↑".encode(encoding, "ignore") else {ord("↑"): "^", ord("↓"): "v"}  # that the terminal can show

@@ -172,6 +172,8 @@ def main(args: Args):
         raise cli.InputError("--norms and --renorm compare a LoRA with its base: give --lora")
     if args.adjoint and not args.reward:
         raise cli.InputError("--adjoint measures how a reward would change: give --reward")
+    if args.vlm_question and "vlm:" not in (args.reward or ""):
+        raise cli.InputError("--vlm-question: --reward is no vlm:MODEL that could be asked; leave it out")
     given = [{"prompt": args.prompt, "metadata": {}}]
     if args.prompt is None:
         given = read_prompts(args.prompts, "--prompts")

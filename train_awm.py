@@ -132,7 +132,8 @@ def main(args: Args, rival=None):
     if n % args.updates:
         raise InputError(f"--updates {args.updates}: must divide the epoch's {n} pictures (--groups x --group)")
     if args.timesteps > trained_steps:
-        raise InputError(f"--timesteps {args.timesteps}: must be at most {trained_steps} with --steps {args.steps}")
+        raise InputError(f"--timesteps {args.timesteps}: at most {trained_steps} with --steps {args.steps}, whose "
+                         "last tenth is not trained")
 
     # ---- load; errors come before anything is written
     device = local_device()

@@ -89,8 +89,8 @@ def loading(flag: str, name: str, or_else: str = "", needs: tuple[str, ...] = ()
     if not needs:
         check_model(flag, name, or_else)
         offline = f"`hf download {name} --local-dir DIR` elsewhere and give {flag} DIR"
-    advice = (f"it needs {' and '.join(dict.fromkeys(needs or (name,)))} from huggingface.co: if gated, accept the "
-              f"licence there and `hf auth login`; if offline, {offline}")
+    advice = (f"no such folder is here, so it needs {' and '.join(dict.fromkeys(needs or (name,)))} from "
+              f"huggingface.co: if gated, accept the licence there and `hf auth login`; if offline, {offline}")
     if Path(name).is_dir():
         advice = "the folder is broken, holds another kind of model, or needs the package that the error names"
     if Path(name).is_dir() and (others := other_versions()):

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flow.cli import write_files
 from flow.distributed import RANK, all_gather_tensor, gather_tensor, local_slice, move_to_cpu
 from flow.draws import zero_std_share
-from flow.pictures import saturation, save_grid, to_bytes
+from flow.pictures import grid_files, saturation, to_bytes
 from flow.pipeline import decode, decode_size, draw_noise, integrate, schedule
 from flow.run import log_line
 
@@ -66,7 +67,7 @@ def evaluate(out: Path, args, pipe, reward, eval_rewards: dict, eval_prompts: li
     rewards, ratio_by_step = reward.weighted(scores), ratios.mean(0)
     parts = dict(zip([*reward.names, *eval_rewards], scores)) if len(scores) > 1 else {}
     grid = out / "samples" / f"{epoch:05d}.png"
-    save_grid(grid, pictures, 8, texts)
+    write_files(grid_files(grid, pictures, 8, texts))
     log_line(out, {
         "step": step, "epoch": epoch, "eval_guidance": args.guidance, "eval_reward": rewards.mean().item(),
         "eval_reward_se": (rewards.std() / len(rewards) ** 0.5).item(),

@@ -43,7 +43,8 @@ def read_answer(top: Answer, first: str, second: str) -> float:
     that `top` does not list gets the most it can have: the rest to 1, but no more than the least word in `top`."""
     words = [re.sub(r"^[\W_]+|[\W_]+$", "", token).lower() for token, _ in top]
     probs = [math.exp(logprob) for _, logprob in top]
-    a, b = (sum(p for word, p in zip(words, probs) if word == asked.lower()) for asked in (first, second))
+    a = sum(p for word, p in zip(words, probs) if word == first.lower())
+    b = sum(p for word, p in zip(words, probs) if word == second.lower())
     if a + b < 0.01:
         return math.nan
     rest = max(min(1 - sum(probs), *probs), 1e-9)
@@ -86,10 +87,12 @@ THINKS = """the model thinks first ({}); in eval_judge.py turn that off by --jud
 def answer_start(text: str) -> int:
     """Where the answer's first word is in a model's text, after thinking and tags; -1 if the thinking has not ended."""
     start = max((end.end() for end in CLOSES.finditer(text)), default=0)
-    word = re.compile(r"[^\W_]|\Z").search(re.sub(r"<[^<>]*>", lambda tag: " " * len(tag[0]), text), start).start()
+    without_tags = re.sub(r"<[^<>]*>", lambda tag: " " * len(tag[0]), text)
+    word = re.compile(r"[^\W_]|\Z").search(without_tags, start).start()
     opens = OPENS.search(text, start)
-    is_thinking = opens and opens.start() < word or start and word == len(text) or text and "<think>".startswith(text)
-    return -1 if is_thinking else word
+    is_cut_tag = text != "" and "<think>".startswith(text)
+    thought_only = start > 0 and word == len(text)
+    return -1 if is_cut_tag or thought_only or opens and opens.start() < word else word
 
 
 def read_token(token: dict) -> tuple[str, Answer]:
@@ -101,8 +104,9 @@ def read_token(token: dict) -> tuple[str, Answer]:
         own = float(token["logprob"])
         if not any(other.strip() == text.strip() and abs(p - own) < 1e-3 for other, p in top):  # " yes" for "yes"
             top.append((text, own if own > -100 else math.nan))  # -9999 stands for unknown
-    is_right = all(p < 1e-3 for _, p in top) and sum(math.exp(p) for _, p in top) < 1.02
-    return text, [(other, min(p, -1e-8)) for other, p in top if p > -100] if is_right else []
+    if not (all(p < 1e-3 for _, p in top) and sum(math.exp(p) for _, p in top) < 1.02):
+        return text, []
+    return text, [(other, min(p, -1e-8)) for other, p in top if p > -100]
 
 
 def read_reply(reply: str) -> tuple[Answer, str]:
@@ -146,9 +150,10 @@ def data_url(file: str) -> str:
     with Image.open(file) as opened:
         is_plain = opened.mode in ("L", "RGB") and not opened.has_transparency_data
         is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        kind = opened.format if is_plain and not is_turned and opened.format in ("PNG", "JPEG", "WEBP") else None
-    content = Path(file).read_bytes() if kind else encode(open_picture(file))
-    return f"data:image/{(kind or 'PNG').lower()};base64,{base64.b64encode(content).decode()}"
+        kind, content = opened.format, Path(file).read_bytes()
+    if not is_plain or is_turned or kind not in ("PNG", "JPEG", "WEBP"):
+        kind, content = "PNG", encode(open_picture(file))
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
 
 
 def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, flag="--judge", extra="{}") -> Callable:
@@ -189,9 +194,11 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
         answers, bar = [], progress(total=len(jobs), desc="answers", leave=False, delay=2)
         with bar, ThreadPoolExecutor(concurrency) as pool:
             first = list(pool.map(request, jobs[:0 if "" in told else 3]))
-            if first and all(error for _, error in first) and (lost := request(("Answer yes.", []))[1]):  # no picture's
+            if first and all(error for _, error in first):
+                _, lost = request(("Answer yes.", []))  # is it the pictures, or the server?
                 hint = "" if lost[:4] == "the " else f"; check model {model}, OPENAI_API_KEY, URL (most end in /v1)"
-                raise InputError(f"{flag} {url}: {lost}{hint}")
+                if lost:
+                    raise InputError(f"{flag} {url}: {lost}{hint}")
             for answer, error in chain(first, pool.map(request, jobs[len(first):])):
                 if error and flag != "--judge":  # a reward needs them all
                     raise InputError(f"{flag} {url}: {error}")
@@ -221,8 +228,8 @@ def load_ocr() -> Callable:
         scores = []
         for image, prompt, fields in zip(images, prompts, metadata):
             lines, _ = read(to_image(image), use_cls=False)  # as it is, not turned by 180 degrees
-            found = "".join(text for _, text, _ in lines or ())
-            wanted, found = ["".join(text.lower().split()) for text in (wanted_text(prompt, fields), found)]
+            found = "".join("".join(text.lower().split()) for _, text, _ in lines or ())
+            wanted = "".join(wanted_text(prompt, fields).lower().split())
             distance = 0 if wanted in found else min(edit_distance(wanted, found), len(wanted))
             scores.append(1 - distance / len(wanted))
         return torch.tensor(scores)
@@ -233,9 +240,9 @@ def load_ocr() -> Callable:
 
 def wanted_text(prompt: str, metadata: dict) -> str:
     """The text that a picture is to show: `text` of the prompt's metadata, else the first in double quotes."""
-    given, quoted = metadata.get("text"), re.findall('["“„«「]([^"“”„«»「」]*)["”“»」]', prompt)
-    given = [str(given)] if isinstance(given, (str, int, float)) else []
-    for text in filter(str.strip, given + quoted):
+    given, quoted = metadata.get("text"), re.findall('(?<![0-9])["“„«「]([^"“”„«»「」]*)["”“»」]', prompt)
+    is_given = isinstance(given, (str, int, float)) and given == given  # NaN is an empty cell
+    for text in filter(str.strip, [str(given), *quoted] if is_given else quoted):
         return text
     raise InputError(f"--reward ocr: the prompt {prompt!r} has no text in double quotes, nor a field `text` in its row "
                      "of the prompt file; it needs one of them")
@@ -294,13 +301,12 @@ def load_embed(model: str, device: torch.device):
 
 
 @torch.no_grad()
-def embed_images(embed, images: Tensor | list[Tensor], batch: int = 64) -> Tensor:
+def embed_images(embed, images: Tensor | list[Tensor]) -> Tensor:
     """The network's pooled features (n, d) of images (3, h, w) in [0, 1], which may differ in size."""
     net, processor = embed
     run = net.get_image_features if hasattr(net, "get_image_features") else net
-    batches = (images[i:i + batch] for i in range(0, len(images), batch))
-    inputs = (processor([to_image(x) for x in some], return_tensors="pt").to(net.device) for some in batches)
-    return torch.cat([run(**some).pooler_output.flatten(1).cpu() for some in inputs])
+    inputs = processor([to_image(image) for image in images], return_tensors="pt").to(net.device)
+    return run(**inputs).pooler_output.flatten(1).cpu()
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -132,8 +132,9 @@ def read_file(flag: str, name: str) -> tuple[dict[str, torch.Tensor], dict]:
     if len(found) != 1:
         names = ", ".join(file.name for file in found[:4]) or "no .safetensors file"
         raise InputError(f"{flag} {name}: holds {names}; give one LoRA, of a training run its lora/")
-    advice = "give another .safetensors file (.pt, .bin and .ckpt can run code)"
-    with reading(f"{flag} {found[0]}", advice), safe_open(found[0], "pt") as opened:
+    if found[0].suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise InputError(f"{flag} {found[0]}: is a pickle, which can run code; convert it to .safetensors")
+    with reading(f"{flag} {found[0]}", "give another .safetensors file"), safe_open(found[0], "pt") as opened:
         tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("it holds numbers that are not finite")
@@ -187,9 +188,11 @@ def read_lora(pipe, flag: str, name: str) -> dict[str, tuple[torch.Tensor, torch
     linears = {key: part for key, part in pipe.transformer.named_modules() if isinstance(part, torch.nn.Linear)}
     places = {key.replace(".", "_"): key for key in linears} | {key: key for key in linears}
     with on_error(f"{flag} {name}: a LoRA of format {kind} does not fit --model {pipe.name_or_path}",
-                  "; give a plain LoRA of this model, best in diffusers' format"):
+                  "; convert it to diffusers' format, or give another"):
         if kind == "PEFT" and "r" not in config:
-            raise ValueError("adapter_config.json is not beside it")
+            raise ValueError("put its adapter_config.json, which has its alpha, beside it")
+        if re.match("pissa|olora|corda|loftq", str(start := config.get("init_lora_weights"))):
+            raise ValueError(f"it began as {start}, which changes the base's weights; convert it to a plain one")
         lora = layers_of(tensors, config)
         if not lora.keys() <= places.keys() and hasattr(pipe, "transformer_name"):  # PRX's loader is one for UNets
             with suppress(Exception):  # each of diffusers' converters raises its own

@@ -61,13 +61,8 @@ def grid(pictures: Tensor, columns: int, captions: list[str] | None = None) -> I
     return sheet
 
 
-def save_grid(path: Path, pictures: Tensor, columns: int, captions: list[str] | None = None):
-    """Write a grid as `path`.png. For videos (n, frames, 3, h, w): of the middle frames, and as a GIF `path`.gif."""
-    write_files(grid_files(path, pictures, columns, captions))
-
-
 def grid_files(path: Path, pictures: Tensor, columns: int, captions: list[str] | None = None) -> dict[Path, bytes]:
-    """The files that save_grid writes."""
+    """A grid as the file `path`.png. For videos (n, frames, 3, h, w): of the middle frames, and as a GIF `path`.gif."""
     files = {path.with_suffix(".png"): encode(grid(middle_frames(pictures), columns, captions))}
     if pictures.ndim == 5:
         first, *rest = [grid(frame, columns, captions) for frame in pictures.unbind(1)]
@@ -77,7 +72,8 @@ def grid_files(path: Path, pictures: Tensor, columns: int, captions: list[str] |
 
 
 def encode(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
-    picture.save(content := io.BytesIO(), kind, **options)
+    content = io.BytesIO()
+    picture.save(content, kind, **options)
     return content.getvalue()
 
 
@@ -145,14 +141,16 @@ def read_folder(folder: str) -> list[dict]:
         raise InputError(f"{folder}: there is no such folder")
     with reading(listed, "give a folder that sample.py wrote"):
         lines = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
-        for path in [] if listed.exists() else sorted(Path(folder).iterdir(), key=lambda path: natural(path.name)):
-            suffix = path.suffix.lower() or "no suffix"
-            kind = "hidden" if path.name[0] == "." else "subfolder" if path.is_dir() else suffix
-            notes[f"not read ({kind})"] += kind not in SUFFIXES
-            lines += [{"prompt": "", "seed": path.name, "file": path.name}] * (kind in SUFFIXES)
         lines = [(line["prompt"], line["seed"], line["file"], line.get("metadata", {})) for line in lines]
         if not all(isinstance(prompt, str) and isinstance(metadata, dict) for prompt, _, _, metadata in lines):
             raise ValueError("a prompt is no text, or its metadata no object")
+    for path in [] if listed.exists() else sorted(Path(folder).iterdir(), key=lambda path: natural(path.name)):
+        suffix = path.suffix.lower() or "no suffix"
+        kind = "hidden" if path.name[0] == "." else "subfolder" if path.is_dir() else suffix
+        if kind in SUFFIXES:
+            lines.append(("", path.name, path.name, {}))
+        else:
+            notes[f"not read ({kind})"] += 1
     for prompt, seed, file, metadata in lines:
         picture, name = open_picture(f"{folder}/{file}"), Path(file).stem
         if names.setdefault(name, file) != file and not prompt:
@@ -162,10 +160,11 @@ def read_folder(folder: str) -> list[dict]:
         rows.append({"key": (prompt, seed, seen[prompt, seed]), "prompt": prompt, "metadata": metadata,
                      "file": f"{folder}/{file}", "name": name, "size": picture.size,
                      "hash": hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()})
-    if said := ", ".join(f"{count} {what}" for what, count in notes.items() if count):
-        print(f"note: {folder}: {len(rows)} pictures; {said}")
+    said = "".join(f"; {count} {what}" for what, count in notes.items() if count)
     if not rows:
-        raise InputError(f"{folder}: holds no picture{said and f' ({said})'}")
+        raise InputError(f"{folder}: holds no picture{said}")
+    if said:
+        print(f"note: {folder}: {len(rows)} pictures{said}")
     return rows
 
 
@@ -178,11 +177,9 @@ def read_log(log: Path, size: int | None = None) -> list[dict]:
     """The lines in the first `size` bytes of metrics.jsonl. Raises InputError if they are not there or no JSON."""
     with reading(log):
         content = log.read_bytes()
-        lines = []
-        for line in content[:size].splitlines():
-            lines.append(json.loads(line))
-            if not isinstance(lines[-1], dict):
-                raise ValueError("a line is no JSON object")
+        lines = [json.loads(line) for line in content[:size].splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no JSON object")
         if len(content) < (size or 0):
             raise ValueError("it is shorter than the checkpoint says")
     return lines
@@ -217,22 +214,23 @@ def summarize(out: Path) -> str:
 def model_card(method: str, args, eval_prompts: list[dict]) -> str:
     """lora/README.md: a model card for the hub. The user chooses the licence."""
     command, defaults = ["python", f"train_{method}.py"], vars(type(args)())
-    changed = {name.replace("_", "-"): value for name, value in vars(args).items() if value != defaults[name]}
-    for flag, value in changed.items():
-        if isinstance(value, bool):
+    for name, value in vars(args).items():
+        flag = name.replace("_", "-")
+        if value != defaults[name] and isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
+        elif value != defaults[name]:
             command += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(row["prompt"] for row in eval_prompts[:4]))
-    base_model = "" if Path(args.model).is_dir() else f"base_model: {args.model}\n"  # the hub does not know a folder
+    model, base_model = args.model, f"base_model: {args.model}\n"
+    if Path(model).is_dir():  # the hub does not know a folder
+        model, base_model = Path(model).name, ""
     guard = f" and NormGuard (arXiv 2606.27771), lam {args.lam}" if args.lam != 0 else ""
     start = f", from the LoRA `{Path(args.init_lora).name}`" if args.init_lora else ""
-    tags = ["lora", "diffusers", *["normguard"] * bool(guard), method]
+    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(row["prompt"] for row in eval_prompts[:4]))
     return f"""---
 {base_model}library_name: diffusers
-tags: [{', '.join(tags)}]
+tags: [lora, diffusers, {'normguard, ' if guard else ''}{method}]
 ---
-A LoRA of rank {args.rank} and alpha {args.rank} for `{Path(args.model).name if not base_model else args.model}`
+A LoRA of rank {args.rank} and alpha {args.rank} for `{model}`
 (`pipe.load_lora_weights(FOLDER)`), trained for the reward `{args.reward}` with {method.upper()}{guard}{start}:
 
     {shlex.join(command)}
@@ -273,37 +271,39 @@ def plot_curves(out: Path, guidance: float | None = None):
     parts, bands = {}, {}  # of the reward: mean - first mean, with a band of the deviation, both / first deviation
     for name in dict.fromkeys(key for line in lines for key in line if key.startswith("reward/")):
         rows = [[line["step"], line.get(name), line.get(f"{name}_std")] for line in lines]
-        if rows := [row for row in rows if None not in row]:  # name is a mean
+        rows = [row for row in rows if None not in row]
+        if rows:  # name is a mean
             step, mean, std = np.array(rows).T
             unit = std[0] or 1.0
             label, gain = f"{name}: from {mean[0]:.3g}, unit {unit:.2g}", (mean - mean[0]) / unit
-            parts[label], bands[label] = zip(step, gain), (step, gain - std / unit, gain + std / unit)
+            parts[label], bands[label] = list(zip(step, gain)), (step, gain - std / unit, gain + std / unit)
     by_t, paths = values("norm_ratio_by_t"), values("eval_norm_ratio_steps", "epoch")
     bins = len(by_t[0][1]) if by_t else 0  # equal parts of [0, 1]
-    shown = [paths[i] for i in sorted({round(i * (len(paths) - 1) / 7) for i in range(8)})] if paths else []
+    shown = sorted(set(np.linspace(0, len(paths) - 1, 8).round().astype(int))) if paths else []  # the first to the last
     along = f"norm ratio along the trajectory ({len(shown)} of {len(paths)})"
     panels = {  # title: {label: [(x, y or None), ...]}
         "reward": {key: values(key) for key in ["reward", "eval_reward", *other_rewards]},
-        **({"parts of the reward, in units of their first deviation": parts} if parts else {}),
+        "parts of the reward, in units of their first deviation": parts,
         "norm ratio to the reference": {
             "norm_ratio" + trained: values("norm_ratio"),
             **{key + evaluated: values(key) for key in ("eval_norm_ratio", "eval_norm_ratio_max")}},
         "guard: fraction of samples over the reference": {"active": values("active")},
         "norm ratio by noise level, training": {
             f"t {k / bins:.1f} to {(k + 1) / bins:.1f}": [(x, ratios[k]) for x, ratios in by_t] for k in range(bins)},
-        along: {f"epoch {epoch}": enumerate(ratios) for epoch, ratios in shown}}
-    for title, curves in panels.copy().items():
+        along: {f"epoch {paths[i][0]}": list(enumerate(paths[i][1])) for i in shown}}
+    for title, curves in panels.items():
         points = {label: [point for point in curve if None not in point] for label, curve in curves.items()}
-        # at most 1000 points, counted from the last
-        panels[title] = {label: curve[::-len(curve) // 1000] for label, curve in points.items() if curve}
+        # at most 1000 points, the last one among them
+        panels[title] = {label: curve[::-math.ceil(len(curve) / 1000)] for label, curve in points.items() if curve}
     panels = {title: curves for title, curves in panels.items() if curves}  # what is not drawn has no panel
     n = len(panels)
     figure = Figure(figsize=(4.2 * n, 3.4))  # a computed layout would take as long as the drawing
     figure.subplots_adjust(0.125 / n, 0.14, 1 - 0.025 / n, 0.91, 0.18)
     for axis, (title, curves) in zip(figure.subplots(1, n, squeeze=False)[0], panels.items()):
         for i, (label, curve) in enumerate(curves.items()):
-            marker = "o" if len(curve) < (100 if label.startswith("eval") else 2) else None  # one point has no line
+            is_sparse = len(curve) == 1 or len(curve) < 100 and label.startswith("eval")  # one point has no line
             colour = matplotlib.colormaps["viridis"](i / len(curves))
+            marker = "o" if is_sparse else None
             axis.plot(*zip(*curve), color=colour, label=label, marker=marker, markersize=3, linewidth=1)
             if label in bands:
                 axis.fill_between(*bands[label], color=colour, alpha=0.15, linewidth=0)
@@ -317,5 +317,6 @@ def plot_curves(out: Path, guidance: float | None = None):
 
 def png(figure, dpi: int = 110) -> bytes:
     """A figure as a PNG file."""
-    figure.savefig(content := io.BytesIO(), dpi=dpi, format="png")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format="png")
     return content.getvalue()

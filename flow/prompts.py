@@ -7,7 +7,7 @@ import io
 import json
 import pickle
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -29,6 +29,9 @@ def read_prompts(path: str, flag: str) -> list[dict]:
     """The rows of a .txt, .jsonl, .json, .csv, .tsv or .parquet file: {"prompt", "metadata": the other fields}. Prints
     how many prompts repeat. Raises InputError, which names `flag`, for any other file."""
     formats = ".txt (UTF-8, a prompt a line), .jsonl, .json, .csv, .tsv or .parquet (pip install pyarrow)"
+    if not Path(path).is_file():
+        kind = "a folder; give a file in it" if Path(path).is_dir() else f"no file in {Path.cwd()}; give {formats}"
+        raise InputError(f"{flag} {path}: is {kind}")
     with reading(f"{flag} {path}", f"give {formats}"):
         fields = read_fields(Path(path).read_bytes(), Path(path).suffix.lower())
     if not fields:
@@ -36,11 +39,13 @@ def read_prompts(path: str, flag: str) -> list[dict]:
     columns = {name.strip().lower(): name for name in reversed(fields[0])}
     column = next((columns[name] for name in COLUMNS if name in columns), None)
     if column is None:
-        raise InputError(f"{flag} {path}: has no column prompt, text or caption; rename one of {', '.join(fields[0])}")
+        raise InputError(f"{flag} {path}: has no column prompt, text or caption; rename one of {', '.join(fields[0])} "
+                         "(a table begins with a header; JSON is a list of objects, or an object a line)")
     for i, row in enumerate(fields, 1):
         prompt = row.get(column)
         if not isinstance(prompt, str) or not prompt.strip() or NO_TEXT.search(prompt):
-            raise InputError(f"{flag} {path}: row {i} has no text as its {column} ({prompt!r:.50}); correct it")
+            raise InputError(f"{flag} {path}: row {i} has no text as its {column} ({prompt!r:.50}); give a "
+                             "table with a header, or a list of JSON objects, or an object a line")
     rows = [{"prompt": row.pop(column).strip(), "metadata": row} for row in fields]
     if repeated := len(rows) - len({row["prompt"] for row in rows}):
         tqdm.write(f"note: {flag} {path}: {repeated} of {len(rows)} prompts repeat an earlier one; all are kept")
@@ -54,31 +59,40 @@ def read_fields(content: bytes, suffix: str) -> list[dict]:
 
         rows = parquet.read_table(BufferReader(content)).to_pylist()  # in JSON's types; bytes (pictures) become None
         return json.loads(json.dumps(rows, default=lambda value: None if isinstance(value, bytes) else str(value)))
-    text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+    try:
+        text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is binary, or not UTF-8: for that, `iconv -f latin1 -t utf-8`")
     if "\0" in text:
         raise ValueError("holds NULs: it is binary, or UTF-16 without a BOM")
-    lines = [line.strip() for line in re.split("\r?\n", text) if line.strip()]
+    if re.match(r"\s*(<!doctype|<html|version https://git-lfs)", text, re.I):
+        raise ValueError("a web page, or a pointer of git-lfs, is there in place of the file: download it again")
+    lines = [line.strip() for line in re.split("\r\n?|\n", text) if line.strip()]
     if (listed := read_json(text, list)) is not None:
         return [row if isinstance(row, dict) else {"prompt": row} for row in listed]
-    rows, is_table = [read_json(line, dict) for line in lines], suffix in (".csv", ".tsv")
+    if (whole := read_json(text, dict)) is not None:
+        return [whole]
+    named_json, is_table = suffix in (".json", ".jsonl"), suffix in (".csv", ".tsv")
+    rows = [read_json(line, (dict, str) if named_json else dict) for line in lines]
     is_json = [row is not None for row in rows]
-    if suffix in (".json", ".jsonl") or (all if is_table else any)(is_json):
+    if named_json or (all if is_table else any)(is_json):
         if not all(is_json):
-            raise ValueError(f"row {rows.index(None) + 1} is no JSON object")
-        return rows
-    header = re.split("[,;\t]", lines[0].lower()) if lines else []
-    if is_table or len(header) > 1 and all(map(str.isidentifier, header)) and {*COLUMNS} & {*header}:
+            raise ValueError(f"row {rows.index(None) + 1} is no JSON object or text")
+        return [row if isinstance(row, dict) else {"prompt": row} for row in rows]
+    header = re.split("[,;\t]", lines[0].lower().replace('"', "")) if lines else []
+    is_header = all(map(str.isidentifier, header)) and {*COLUMNS[:2 if len(header) == 1 else 4]} & {*header}
+    if is_table or is_header:
         return read_table(text, "\t" if suffix == ".tsv" else max(",;\t", key=lines[0].count))
+    if lines and suffix not in ("", ".txt"):
+        raise ValueError("it is neither JSON nor a table; if each line is a prompt, name it .txt")
     return [{"prompt": line} for line in lines]
 
 
-def read_json(text: str, kind: type):
-    """JSON of a kind (dict or list), or None."""
-    try:
-        value = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, kind) else None
+def read_json(text: str, kind: type | tuple[type, ...]):
+    """JSON of a kind (dict, list, str), or None. NaN in it becomes None."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text, parse_constant=lambda _: None)
+        return value if isinstance(value, kind) else None
 
 
 def read_table(text: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> list[dict]:
@@ -92,6 +106,8 @@ def read_table(text: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> l
         if delimiter == "\t" and quoting != csv.QUOTE_NONE:
             return read_table(text, delimiter, csv.QUOTE_NONE)
         raise
+    if len({*filter(None, header)}) < len([*filter(None, header)]):
+        raise ValueError("two columns have one name")
     if long := [i for i, row in enumerate(rows, 1) if len(row) > len(header)]:
         raise ValueError(f"row {long[0]} has more cells than the header: put text with {delimiter!r} in quotes")
     return [dict(zip(header, row)) for row in rows]
@@ -111,8 +127,7 @@ def read_split(args) -> tuple[list[dict], list[dict]]:
     held_out = distinct[-min(64, max(1, len(distinct) // 10)):]
     if len(distinct) == 1:
         raise InputError(f"--prompts {args.prompts}: has one prompt, none to evaluate on; give --eval-prompts")
-    print(f"{args.prompts}: the last {len(held_out)} of {len(distinct)} prompts are held out for the evaluation, for "
-          "want of --eval-prompts")
+    print(f"{args.prompts}: the last {len(held_out)} of {len(distinct)} prompts are held out (no --eval-prompts)")
     return [row for row in rows if row["prompt"] not in held_out], [row for row in rows if row["prompt"] in held_out]
 
 
@@ -360,8 +375,7 @@ def share_tensors(encodings: list[tuple[tuple, tuple]]) -> dict[tuple, tuple]:
 
 def load_encodings(flow, file: Path) -> bool:
     """Put a file's encodings into the cache; tensors stay on disk until used. False if it is missing or damaged."""
-    try:
+    with suppress(OSError, RuntimeError, EOFError, pickle.UnpicklingError):
         cache_encodings(flow, torch.load(file, mmap=True, weights_only=True))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        return False
-    return True
+        return True
+    return False

@@ -14,9 +14,11 @@ import inspect
 import math
 import re
 import runpy
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ VLM_QUESTION = 'Does this picture show "{prompt}", without defects? Answer yes o
 def split_reward(spec: str) -> list[tuple[str, float]]:
     """The parts of a reward and their weights: "A:0.5,B" -> [("A", 0.5), ("B", 1.0)]."""
     parts = []
-    for part in spec.split(","):
+    for part in map(str.strip, spec.split(",")):
         name, _, weight = part.rpartition(":")
         is_weight = not re.search(r"\.py$|://[^/]*$", name)  # but a function, which may be called nan, or a port
         try:
@@ -72,7 +74,7 @@ def reward_model(name: str) -> str:
 def short_reward(spec: str) -> str:
     """The reward's text with only the last piece of each path or id: "DIR/clip:0.5,vlm:ORG/M@URL" -> "clip:0.5,M"."""
     short = []
-    for text, (name, _) in zip(spec.split(","), split_reward(spec)):
+    for text, (name, _) in zip(map(str.strip, spec.split(",")), split_reward(spec)):
         weight = text.removeprefix(name)  # as it was written
         name = (reward_model(name) if name.startswith("vlm:") else name).rstrip("/").rpartition("/")[2]
         short.append(name + weight)
@@ -80,7 +82,7 @@ def short_reward(spec: str) -> str:
 
 
 def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable: bool = False,
-                question: str | None = None) -> Callable:
+                question: str | None = None, flag: str = "--reward") -> Callable:
     """Load a reward as a function (images, prompts) -> (n,) fp32 on the CPU, which scores `batch` images at once.
 
     Images are (n, 3, h, w) in [0, 1]; a video (n, frames, 3, h, w) gets the mean of at most four evenly spaced frames.
@@ -92,9 +94,12 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     take a third argument. A call moves the models to `device`; move them away to free its memory.
     Raises InputError if a part cannot be loaded, or later if it returns anything but one finite number per image."""
     quiet_libraries()
-    parts = [(name, weight, load_part(name, device, differentiable, question)) for name, weight in split_reward(spec)]
+    with naming(flag):
+        parts = [(name, weight, load_part(name, device, differentiable, question))
+                 for name, weight in split_reward(spec)]
     models = [score.model for _, _, score in parts if hasattr(score, "model")]
 
+    @naming(flag)
     @torch.set_grad_enabled(differentiable)
     def scores_of(images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
         metadata = metadata or [{} for _ in prompts]
@@ -120,10 +125,10 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     def reward(images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
         return weighted(scores_of(images, prompts, metadata))
 
+    @naming(flag)
     def check_prompts(rows: list[dict]):
         for _, _, score in parts:
-            if hasattr(score, "check"):
-                score.check(rows)
+            getattr(score, "check", len)(rows)  # len: nothing to check
 
     names = [name for name, _, _ in parts]
     short = [short_reward(name) for name in names]
@@ -140,6 +145,15 @@ def load_reward(spec: str, device: torch.device, batch: int = 64, differentiable
     return reward
 
 
+@contextlib.contextmanager
+def naming(flag: str):
+    """Inside, an InputError names this flag in place of --reward."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(str(e).replace("--reward", flag, 1))
+
+
 def running_deviations(scores: Tensor, variances: list[Tensor], epoch: int) -> Tensor:
     """The deviation of each row of an epoch's scores (rows, n), root mean square over the epochs so far, (rows, 1); 1
     for rows that are constant up to rounding. variances: [(rows, 1)], summed over the epochs; this one's are added."""
@@ -150,6 +164,7 @@ def running_deviations(scores: Tensor, variances: list[Tensor], epoch: int) -> T
 
 def takes_metadata(function: Callable) -> bool:
     """Whether a function takes a third argument by position."""
+    function = function.forward if isinstance(function, torch.nn.Module) else function  # __call__ takes anything
     with contextlib.suppress(TypeError, ValueError):  # of a built-in function, which has no signature
         parameters = inspect.signature(function).parameters.values()
         return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 2
@@ -163,18 +178,20 @@ def call_part(name: str, score: Callable, images: Tensor, prompts: list[str], me
     try:
         third = [[copy.deepcopy(fields) for fields in metadata]] if takes_metadata(score) else []
         returned = score(images, prompts, *third)
-        rows = [torch.as_tensor(row).float().cpu() for row in (returned if isinstance(returned, list) else [returned])]
     except InputError:  # a vlm's, or about a dict's keys
         raise
     except (Exception, SystemExit) as e:  # a function is the user's code: name its file and line
         frames = traceback.extract_tb(e.__traceback__)
         at = next((frame for frame in frames if frame.filename == path), frames[-1])
         why = f"{type(e).__name__}: {reason(e)}; {at.filename}:{at.lineno}"
-        raise InputError(f"--reward {name}: failed on {tuple(images.shape)} pictures ({why})")
+        called = f"{tuple(images.shape)} pictures, {n} prompts{f', {n} dicts' * len(third)}"
+        raise InputError(f"--reward {name}: failed when called with {called} ({why})")
+    rows = returned if isinstance(returned, list) else [returned]
+    with on_error(f"--reward {name}: returned {rows[0]!r:.60}", f"; it must be {n} numbers, one for each picture"):
+        rows = [torch.as_tensor(row).float().cpu() for row in rows]
     rows = [row[:, 0] if row.shape == (n, 1) else row for row in rows]
-    for row in rows:
-        if row.shape != (n,):
-            raise InputError(f"--reward {name}: returned shape {tuple(row.shape)} for {n} pictures; it must be ({n},)")
+    if rows[0].shape != (n,):  # the others are of a dict, and have it
+        raise InputError(f"--reward {name}: returned shape {tuple(rows[0].shape)} for {n} pictures; it must be ({n},)")
     for value, prompt in zip(rows[0].tolist(), prompts):
         if not math.isfinite(value):
             raise InputError(f"--reward {name}: returned {value} for the prompt {prompt!r}")
@@ -207,11 +224,15 @@ def load_function(name: str, device: torch.device) -> Callable:
     function_name, _, kind = function_name.partition("@")
     if kind not in ("", "pil", "uint8"):
         raise InputError(f"--reward {name}: give {function_name}, {function_name}@pil or {function_name}@uint8")
+    sys.path.append(str(Path(path).resolve().parent))  # for what the file imports from beside it
     with on_error(f"--reward {name}: cannot be imported"):
         function = runpy.run_path(path).get(function_name)
         parameters = inspect.signature(function).parameters if callable(function) else ()
-        if isinstance(function, type) or callable(function) and set(parameters) <= {"device"}:
-            function = function(**({"device": device} if "device" in parameters else {}))
+    if isinstance(function, type) or callable(function) and set(parameters) <= {"device"}:
+        given = {"device": device} if "device" in parameters else {}
+        with on_error(f"--reward {name}: {function_name}({', '.join(given)}) failed",
+                      "; write a function of nothing, or of device alone, that returns the reward"):
+            function = function(**given)
     if not callable(function):
         raise InputError(f"--reward {name}: there is no function {function_name} in {path}")
 
@@ -228,16 +249,16 @@ def load_function(name: str, device: torch.device) -> Callable:
                              f"{', '.join(first['names']) or 'nothing'}; give the same names each time")
         if not isinstance(returned, dict):
             return [returned]
-        if key and key not in returned or not returned:
-            raise InputError(f"--reward {name}: returned scores named {', '.join(names)}; there is no {key}")
-        chosen = [returned[key]] if key else [returned["avg"]] if "avg" in returned else list(returned.values())
-        used = torch.stack([torch.as_tensor(values).float().cpu() for values in chosen]).mean(0)
-        others = {}
-        for other in returned.keys() - {key}:
+        scores = {}
+        for one, values in returned.items():
             with contextlib.suppress(Exception):  # it is not one number per picture
-                others[other] = torch.as_tensor(returned[other]).float().cpu().reshape(len(images))
-        score.logged = first.setdefault("logged", sorted(others, key=str))
-        return [used, *(others[other] for other in score.logged)]
+                scores[one] = torch.as_tensor(values).float().cpu().reshape(len(images))
+        chosen = [key] if key else ["avg"] if "avg" in returned else [*returned]
+        if not chosen or not scores.keys() >= {*chosen}:
+            raise InputError(f"--reward {name}: returned scores named {', '.join(names)}; {key or 'one of them'} is "
+                             f"not one number per picture; give {path}:{function_name}[NAME]")
+        score.logged = first.setdefault("logged", sorted(scores.keys() - {key}, key=str))
+        return [torch.stack([scores[one] for one in chosen]).mean(0), *(scores[one] for one in score.logged)]
     return score
 
 

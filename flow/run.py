@@ -65,11 +65,11 @@ def check_args(args):
     quantization(args.quantize)
     check_compiler(args.compile)
     args.rank = lora_rank(args)
-    try:
-        if args.wandb:
+    if args.vlm_question and "vlm:" not in ",".join([args.reward, *args.eval_reward]):
+        raise InputError("--vlm-question: no reward is a vlm:MODEL that could be asked; leave it out")
+    if args.wandb:
+        with cli.on_error("--wandb: the package cannot be imported", "; pip install wandb"):
             import wandb  # noqa: F401 - an optional package
-    except ImportError:
-        raise InputError("--wandb: needs a package that is not installed: pip install wandb")
 
 
 def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: list[dict]):
@@ -87,7 +87,7 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
         name = short_reward(spec)
         taken = [KEY.sub("", known) for known in (*reward.names, *others)]
         name = spec if KEY.sub("", name) in taken else name  # so that none is logged under another's name
-        others[name] = load_reward(spec, device, question=args.vlm_question)
+        others[name] = load_reward(spec, device, question=args.vlm_question, flag="--eval-reward")
     rows_of = {reward: prompts + eval_prompts, **{other: eval_prompts for other in others.values()}}
     for loaded, rows in rows_of.items():
         loaded.check_prompts(rows)

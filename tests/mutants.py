@@ -141,7 +141,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/rewards.py", "variances[0] / (epoch + 1)", "variances[0]", "normalized"),
     ("train_awm.py", "reward.weighted(scores / deviations)", "reward.weighted(scores)", "normalized"),
     ("train_dpo.py", "optimizer, variances=variances, ema=ema)", "optimizer, ema=ema)", "normalized"),
-    ("flow/rewards.py", "sorted(others, key=str))", "[])", "dicts"),
+    ("flow/rewards.py", "sorted(scores.keys() - {key}, key=str))", "[])", "dicts"),
     ("flow/judge.py", "0 if wanted in found else ", "", "ocr"),
     ("flow/rewards.py", "clip.head(out.image_embeds)", "clip.head(out.text_embeds)", "ocr"),
     # the judge, the detector
@@ -163,7 +163,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("flow/pictures.py", "        elif on_white:\n", "        elif False:\n", "pictures"),
     ("flow/pictures.py", "ImageOps.exif_transpose(opened)", "opened", "pictures"),
     ("flow/pictures.py", ".replace(\"<\", \"\\\\u003c\")", "", "folders"),
-    ("flow/pictures.py", "kind not in SUFFIXES", "0", "pictures"),
+    ("flow/pictures.py", "notes[f\"not read ({kind})\"] += 1", "pass", "pictures"),
     ("eval_judge.py", "key=natural)", "key=str)", "folders"),
     ("eval_judge.py", "and len(known) >= 8", "", "folders"),
 ]

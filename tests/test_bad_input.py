@@ -109,6 +109,8 @@ train_awm | --model odd/broken-model | --model odd/broken-model
 train_awm | --model a/b/c | --model a/b/c
 train_awm | --reward '' | --reward empty
 train_awm | --reward pickscor | --reward pickscor pickscore,
+train_awm | --vlm-question Good? | --vlm-question vlm:MODEL
+sample | --vlm-question Good? | --vlm-question vlm:MODEL
 train_awm | --reward missing.py:f | --reward missing.py
 train_awm | --reward odd/reward.py | --reward odd/reward.py:FUNCTION
 train_awm | --reward odd/reward.py: | --reward odd/reward.py
@@ -259,7 +261,7 @@ sample | --lora loras/thin | --lora loras/thin rank 2 says 4
 sample | --lora loras/renamed | --lora loras/renamed UNet no place unet.transformer_blocks
 sample | --lora loras/more | --lora loras/more diffusers no place of more
 sample | --lora loras/metadata | --lora loras/metadata
-sample | --lora loras/peft | --lora loras/peft PEFT adapter_config.json is not beside it
+sample | --lora loras/peft | --lora loras/peft PEFT put its adapter_config.json beside it
 sample | --lora loras/loha | --lora loras/loha LoHa hada_w1_a plain
 sample | --lora loras/dora | --lora loras/dora DoRA lora_magnitude_vector
 sample | --lora loras/dropped --model tiny/flux | --lora loras/dropped kohya no place double_blocks_0
@@ -273,7 +275,7 @@ sample | --lora loras/text | --lora loras/text lacks any layer of the transforme
 sample | --lora loras/conv | --lora loras/conv no place pos_embed.proj
 sample | --lora loras/unet | --lora loras/unet kohya no place down_blocks_0
 sample | --lora loras/empty | --lora loras/empty cannot be read
-sample | --lora loras/mine.pt | --lora loras/mine.pt .safetensors file run code
+sample | --lora loras/mine.pt | --lora loras/mine.pt pickle run code convert .safetensors
 sample | --lora loras/pickled | --lora loras/pickled no .safetensors file
 sample | --lora run/lor/x | --lora run/lor/x no such folder
 sample | --lora loras/two | --lora loras/two holds a.safetensors, b.safetensors give one

@@ -15,7 +15,7 @@ import sample
 import train_nft
 from flow import lora
 from flow.lora import NAME, add_lora, lora_layers, lora_targets, merged, quantization, read_lora, save_lora, swapped
-from flow.pictures import load_pictures, save_grid
+from flow.pictures import grid_files, load_pictures
 from flow.pipeline import add_noise, draw_noise, encode_prompts, integrate, load_pipeline, schedule, velocity
 from normguard import norm_hinge, norm_ratio, reference
 from tests.helpers import CPU, SCRIPTS, SMALL, metrics, refuses, sample_rows, small_run
@@ -295,6 +295,24 @@ def test_each_format_is_the_same_lora(tmp_path, capsys, model):
     torch.testing.assert_close(drawn(model, tmp_path / "pattern"), expected)
 
 
+def test_the_rank_of_a_warm_start_is_not_its_text_encoders(tmp_path):
+    tensors = {f"transformer.{k}": v for k, v in trained_file(tmp_path / "diffusers", "tiny/sd3").items()}
+    tensors["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(16, 4)
+    save_file(tensors, tmp_path / "text.safetensors")
+    for rank in (None, 4):
+        assert lora.lora_rank(train_nft.Args(init_lora=f"{tmp_path}/text.safetensors", rank=rank)) == 4
+
+
+def test_a_lora_of_a_changed_base_is_refused(tmp_path, capsys):
+    """PiSSA and the like take the first B A out of the base's weights, so the file fits no base that we load."""
+    tensors = trained_file(tmp_path / "diffusers", "tiny/sd3")
+    for start in ("pissa", "pissa_niter_4", "olora", "loftq"):
+        peft_format(tmp_path / start, tensors, init_lora_weights=start)
+        refuses(capsys, lambda: drawn("tiny/sd3", tmp_path / start), f"--lora {tmp_path}/{start}", "changes the base")
+    peft_format(tmp_path / "gaussian", tensors, init_lora_weights="gaussian")
+    torch.testing.assert_close(drawn("tiny/sd3", tmp_path / "gaussian"), drawn("tiny/sd3", tmp_path / "diffusers"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_names_and_types_that_programs_write(tmp_path, dtype):
     """An adapter's name in the keys, other prefixes or none, half precision, PEFT's file given itself."""
@@ -454,8 +472,8 @@ def test_a_run_starts_from_a_lora(run, tmp_path, script):
     sample.main(sample.Args(lora=lora, prompts=f"{tmp_path}/four.txt", steps=SMALL["steps"], norms=True,
                             out=f"{tmp_path}/out"))
     drawn = load_pictures([f"{tmp_path}/out/{i:05d}.png" for i in range(4)])
-    save_grid(tmp_path / "grid.png", drawn, 8, [row["prompt"] for row in sample_rows(tmp_path / "out")])
-    assert (tmp_path / "grid.png").read_bytes() == (out / "samples/00000.png").read_bytes()
+    (grid,) = grid_files(tmp_path / "grid", drawn, 8, [row["prompt"] for row in sample_rows(tmp_path / "out")]).values()
+    assert grid == (out / "samples/00000.png").read_bytes()
     assert json.loads((tmp_path / "out/norms.json").read_text())["mean"] == first["eval_norm_ratio_steps"]
     recorded = json.loads((out / "args.json").read_text())
     assert recorded["init_lora"] == lora and recorded["rank"] == 4 and recorded["inputs"]["init_lora"]

@@ -80,6 +80,7 @@ def read(tmp_path, name: str, content: bytes) -> list[dict]:
     b"\xef\xbb\xbf" + "a red star\r\n\r\nUN CAFÉ".encode(),
     "a red star\nUN CAFÉ\n".encode("utf-16"),
     b"\xfe\xff" + "a red star\r\nUN CAFÉ\n".encode("utf-16-be"),
+    "a red star\rUN CAFÉ\r".encode(),  # as old programs on a Mac
 ])
 def test_encodings_and_line_ends_of_a_text_file(tmp_path, content):
     assert read(tmp_path, "p.txt", content) == [STAR, {"prompt": "UN CAFÉ", "metadata": {}}]
@@ -103,6 +104,9 @@ def test_a_json_list(tmp_path):
     for name in ("p.json", "p.txt"):
         assert read(tmp_path, name, json.dumps(rows, indent=1).encode()) == TAGGED
         assert read(tmp_path, name, b'["a red star", "a blue ring, and 3 more"]') == [STAR, RING]
+    assert read(tmp_path, "p.jsonl", b'"a red star"\n"a blue ring, and 3 more"\n') == [STAR, RING]
+    one = b'{"prompt": "a cat",\n "n": NaN}'
+    assert read(tmp_path, "p.json", one) == [{"prompt": "a cat", "metadata": {"n": None}}]
 
 
 def test_tables(tmp_path):
@@ -120,8 +124,11 @@ def test_tables(tmp_path):
     assert [row["prompt"] for row in read(tmp_path, "p.tsv", swallowing)] == ['"a cat', 'a dog"']
     assert read(tmp_path, "p.csv", b",caption,url\n0,a cat,x\n1,a dog,y\n") == [
         {"prompt": "a cat", "metadata": {"": "0", "url": "x"}}, {"prompt": "a dog", "metadata": {"": "1", "url": "y"}}]
-    assert read(tmp_path, "p.txt", b"text,prompt\nHELLO,a sign\n") == [
-        {"prompt": "a sign", "metadata": {"text": "HELLO"}}]
+    for header in (b"text,prompt", b'"text","prompt"'):
+        assert read(tmp_path, "p.txt", header + b"\nHELLO,a sign\n") == [
+            {"prompt": "a sign", "metadata": {"text": "HELLO"}}]
+    assert read(tmp_path, "p.txt", b"prompt\na cat\n") == [{"prompt": "a cat", "metadata": {}}]
+    assert [row["prompt"] for row in read(tmp_path, "p.txt", b"text\na cat\n")] == ["text", "a cat"]
     assert read(tmp_path, "p.csv", "\ufeffprompt;n\r\na cat;1\r\n;\r\n".encode()) == [
         {"prompt": "a cat", "metadata": {"n": "1"}}]
 
@@ -149,6 +156,10 @@ def test_parquet_without_its_package(tmp_path, monkeypatch, capsys):
     ("p.txt", "un café\n".encode("latin-1"), "cannot be read"),
     ("p.txt", "un café\n".encode("shift-jis", "replace") + b"\x81", "cannot be read"),
     ("p.txt", b"\x89PNG\r\n\x1a\n", "cannot be read"),
+    ("p.txt", "un café\n".encode("latin-1"), "iconv"),
+    ("p.json", b'{"annotations": [\n{"caption": "a cat"}]}', "JSON is a list of objects"),
+    ("p.json", b'{"prompt": {"0": "a cat",\n"1": "a dog"}}', "a list of JSON objects"),
+    ("p.csv", b"prompt,prompt\na cat,a dog\n", "two columns have one name"),
     ("p.txt", b"a red star\na \x1b[31mred star\n", "row 2 has no text"),
     ("p.txt", GENEVAL + b'{"prompt": "cut sho', "row 3 is no JSON object"),
     ("p.jsonl", b"a red star\n", "row 1 is no JSON object"),
@@ -164,6 +175,9 @@ def test_parquet_without_its_package(tmp_path, monkeypatch, capsys):
     ("p.csv", b"prompt,n\n,1\n", "row 1 has no text"),
     ("p.csv", b'prompt,n\n"a cat,1\n', "cannot be read"),
     ("p.parquet", b"a red star\n", "cannot be read"),
+    ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs"),
+    ("p.txt", b"\n<!DOCTYPE html>\n<html>404</html>\n", "web page"),
+    ("p.yaml", b"- prompt: a red star\n", "name it .txt"),
 ])
 def test_what_is_no_list_of_prompts_is_refused(tmp_path, capsys, name, content, words):
     refuses(capsys, lambda: read(tmp_path, name, content), f"--prompts {tmp_path}/{name}", words)

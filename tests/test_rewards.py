@@ -231,6 +231,9 @@ def wrap(function):
         return function(*args, **kwargs)
     return inner
 wrapped = wrap(third)
+class Network(torch.nn.Module):
+    def forward(self, images, prompts, metadata=None):
+        return third(images, prompts, metadata)
 needs = lambda images, prompts, metadata: torch.tensor([float(fields["n"]) for fields in metadata])
 """
 ROWS = [{"prompt": "a red star", "n": i} for i in range(5)]  # of one text: only the row tells them apart
@@ -239,11 +242,11 @@ ROWS = [{"prompt": "a red star", "n": i} for i in range(5)]  # of one text: only
 def test_metadata_reaches_functions_that_take_a_third_argument(tmp_path):
     """One dict a picture, in parts of a sum and in batches, a copy each; a video's for each frame."""
     (tmp_path / "m.py").write_text(METADATA)
-    spec = ",".join(f"{tmp_path}/m.py:{name}" for name in ("third", "default", "two", "wrapped"))
+    spec = ",".join(f"{tmp_path}/m.py:{name}" for name in ("third", "default", "two", "wrapped", "Network"))
     reward, fields = flow.rewards.load_reward(spec, CPU, batch=2), [{"n": i} for i in range(5)]
     for images in (torch.rand(5, 3, 8, 8), torch.rand(5, 2, 3, 8, 8)):
-        assert reward.scores_of(images, ["a"] * 5, fields).tolist() == [[*range(5)]] * 2 + [[7] * 5] + [[*range(5)]]
-        assert reward(images, ["a"] * 5, [{"n": 3}] * 5).tolist() == [16] * 5
+        assert reward.scores_of(images, ["a"] * 5, fields).tolist() == [[*range(5)]] * 2 + [[7] * 5] + [[*range(5)]] * 2
+        assert reward(images, ["a"] * 5, [{"n": 3}] * 5).tolist() == [19] * 5
         assert reward.scores_of(images, ["a"] * 5)[0].tolist() == [-1] * 5
     assert fields == [{"n": i} for i in range(5)]
 
@@ -393,6 +396,7 @@ def test_vlm_specs_that_are_refused(capsys):
 @pytest.mark.parametrize("spec, parts, short", [
     ("pickscore", [("pickscore", 1.0, "yuvalkirstain/PickScore_v1")], "pickscore"),
     ("runs/clip/:0.5,a/b", [("runs/clip/", 0.5, "runs/clip/"), ("a/b", 1.0, "a/b")], "clip:0.5,b"),
+    ("pickscore:2, a/b", [("pickscore", 2.0, "yuvalkirstain/PickScore_v1"), ("a/b", 1.0, "a/b")], "pickscore:2,b"),
     ("dir/f.py:nan:-1e-1", [("dir/f.py:nan", -0.1, "dir/f.py")], "f.py:nan:-1e-1"),
     ("f.py:nan", [("f.py:nan", 1.0, "f.py")], "f.py:nan"),
     ("vlm:a/b@http://h:8000/v1", [("vlm:a/b@http://h:8000/v1", 1.0, "a/b")], "b"),
@@ -449,6 +453,12 @@ def factory():
     def score(images, prompts, metadata):
         return red(images), {}
     return score
+
+def factory_of(device, batch):
+    return as_column
+
+def with_words(images, prompts):
+    return {"red": red(images), "words": prompts}
 
 def factory_on(device):
     assert device.type == "cpu"
@@ -508,8 +518,10 @@ def test_foreign_rewards_that_are_refused(tmp_path, capsys):
         ("named[blue]", ["red, none", "blue"]),
         ("nothing", ["no function nothing"]),
         ("red", ["failed", "f.py"]),  # it takes no prompts
+        ("factory_of", ["returned <function", "3 numbers"]),
+        ("with_words", ["red, words", "[NAME]"]),
     ]:
-        refuses(capsys, lambda: load_reward(f"{tmp_path}/f.py:{function}", CPU)(torch.rand(2, 3, 8, 8), ["a", "b"]),
+        refuses(capsys, lambda: load_reward(f"{tmp_path}/f.py:{function}", CPU)(torch.rand(3, 3, 8, 8), ["a"] * 3),
                 "--reward", *words)
 
 
@@ -528,6 +540,22 @@ def later(images, prompts):
     scores = images[:, 0].mean((1, 2))
     return scores if len(calls) < 3 else {"red": scores}
 """
+
+
+def test_a_reward_may_import_from_beside_it(tmp_path):
+    """Its folder is searched for modules."""
+    (tmp_path / "scorer_beside_it.py").write_text("def red(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    (tmp_path / "mine.py").write_text("from scorer_beside_it import red\n")
+    assert load_reward(f"{tmp_path}/mine.py:red", CPU)(torch.ones(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 1]
+
+
+def test_a_reward_that_needs_more_is_refused(tmp_path, capsys):
+    (tmp_path / "r.py").write_text("class Big:\n    def __init__(self, path):\n        pass\n\n\n"
+                                   "def swapped(prompts, images):\n    return images.mean((1, 2, 3))\n")
+    refuses(capsys, lambda: load_reward(f"{tmp_path}/r.py:Big", CPU), "Big() failed", "path", "write a function")
+    swapped = load_reward(f"{tmp_path}/r.py:swapped", CPU, flag="--eval-reward")
+    refuses(capsys, lambda: swapped(torch.ones(2, 3, 4, 4), ["a", "b"]), "--eval-reward", "r.py:swapped",
+            "(2, 3, 4, 4) pictures, 2 prompts", "r.py:7")
 
 
 def test_each_score_of_a_dict_has_a_name_and_a_row(tmp_path):
@@ -660,9 +688,11 @@ def test_normalized_parts_weigh_the_same_on_any_scale_and_resume_bit_for_bit(tmp
     plain, learnt = train("red", "red", "dark", eval_every=1)
     for epochs in (1, 2):
         faint, resumed = train("faint", "faint", "dark", eval_every=1, epochs=epochs)
-    assert learnt == resumed == train("constant", "faint", "constant", "dark")[1]
-    raw = train("raw", "red", "dark", normalize_rewards=False)[1]
-    assert learnt != raw != train("raw-faint", "faint", "dark", normalize_rewards=False)[1]
+    assert learnt == resumed
+    if script.__name__ == "train_awm":
+        assert learnt == train("constant", "faint", "constant", "dark")[1]
+        raw = train("raw", "red", "dark", normalize_rewards=False)[1]
+        assert learnt != raw != train("raw-faint", "faint", "dark", normalize_rewards=False)[1]
     for a, b in zip(timeless(plain), timeless(faint)):
         key = "reward" if "loss" in a else "eval_reward"
         red, small, dark = a[f"{key}/n.py:red"], b[f"{key}/n.py:faint"], a[f"{key}/n.py:dark"]
@@ -699,6 +729,7 @@ def test_ocr_reads_what_is_written(tmp_path, monkeypatch, capsys):
     close(reward(images, ["a city"] * 5, [{"text": "New York"}] * 5)[3:], torch.tensor([1.0, 0.0]))
     close(reward(images[:2], ["the year"] * 2, [{"text": 2024}] * 2), torch.tensor([0.0, 1.0]))
     close(reward(torch.rand(2, 3, 64, 64), ["“Hello”"] * 2), torch.zeros(2))
+    close(reward(images[1:2].flip(2, 3), ['"HELLO 2024"']), torch.zeros(1))  # upside down
     close(load_reward("ocr:2,tiny/pickscore:0", CPU)(images[:1], ['"HELLO"']), torch.tensor([2.0]))
     rows = [{"prompt": f'"{text}"', "seed": 0} for text in ("HELLO", "WORLD")]
     save_samples(str(tmp_path / "out"), images[[0, 1]], rows)
@@ -734,7 +765,7 @@ def test_ocr_refuses_prompts_without_a_text_at_the_start(tmp_path, monkeypatch, 
                   dict(prompts=quoted, eval_prompts=mixed, reward="ocr"),
                   dict(prompts=mixed, eval_prompts=mixed, eval_reward=("tiny/hps", "ocr"))):
         more["groups"] = 2 if given["prompts"] == quoted else 3
-        words = "--reward ocr", "'a star'", "double quotes", "`text`"
+        words = "--eval-reward ocr" if "eval_reward" in given else "--reward ocr", "'a star'", "double quotes", "`text`"
         refuses(capsys, lambda: small_run(tmp_path / "no", **more, **given), *words)
     refuses(capsys, lambda: sample.main(sample.Args(prompts=mixed, reward="ocr", out=f"{tmp_path}/no")), "'a star'")
     assert not (tmp_path / "no").exists()
@@ -756,6 +787,7 @@ def test_without_its_package_ocr_is_refused(monkeypatch, capsys):
     ("it's 5 o'clock", {"text": 17}, "17"),
     ('a "vintage" sign', {"text": "CAFÉ", "tag": "x"}, "CAFÉ"),
     ("它说「你好」", {}, "你好"),
+    ('a "vintage" sign', {"text": math.nan}, "vintage"),  # an empty cell of pandas
 ])
 def test_the_text_that_ocr_looks_for(prompt, metadata, text):
     assert wanted_text(prompt, metadata) == text

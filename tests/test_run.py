@@ -234,7 +234,7 @@ def test_two_runs_into_one_folder(trained, capsys):
 def test_a_changed_input_is_named(tmp_path, capsys, flag):
     source = {"prompts": Path("tiny/prompts.txt"), "eval_prompts": Path("tiny/eval_prompts.txt")}.get(flag)
     text = source.read_text() if source else "def f(images, prompts):\n    return images.mean((1, 2, 3))\n"
-    file = tmp_path / "input.py"
+    file = tmp_path / ("input.py" if flag == "reward" else "input.txt")
     file.write_text(text)
     given = {flag: f"{file}:f" if flag == "reward" else str(file)}
     out = train(tmp_path / "run", **given)
