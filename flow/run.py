@@ -322,7 +322,8 @@ def save_checkpoint(out: Path, method: str, args, pipe, eval_prompts: list[dict]
     with swapped(params, ema):
         save_lora(pipe, out / "lora")
     write_files({out / "lora" / "README.md": model_card(method, args, eval_prompts)})
-    plot_curves(out, None if pipe.transformer.config.get("guidance_embeds") else args.guidance)  # else also trained
+    embedded = pipe.transformer.config.get("guidance_embeds")  # then training uses the guidance too
+    plot_curves(out, None if embedded else args.guidance, args.guard_guidance)
     content = io.BytesIO()  # torch.save to a file does not report a full disk
     torch.save({"lora": get_peft_model_state_dict(pipe.transformer), "opt": optimizer.state_dict(), "epoch": epoch,
                 "step": step, "skipped": skipped, "bad": skipped_in_a_row, "ema": ema, **copies,  # bad: in a row
