@@ -453,7 +453,7 @@ def make_runs(runs: Path, run: Path):
     instead("log-folder", "metrics.jsonl")
     instead("log-garbage", "metrics.jsonl", os.urandom(20_000))
     instead("log-short", "metrics.jsonl", b"{}\n")
-    instead("log-lists", "metrics.jsonl", b"[1]\n" * 5000)
+    instead("log-lists", "metrics.jsonl", b"1\n" * 10_000)  # however many bytes of it are read
     instead("log-full", "metrics.jsonl", link="/dev/full")
     instead("curves-folder", "curves.png")
     instead("samples-file", "samples", b"")
