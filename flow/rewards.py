@@ -304,7 +304,9 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
         clip = CLIPModel(CLIPConfig(**VIT_H_CONFIG))
         clip.load_state_dict(from_open_clip(state["state_dict"]))
     else:
-        clip = AutoModel.from_pretrained(model, dtype=torch.float32)
+        clip, info = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]:  # they would be random
+            raise ValueError(f"it lacks the weights {min(info['missing_keys'])}")
     if head:  # github.com/christophschuhmann/improved-aesthetic-predictor; no activation between its layers
         state = torch.load(hf_hub_download(*head, "sac+logos+ava1-l14-linearMSE.pth"), "cpu", weights_only=True)
         linear, dropout = torch.nn.Linear, torch.nn.Dropout()

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 import world
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 import eval_judge
@@ -308,6 +310,15 @@ def test_a_videos_reward_is_the_mean_over_four_frames(tmp_path):
     videos = torch.rand(2, 10, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(reward(videos, ["a", "b"]), videos[:, [0, 3, 6, 9], 0].mean((1, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(reward(videos[:, :3], ["a", "b"]), videos[:, :3, 0].mean((1, 2, 3)), rtol=1e-6)
+
+
+def test_a_reward_without_some_of_its_weights_is_refused(tmp_path, capsys):
+    """transformers would make them random."""
+    folder = shutil.copytree("tiny/pickscore", tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: x for name, x in weights.items() if name != "visual_projection.weight"},
+              folder / "model.safetensors", {"format": "pt"})
+    refuses(capsys, lambda: load_reward(str(folder), CPU), f"--reward {folder}", "visual_projection.weight")
 
 
 def test_an_empty_reward_names_the_known_ones(capsys):
