@@ -75,6 +75,7 @@ def test_detector_labels(capsys):
     ]:
         assert flow.judge.real_labels("x", labels, None) == real
     assert flow.judge.real_labels("x", {0: "LABEL_0", 1: "LABEL_1"}, "LABEL_1") == [1]
+    assert flow.judge.real_labels("x", {0: 0, 1: 1}, "1") == [1]  # labels that are numbers
     refuses(capsys, lambda: flow.judge.real_labels("x", {0: "fake", 1: "real"}, "typo"),
             "--real-label typo", "fake, real")
     for labels in (
@@ -82,9 +83,10 @@ def test_detector_labels(capsys):
         {0: "real", 1: "cat"},
         {0: "ai", 1: "fake"},
         {0: "real fake", 1: "fake"},
+        {0: 0, 1: 1},
     ):
         refuses(capsys, lambda: flow.judge.real_labels("x", labels, None),
-                "--forensic x", labels[0], labels[1], "--real-label")
+                "--forensic x", str(labels[0]), str(labels[1]), "--real-label")
 
 
 def save_detector(folder, labels: list[str], **config) -> str:
@@ -126,7 +128,8 @@ def test_detectors_are_read_as_their_own_library_does(folders, tmp_path, labels,
 
 
 @pytest.mark.parametrize("labels, real_label", [
-    (["LABEL_0"], None), (["LABEL_0"], "LABEL_1"), (["a", "b", "c"], None), (["real", "LABEL_1"], None)])
+    (["LABEL_0"], None), (["LABEL_0"], "LABEL_1"), (["a", "b", "c"], None), (["real", "LABEL_1"], None),
+    (["not real"], None), (["real", "not fake"], None)])
 def test_unknown_labels_are_refused(tmp_path, capsys, labels, real_label):
     detector = save_detector(tmp_path / "detector", labels)
     refuses(capsys, lambda: flow.judge.load_forensic(detector, real_label, CPU), f"--forensic {detector}", labels[0],
@@ -202,6 +205,7 @@ def test_a_server_that_answers_nothing(server, folders, capsys):
     for fault, words in [
         ((200, {}), ["{}"]),
         ((200, b""), ["nothing"]),
+        ((200, b"[" * 100_000), ["[[[["]),
         ((200, {"error": {"type": "overload", "message": "all workers are busy"}}), ["all workers are busy"]),
         ((200, {"object": "error", "message": "no such template"}), ["no such template"]),
         ((200, {"detail": [{"loc": ["body"], "msg": "field required"}]}), ["field required"]),
@@ -322,6 +326,8 @@ FORMS = {  # name: (reply, P(yes)), where the token has probabilities
         reply("No", *spoken("Well", " no", " Yes", "?", "No"), reasoning_content="Well no Yes?"), NO),
     "reasoning apart": (reply("\n\nNo", *spoken("\n\n", "No"), reasoning="Okay"), NO),
     "in bold": (reply("**No**", *spoken("**", "No", "**")), NO),
+    "the chosen token twice": (reply("Yes", {**token("Yes", 0.6), "top_logprobs": [
+        {"token": word, "logprob": math.log(p)} for word, p in (("No", 0.3), ("Yes", 0.6), ("Yes", 0.6))]}), 0.6 / 0.9),
 }
 CERTAINTIES = {  # name: (reply, whether it is yes), where only the text is known
     "top_logprobs empty": (reply("Yes", token("Yes", 0.9, {})), True),
@@ -330,6 +336,8 @@ CERTAINTIES = {  # name: (reply, whether it is yes), where only the text is know
     "a sentence": (reply("**Yes**, it is."), True),
     "NaN": (reply("Yes", token("Yes", math.nan, {"Yes": math.nan, "No": 0.1})), True),
     "above 0": (reply("Yes", token("Yes", 0.9, {"Yes": 3.5, "No": 1.2})), True),
+    "after temperature 0": (reply("Yes", token("Yes", 1.0, {"Yes": 1.0, "No": -math.inf, "I": -9999.0})), True),
+    "the chosen token alone": (reply("No", token("No", 1.0, {"No": 1.0})), False),
     "all 0": (reply("Yes", token("Yes", 1.0, {"Yes": 1.0, "No": 1.0})), True),
     "its own is unknown": (reply("Yes", token("Yes", -9999.0, {"No": 0.05})), True),
     "its own is null": (reply("Yes", token("Yes", None, {"No": 0.05})), True),
@@ -342,6 +350,10 @@ CERTAINTIES = {  # name: (reply, whether it is yes), where only the text is know
     "reasoning apart": (reply("Yes", reasoning_content="No?"), True),
     "reasoning apart, its tokens alone listed": (reply("No", *spoken("Yes", " then"), reasoning="Yes then"), False),
     "in a tag": (reply("<answer>No</answer>"), False),
+    **{f"after <{name}>": (reply(f"<{name}>Yes</{name}>No"), False)
+       for name in ("reason", "analysis", "reflection", "scratchpad", "seed:think")},
+    "OpenThinker": (reply("<|begin_of_thought|>Yes<|end_of_thought|>\n<|begin_of_solution|>No"), False),
+    "Gemma": (reply("<|channel>thought\nYes<channel|>No"), False),
     "before a special token": (reply("Yes<|im_end|>"), True),
     "gpt-oss": (reply("<|channel|>analysis<|message|>No<|end|><|start|>assistant<|channel|>final<|message|>Yes"), True),
 }
@@ -355,6 +367,7 @@ THOUGHTS = {  # name: (reply, the answer as it came)
     "hidden": (reply(""), '{"content": ""}'),
     "Kimi": (reply("◁think▷So"), "◁think▷So"),
     "gpt-oss": (reply("<|channel|>"), "<|channel|>"),
+    "Gemma": (reply("<|channel>"), "<|channel>"),
 }
 
 
@@ -413,7 +426,7 @@ def test_more_for_each_request(server, folders, capsys):
     http_judge(url, "m", extra=json.dumps(extra))("?", [[f"{folders[0]}/00000.png"]])
     request = asked[-1][1]
     assert extra.items() <= request.items() and request["temperature"] == 0
-    for wrong in ("max_tokens=5", "[1]", "3", '"a"'):
+    for wrong in ("max_tokens=5", "[1]", '[["a", 1]]', "3", '"a"'):
         refuses(capsys, lambda: http_judge(url, "m", extra=wrong), f"--judge-extra {wrong}", "JSON object")
 
 
