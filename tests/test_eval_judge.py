@@ -367,6 +367,19 @@ def test_a_report_of_odd_names(tmp_path):
     assert list(report["metrics"]) == ["reward/pickscore:0.5,hps:0.5"] and (tmp_path / "report/report.png").exists()
 
 
+def test_folders_of_odd_names(tmp_path, recwarn):
+    """Which matplotlib would read as mathematics, its font lacks, or would end a cell of the table."""
+    names = "cost $\\foo$", "日本", "a | b|c"
+    dirs = [plain_folder(tmp_path / name, ["0.png"]) for name in names]
+    compare(*dirs, forensic=("tiny/forensic",), out=tmp_path / "out")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    html = (tmp_path / "out/report.html").read_text("utf-8")
+    text = json.loads(re.search(r'id="report">(.*?)</script>', html)[1])["text"]
+    escaped = dirs[2].replace("|", "\\|")
+    assert text.startswith(f"| metric | {dirs[0]} | {dirs[1]} | {escaped} |\n")
+    assert f'<th scope="col">{dirs[2]}</th></tr>' in in_browser(tmp_path / "out/report.html")
+
+
 def test_a_sums_parts_have_a_mean_and_a_deviation(folders, tmp_path, capsys):
     """Each is scored once; the sum is theirs, and so are the scores that are kept."""
     report = compare(*folders, reward=("tiny/pickscore:0.5,tiny/hps:2",), out=tmp_path / "report")
@@ -416,7 +429,8 @@ def test_folders_of_others_are_paired_by_name(tmp_path, capsys):
     assert report["metrics"]["fd/embed"][same]["mean"] == pytest.approx(0, abs=1e-3)
     assert "n 10 to 10 |" in capsys.readouterr().out
     apart = plain_folder(tmp_path / "apart", ["y.png"])
-    refuses(capsys, lambda: compare(a, apart, judge="tiny/judge", out=tmp_path / "no"), apart[:-5], "no name")
+    refuses(capsys, lambda: compare(a, apart, judge="tiny/judge", out=tmp_path / "no"), apart[:-5], "no name",
+            "one name")
 
 
 def test_prompts_of_folders_of_others(tmp_path, capsys):
@@ -472,7 +486,6 @@ def test_fewer_than_half_of_the_pictures_pair(tmp_path, capsys):
         True, False]
 
 
-@pytest.mark.filterwarnings("ignore:constrained_layout")  # no place beside names of 200 letters
 def test_a_report_is_named_after_its_folders_and_kept(folders, tmp_path, capsys, monkeypatch):
     a, b = folders
     reward = bright(tmp_path)
@@ -607,6 +620,8 @@ def test_flags_are_refused_before_anything_is_loaded(folders, tmp_path, capsys, 
         (dict(judge=""), ["--judge ''"]),
         (dict(reward=("",)), ["--reward ''"]),
         (dict(forensic=("tiny/forensic", "")), ["--forensic ''"]),
+        (dict(forensic=("tiny/forensic", "no-detector")), ["--forensic no-detector", "no such folder"]),
+        (dict(real=folders[0], embed="no-network"), ["--embed no-network", "no such folder"]),
         (dict(real=""), ["--real ''"]),
         (dict(out=""), ["--out ''"]),
         (dict(judge_timeout=math.inf), ["--judge-timeout inf"]),
