@@ -311,7 +311,7 @@ def table(report: dict) -> str:
     for name, scores in report["metrics"].items():
         cells = []
         for m in scores.values():
-            to = f" to {m['n_real']}" if "n_real" in m else ""
+            to = f", {m['n_real']} real" if "n_real" in m else ""
             lost = f" ({m['nan']} of {m['n'] + m['nan']} not read{example(name, m)})" if m["nan"] else ""
             cells.append(numbers(m, 4) + to + lost)
         lines.append(row(f"{name} {arrow(name)}", *cells))
@@ -372,6 +372,8 @@ def main(args: Args):
     cli.check_flags(args, dict(bootstrap=1, batch=1, judge_concurrency=1, judge_retries=0, judge_timeout=1e-3))
     args.out = args.out or "runs/eval-" + "-".join(Path(d).resolve().name for d in args.dirs)[:150]
     cli.check_place(args.out, "--out", ("scores.jsonl", *REPORTS))
+    if Path(args.out).resolve() in [Path(d).resolve() for d in (*args.dirs, args.real) if d]:
+        raise cli.InputError(f"--out {args.out}: holds pictures to compare; give another, as report.png is a picture")
     args.judge = None if args.judge in (None, "none", "None") else args.judge
     if not (args.reward or args.forensic or args.judge or args.real):
         raise cli.InputError("nothing to compare by: give --reward, --judge, --forensic or --real")

@@ -80,8 +80,9 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
 TAG = r"[<\[◁]\|?{}(?:\w+:)?(?:think(?:ing)?|thought|reason(?:ing)?|analysis|reflection|scratchpad)\|?[>\]▷]|{}"
 OPENS = re.compile(TAG.format("(?:start_|begin_of_)?", r"<\|channel\|?>(?!final)"), re.IGNORECASE)
 CLOSES = re.compile(TAG.format("(?:/|end_|end_of_)", r"<\|channel\|>final|<channel\|>"), re.IGNORECASE)
-THINKS = """the model thinks first ({}); in eval_judge.py turn that off by --judge-extra '{{"chat_template_kwargs": \
-{{"enable_thinking": false}}}}', or have the answer after it read by --judge-extra '{{"max_tokens": 2000}}'"""
+THINKS = """the model thinks first ({}); start the server without thinking, or for --judge turn that off by \
+--judge-extra '{{"chat_template_kwargs": {{"enable_thinking": false}}}}', or have the answer after it read by \
+--judge-extra '{{"max_tokens": 2000}}'"""
 
 
 def answer_start(text: str) -> int:
@@ -270,7 +271,7 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
             processor = transformers.AutoImageProcessor.from_pretrained(name)
         except ValueError:  # detectors of 2022 name a class that transformers 5 no longer has
             processor = transformers.ViTImageProcessorPil.from_pretrained(name)
-        net = transformers.AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval().to(device)
+        net = load_whole(transformers.AutoModelForImageClassification, "--forensic", name, device)
     real = real_labels(name, net.config.id2label, real_label)
 
     @torch.no_grad()
@@ -282,6 +283,15 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
         scores = logits if kind == "regression" else logits.sigmoid()
         return scores[:, real].amax(1) if real else 1 - scores[:, 0]  # a single label may mean a fake
     return score
+
+
+def load_whole(kind, flag: str, name: str, device: torch.device) -> torch.nn.Module:
+    """A network of this kind in fp32. Raises InputError if `name` lacks some of its weights: these would be random."""
+    net, info = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    if lacking := sorted(info["missing_keys"]):
+        raise InputError(f"{flag} {name}: lacks weights of {type(net).__name__}, such as {lacking[0]}; give a model "
+                         "that has them")
+    return net.eval().requires_grad_(False).to(device)
 
 
 def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> list[int]:
@@ -301,8 +311,10 @@ def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> li
 def load_embed(model: str, device: torch.device):
     """(network, processor) of a CLIPModel, or of a vision model with a pooler_output (ResNet, DINOv2, ...)."""
     with loading("--embed", model):
-        net = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device)
-        return net, transformers.AutoImageProcessor.from_pretrained(model)
+        net = load_whole(transformers.AutoModel, "--embed", model, device)
+        embed = net, transformers.AutoImageProcessor.from_pretrained(model)
+        embed_images(embed, torch.zeros(1, 3, 64, 64))  # an error now if it has no pooled features
+        return embed
 
 
 @torch.no_grad()

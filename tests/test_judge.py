@@ -111,6 +111,8 @@ def save_detector(folder, labels: list[str], **config) -> str:
     (["real"], {"problem_type": "regression"}, None, lambda p: p["real"]),
     (["fake", "real"], {"problem_type": "multi_label_classification"}, None, lambda p: p["real"]),
     (["real", "ai", "blurred"], {"problem_type": "multi_label_classification"}, None, lambda p: p["real"]),
+    (["real", "fake", "natural"], {"problem_type": "multi_label_classification"}, None,
+     lambda p: max(p["real"], p["natural"])),
     (["a", "b"], {"problem_type": "multi_label_classification"}, "b", lambda p: p["b"]),
     (["real", "fake", "LABEL_2", "drawing"], {}, None, lambda p: p["real"]),
     (["human", "ai generated", "fake", "natural"], {}, None, lambda p: p["human"] + p["natural"]),
@@ -134,6 +136,15 @@ def test_unknown_labels_are_refused(tmp_path, capsys, labels, real_label):
     detector = save_detector(tmp_path / "detector", labels)
     refuses(capsys, lambda: flow.judge.load_forensic(detector, real_label, CPU), f"--forensic {detector}", labels[0],
             "--real-label")
+
+
+def test_random_weights_are_refused(tmp_path, capsys):
+    """A detector without a head, or a network whose features are random or missing, gives no number."""
+    detector = save_detector(tmp_path / "detector", ["fake", "real"])
+    refuses(capsys, lambda: flow.judge.load_forensic("tiny/pickscore", "LABEL_1", CPU), "--forensic tiny/pickscore",
+            "lacks weights", "classifier")
+    refuses(capsys, lambda: flow.judge.load_embed(detector, CPU), f"--embed {detector}", "lacks weights", "pooler")
+    refuses(capsys, lambda: flow.judge.load_embed("tiny/judge", CPU), "--embed tiny/judge", "cannot be loaded")
 
 
 # ---------------------------------------------------------------- over HTTP
@@ -305,6 +316,8 @@ FORMS = {  # name: (reply, P(yes)), where the token has probabilities
     "OpenAI": (reply("Yes", token("Yes", 0.9, {"Yes": 0.9, "No": 0.08, "yes": 0.01})), 0.91 / 0.99),
     "LMDeploy": (reply("Yes", token("Yes", 0.9, {"No": 0.08, "yes": 0.01})), 0.91 / 0.99),
     "LMDeploy, no": (reply("No", token("No", 0.9, {"Yes": 0.08})), 0.08 / 0.98),
+    "LMDeploy, another spelling listed": (
+        reply("Yes", token("Yes", 0.8, {" Yes": 0.1, "No": 0.08})), 0.9 / 0.98),
     "one token in several spellings": (
         reply("YES", token("YES", 0.3, {"YES": 0.3, " yes": 0.2, "Yes.": 0.1, "no": 0.2, " NO": 0.1, "\nNo": 0.05})),
         0.6 / 0.95),

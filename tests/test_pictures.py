@@ -216,6 +216,12 @@ def test_what_else_is_in_a_folder_is_counted(tmp_path, capsys):
         pictures.read_folder(str(tmp_path))
 
 
+def test_equal_pixels_of_another_size_are_another_picture(tmp_path):
+    for name, size in (("wide", (8, 4)), ("high", (4, 8))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    assert len({row["hash"] for row in pictures.read_folder(str(tmp_path))}) == 2
+
+
 def test_a_seed_may_be_anything(tmp_path):
     Image.fromarray(COLOUR).save(tmp_path / "0.png")
     line = json.dumps({"file": "0.png", "prompt": "a red star", "seed": [0, {}]}) + "\n"
