@@ -372,7 +372,8 @@ def main(args: Args):
     cli.check_flags(args, dict(bootstrap=1, batch=1, judge_concurrency=1, judge_retries=0, judge_timeout=1e-3))
     args.out = args.out or "runs/eval-" + "-".join(Path(d).resolve().name for d in args.dirs)[:150]
     cli.check_place(args.out, "--out", ("scores.jsonl", *REPORTS))
-    if Path(args.out).resolve() in [Path(d).resolve() for d in (*args.dirs, args.real) if d]:
+    is_read = Path(args.out).resolve() in [Path(d).resolve() for d in (*args.dirs, args.real) if d]
+    if is_read and not (Path(args.out) / "samples.jsonl").exists():
         raise cli.InputError(f"--out {args.out}: holds pictures to compare; give another, as report.png is a picture")
     args.judge = None if args.judge in (None, "none", "None") else args.judge
     if not (args.reward or args.forensic or args.judge or args.real):

@@ -55,10 +55,9 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
     """A judge in this process, which answers a batch in one forward pass. An InputError names `flag`."""
     with loading(flag, name, "http://HOST:PORT/v1, " if flag == "--judge" else ""):
         processor = transformers.AutoProcessor.from_pretrained(name)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=base_dtype(device))
+        model = load_whole(transformers.AutoModelForImageTextToText, flag, name, device, base_dtype(device))
     if not processor.chat_template:
         raise InputError(f"{flag} {name}: has no chat template; give an instruction-tuned model")
-    model.eval().to(device)
 
     @torch.no_grad()
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
@@ -154,6 +153,7 @@ def data_url(file: str) -> str:
     """A picture as servers take it: a PNG, JPEG or WebP that all programs show alike as it is, anything else as PNG."""
     with Image.open(file) as opened:
         is_plain = opened.mode in ("L", "RGB") and not opened.has_transparency_data
+        is_plain &= not getattr(opened, "is_animated", False)
         is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
         kind, content = opened.format, Path(file).read_bytes()
     if not is_plain or is_turned or kind not in ("PNG", "JPEG", "WEBP"):
@@ -285,9 +285,9 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
     return score
 
 
-def load_whole(kind, flag: str, name: str, device: torch.device) -> torch.nn.Module:
-    """A network of this kind in fp32. Raises InputError if `name` lacks some of its weights: these would be random."""
-    net, info = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+def load_whole(kind, flag: str, name: str, device: torch.device, dtype=torch.float32) -> torch.nn.Module:
+    """A network of this kind. Raises InputError if `name` lacks some of its weights: these would be random."""
+    net, info = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
     if lacking := sorted(info["missing_keys"]):
         raise InputError(f"{flag} {name}: lacks weights of {type(net).__name__}, such as {lacking[0]}; give a model "
                          "that has them")

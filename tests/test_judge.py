@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import eval_judge
 import flow.judge
@@ -145,6 +147,11 @@ def test_random_weights_are_refused(tmp_path, capsys):
             "lacks weights", "classifier")
     refuses(capsys, lambda: flow.judge.load_embed(detector, CPU), f"--embed {detector}", "lacks weights", "pooler")
     refuses(capsys, lambda: flow.judge.load_embed("tiny/judge", CPU), "--embed tiny/judge", "cannot be loaded")
+    headless = shutil.copytree("tiny/judge", tmp_path / "judge")
+    weights = load_file(headless / "model.safetensors")
+    save_file({name: x for name, x in weights.items() if "lm_head" not in name and "embed_tokens" not in name},
+              headless / "model.safetensors", {"format": "pt"})
+    refuses(capsys, lambda: local_judge(str(headless), CPU), f"--judge {headless}", "lacks weights")
 
 
 # ---------------------------------------------------------------- over HTTP
@@ -454,6 +461,12 @@ def test_pictures_are_sent_as_what_they_are(server, tmp_path):
         content = base64.b64decode(data)
         assert head == f"data:image/{sent};base64" and Image.open(io.BytesIO(content)).format == sent.upper()
         assert (content == (tmp_path / "picture.jpg").read_bytes()) == (kind in ("PNG", "JPEG", "WEBP"))
+    for kind in ("PNG", "WEBP"):  # an animated one as its first frame
+        picture.save(tmp_path / "picture.jpg", kind, save_all=True, append_images=[picture.rotate(90)], lossless=True)
+        http_judge(url, "m")("?", [[str(tmp_path / "picture.jpg")]])
+        content = base64.b64decode(asked[-1][1]["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2])
+        sent = Image.open(io.BytesIO(content))
+        assert not getattr(sent, "is_animated", False) and np.array_equal(sent, picture)
     picture.quantize(8).save(tmp_path / "picture.jpg", "PNG")
     http_judge(url, "m")("?", [[str(tmp_path / "picture.jpg")]])
     content = base64.b64decode(asked[-1][1]["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2])
