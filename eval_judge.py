@@ -355,7 +355,8 @@ def draw_report(folders: Folders, report: dict) -> bytes:
         axis = bottom.add_subplot(rows, columns, i)
         mean, lo, hi = np.array([[bar[k] for k in ("mean", "lo", "hi")] for bar in bars.values()], dtype=float).T
         errors = np.nan_to_num([mean - lo, hi - mean]).clip(0)
-        axis.barh(list(bars), mean, 0.75, xerr=errors, color=[f"C{k}" for k in range(len(bars))])
+        colours = [f"C{k}" for k in range(len(bars))] if list(bars) == names else "gray"  # a folder's, or of a pair
+        axis.barh(list(bars), mean, 0.75, xerr=errors, color=colours)
         counts, unread = [bar["n"] for bar in bars.values()], sum(bar["nan"] for bar in bars.values())
         title += f", n {min(counts)}" + (f" to {max(counts)}, {unread} not read" if unread else "")
         axis.set_title(title, fontsize=9)

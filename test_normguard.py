@@ -307,8 +307,11 @@ def plain_sd3():
                                                 max_sequence_length=8)
         return text.detach().double(), pooled.detach().double()
 
-    def velocity(lora: dict, xt, t, prompts: list[str]) -> torch.Tensor:
+    def velocity(lora: dict, xt, t, prompts: list[str], guidance: float | None = None) -> torch.Tensor:
         """With the weights W + 2 B A; t (b,) in fp32, as a pipeline computes a timestep."""
+        if guidance is not None:
+            empty = velocity(lora, xt, t, [""] * len(prompts))
+            return empty + guidance * (velocity(lora, xt, t, prompts) - empty)
         text, pooled = zip(*map(encode, prompts))
         merged = {}
         for name in lora:
@@ -384,9 +387,9 @@ def mean(x) -> torch.Tensor:
     return x.flatten(1).mean(1)
 
 
-def update_rows(method, velocity, lora, old, x0, prompts, which, t, noise, lam, kl) -> dict[str, torch.Tensor]:
+def update_rows(method, velocity, lora, old, x0, prompts, which, t, noise, lam, kl, g=None) -> dict[str, torch.Tensor]:
     """The loss of each training row of an update, and what the log says of it, from the papers' formulas. `old` is
-    NFT's old policy, and AWM's policy before the epoch."""
+    NFT's old policy, and AWM's policy before the epoch. g is --guard-guidance."""
     clip = 1 if method == "awm" else 5
     centred = REWARDS.double().view(3, 4) - REWARDS.double().view(3, 4).mean(1, keepdim=True)
     centred[2] = 0
@@ -399,8 +402,9 @@ def update_rows(method, velocity, lora, old, x0, prompts, which, t, noise, lam, 
         xt, text = (1 - level) * x0[picture] + level * noise, [prompts[i] for i in picture]
         return noise - x0[picture], velocity(lora, xt, t, text), velocity(base, xt, t, text), xt, text
 
-    def compared(v, v_ref):
-        ratio = v.flatten(1).norm(dim=1) / v_ref.flatten(1).norm(dim=1)
+    def compared(v, v_ref, xt, text):
+        guarded, guarded_ref = (velocity(policy, xt, t, text, g) for policy in (lora, base))
+        ratio = guarded.flatten(1).norm(dim=1) / guarded_ref.flatten(1).norm(dim=1)
         if lam == "auto":
             u = (v / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).detach()
 
@@ -416,9 +420,9 @@ def update_rows(method, velocity, lora, old, x0, prompts, which, t, noise, lam, 
         best, worst = torch.tensor([[1, 2, 4, 5, 10, 8], [0, 3, 7, 6, 11, 9]])  # of equal rewards, the first is better
         error, sides = [], []
         for picture in (best[which], worst[which]):
-            target, v, v_ref, _, _ = at(picture)
+            target, v, v_ref, xt, text = at(picture)
             error.append(mean((v - target) ** 2) - mean((v_ref - target) ** 2))
-            sides.append(compared(v, v_ref))
+            sides.append(compared(v, v_ref, xt, text))
         rows = {name: (sides[0][name] + sides[1][name]) / 2 for name in sides[0]}
         rows["ratios"] = torch.cat([side["norm_ratio"] for side in sides])
         rows["differ"] = (which != 3) & (which < 4)  # not the second prompt's middle pair, nor the third's
@@ -427,7 +431,7 @@ def update_rows(method, velocity, lora, old, x0, prompts, which, t, noise, lam, 
     else:
         target, v, v_ref, xt, text = at(which)
         v_old = velocity(old, xt, t, text).detach()
-        rows = compared(v, v_ref)
+        rows = compared(v, v_ref, xt, text)
         rows["ratios"] = rows["norm_ratio"]
     if method == "awm":
         log_p, log_p_old = (-t.double() / 0.3 * (mean((x - target) ** 2) + 1e-10) ** 0.3 for x in (v, v_old))
@@ -480,18 +484,20 @@ def distance(ours: dict, theirs: dict) -> float:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("lam, batch, checkpointing", [
-    (0.7, 5, False),
-    (0.0, 64, True),
-    ("auto", 5, False),
+@pytest.mark.parametrize("lam, batch, checkpointing, guidance", [
+    (0.7, 5, False, None),
+    (0.7, 5, False, 3.0),
+    (0.0, 64, True, None),
+    ("auto", 5, False, None),
 ])
-def test_updates_are_the_methods(tmp_path, monkeypatch, script, lam, batch, checkpointing):
-    """Every update's gradient, before and after clipping, is that of the paper's loss plus lam times the hinge (with
-    auto, of the loss with its gradient opposed at the velocities): in micro-batches or at once, with gradient
-    checkpointing or without. And the log's numbers are that update's."""
+def test_updates_are_the_methods(tmp_path, monkeypatch, script, lam, batch, checkpointing, guidance):
+    """Every update's gradient, before and after clipping, is that of the paper's loss plus lam times the hinge, of the
+    guided velocities if asked for (with auto, of the loss with its gradient opposed at the velocities): in
+    micro-batches or at once, with gradient checkpointing or without. And the log's numbers are that update's."""
     method = script.__name__.removeprefix("train_")
     velocity, sigmas = plain_sd3()
-    steps, x0 = recorded_run(script, tmp_path, monkeypatch, lam=lam, batch=batch, checkpointing=checkpointing)
+    flags = dict(lam=lam, batch=batch, checkpointing=checkpointing, guard_guidance=guidance)
+    steps, x0 = recorded_run(script, tmp_path, monkeypatch, **flags)
     order = torch.randperm(48, generator=generator(5, 0, 0))
     captions = Path("tiny/prompts.txt").read_text().splitlines()
     lines, guarded = metrics(tmp_path), 0
@@ -505,7 +511,8 @@ def test_updates_are_the_methods(tmp_path, monkeypatch, script, lam, batch, chec
         old = steps[2 * epoch]["lora"]  # AWM's; with these old_decay NFT's is half of the way behind in epoch 1
         if method == "nft" and epoch == 1:
             old = {name: 0.2 * steps[0]["lora"][name] + 0.8 * value for name, value in old.items()}
-        rows = update_rows(method, velocity, lora, old, x0, prompts, which[part], t[part], noise[part], lam, 0.2)
+        drawn = which[part], t[part], noise[part]
+        rows = update_rows(method, velocity, lora, old, x0, prompts, *drawn, lam, 0.2, guidance)
         rows["loss"].mean().backward()
         gradient = {name: value.grad for name, value in lora.items()}
         guarded += (rows["guard"] > 0).sum().item()

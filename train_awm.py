@@ -55,6 +55,7 @@ class Args:
     # ---- method
     lam: float | Literal["auto"] = 0.05  # weight of the hinge; 0: plain AWM; auto: scale it to the loss's gradient
     margin: float = 0.0  # the hinge acts above this excess of the velocity norm over the reference's (0.02: 2 %)
+    guard_guidance: float | None = None  # the guard compares velocities of this guidance scale (None: no guidance)
     kl: float = 1e-4  # weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass
     power: float = 0.25  # a, the power of the generalized Huber loss
     adv_clip: float = 5.0  # advantages are clipped to +- this many standard deviations, then scaled to +- 1
@@ -125,6 +126,7 @@ def main(args: Args, rival=None):
     """Train. rival(v, v_ref, pipe, batch) -> (b,): a guard to compare with in the hinge's place (tiny/reproduce.py)."""
     run.check_args(args)
     lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
+    guided = args.guard_guidance  # None: the guard compares the conditional velocities, as the loss
     n, trained_steps = args.groups * args.group, int(0.9 * args.steps)  # pictures an epoch; steps to train at
     local = local_slice(n)  # the pictures of an epoch that this process draws and trains on
     if n % args.updates:
@@ -192,7 +194,8 @@ def main(args: Args, rival=None):
             logged = []  # one dict of row values per micro-batch
             for rows in draws.local_batches(update, picture, n, args.batch):
                 batch = draws.training_batch(pipe, args.seed, epoch, rows, picture[rows], t[rows], x0, texts, adv=adv)
-                v = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
+                given = pipe, batch["xt"], t[rows], batch["prompts"]
+                v = velocity(*given)
                 v_old = v.detach() if u == 0 else v_olds[rows[0].item()].to(device)  # the first update is on policy
                 inputs = v_old, batch["x0"], batch["noise"], batch["t"]
                 base_loss = awm_loss(v, *inputs, batch["adv"], args.power)
@@ -200,12 +203,14 @@ def main(args: Args, rival=None):
                 row_log = {}
                 if args.lam != 0 or args.kl > 0:
                     with reference(pipe.transformer):
-                        v_ref = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
-                    guard = norm_hinge(v, v_ref, args.margin)
+                        v_ref = velocity(*given)
+                        vg_ref = v_ref if guided is None else velocity(*given, guided)
+                    vg = v if guided is None else velocity(*given, guided)  # the guard compares vg with vg_ref
+                    guard = norm_hinge(vg, vg_ref, args.margin)
                     if rival is not None:
-                        guard = rival(v, v_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
+                        guard = rival(vg, vg_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
                     kl = (v - v_ref).square().flatten(1).mean(1)
-                    ratio = norm_ratio(v.detach(), v_ref)
+                    ratio = norm_ratio(vg.detach(), vg_ref)
                     row_log |= {"norm_ratio": ratio, "active": ratio > 1 + args.margin, "t": batch["t"]}
                 loss = base_loss + lam * guard + args.kl * kl
                 if args.lam == "auto":
@@ -236,8 +241,7 @@ def main(args: Args, rival=None):
             run.log_step(out, bar, {"step": step, "epoch": epoch, **stats, **means, "grad_norm": grad_norm,
                                     "skipped": skipped, "img_per_s": images / (time.time() - start)})
             if skipped_in_a_row == 10:
-                raise InputError(f"{out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try "
-                                 "a lower --lr in another --out")
+                raise InputError(f"{out}: ten steps in a row were not finite; try a lower --lr in another --out")
 
         # ---- evaluation and checkpoint
         done = epoch + 1

@@ -60,6 +60,7 @@ class Args:
     # ---- method
     lam: float | Literal["auto"] = 0.05  # weight of the hinge; 0: plain DPO; auto: scale it to the loss's gradient
     margin: float = 0.0  # the hinge acts above this excess of the velocity norm over the reference's (0.02: 2 %)
+    guard_guidance: float | None = None  # the guard compares velocities of this guidance scale (None: no guidance)
     kl: float = 0.0  # weight of an additional velocity KL to the reference
     dpo_beta: float = 10.0  # beta: the larger, the less a pair counts once its order is learnt (official: 100)
     # pairs a prompt: best and worst picture, second best and second worst, ... (None: 4, or half of --group)
@@ -137,6 +138,7 @@ def main(args: Args, rival=None):
     """Train. rival(v, v_ref, pipe, batch) -> (b,): a guard to compare with in the hinge's place (tiny/reproduce.py)."""
     run.check_args(args)
     lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
+    guided = args.guard_guidance  # None: the guard compares the conditional velocities, as the loss
     pairs_each = min(4, args.group // 2) if args.pairs is None else args.pairs
     n, pairs = args.groups * args.group, args.groups * pairs_each  # pictures and pairs an epoch
     local = local_slice(n)  # the pictures of an epoch that this process draws and trains on
@@ -202,17 +204,20 @@ def main(args: Args, rival=None):
                 both = torch.cat([w[pair[rows]], l[pair[rows]]])  # winners, then losers, of the same noise and t
                 t_both, differ_b = t[rows].repeat(2), differ[pair[rows]].to(device)
                 batch = draws.training_batch(pipe, args.seed, epoch, rows, both, t_both, x0, texts)
-                v = velocity(pipe, batch["xt"], t_both, batch["prompts"])
+                given = pipe, batch["xt"], t_both, batch["prompts"]
+                v = velocity(*given)
+                vg = v if guided is None else velocity(*given, guided)  # the guard compares vg with vg_ref
                 with reference(pipe.transformer):
-                    v_ref = velocity(pipe, batch["xt"], t_both, batch["prompts"])
+                    v_ref = velocity(*given)
+                    vg_ref = v_ref if guided is None else velocity(*given, guided)
                 halves = *v.chunk(2), *v_ref.chunk(2), *(batch["noise"] - batch["x0"]).chunk(2)
                 base_loss = 2 / args.dpo_beta * differ_b * dpo_loss(*halves, args.dpo_beta)
-                guard = norm_hinge(v, v_ref, args.margin)
-                if rival is not None:
-                    guard = rival(v, v_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
-                guard = rearrange(guard, "(two b) -> two b", two=2).mean(0)
                 kl = rearrange((v - v_ref).square().flatten(1).mean(1), "(two b) -> two b", two=2).mean(0)
-                ratio = rearrange(norm_ratio(v.detach(), v_ref), "(two b) -> two b", two=2)
+                guard = norm_hinge(vg, vg_ref, args.margin)
+                if rival is not None:
+                    guard = rival(vg, vg_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
+                guard = rearrange(guard, "(two b) -> two b", two=2).mean(0)
+                ratio = rearrange(norm_ratio(vg.detach(), vg_ref), "(two b) -> two b", two=2)
                 loss = base_loss + lam * guard + args.kl * kl
                 if args.lam == "auto":
                     oppose(v, v_ref, args.margin)
@@ -241,8 +246,7 @@ def main(args: Args, rival=None):
             run.log_step(out, bar, {"step": step, "epoch": epoch, **stats, **means, "grad_norm": grad_norm,
                                     "skipped": skipped, "img_per_s": images / (time.time() - start)})
             if skipped_in_a_row == 10:
-                raise InputError(f"{out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try "
-                                 "a lower --lr in another --out")
+                raise InputError(f"{out}: ten steps in a row were not finite; try a lower --lr in another --out")
 
         # ---- evaluation and checkpoint
         done = epoch + 1

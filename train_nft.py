@@ -49,18 +49,16 @@ from flow.lora import add_lora, prepare_transformer, read_lora, set_adapter, swa
 from flow.pipeline import integrate, schedule, velocity
 from normguard import norm_hinge, norm_ratio, oppose, reference
 
-ADV_CLIP = 5.0  # advantages are clipped to +- this many standard deviations, then scaled to +- 1
-
 
 @dataclass
 class Args:
     # ---- method
     lam: float | Literal["auto"] = 0.05  # weight of the hinge; 0: plain NFT; auto: scale it to the loss's gradient
     margin: float = 0.0  # the hinge acts above this excess of the velocity norm over the reference's (0.02: 2 %)
+    guard_guidance: float | None = None  # the guard compares velocities of this guidance scale (None: no guidance)
     kl: float = 1e-4  # weight of the velocity KL to the reference; 0 with --lam 0 saves the reference's forward pass
     nft_beta: float = 1.0  # beta: how far v+ and v- lie from the old policy
-    # START RATE MAX: the old policy's EMA decay is 0 for START optimizer steps, then RATE more at each, up to MAX
-    old_decay: tuple[int, float, float] = (0, 0.001, 0.5)
+    old_decay: tuple[int, float, float] = (0, 0.001, 0.5)  # EMA decay: 0 for START steps, then + RATE, up to MAX
     max_grad_norm: float = 1.0  # the gradient is clipped to this norm
     ema: float | None = None  # evaluate and save a moving average of the LoRA, whose decay rises to this
     lr: float = 5e-4  # AdamW's learning rate, constant
@@ -136,6 +134,7 @@ def main(args: Args, rival=None):
     """Train. rival(v, v_ref, pipe, batch) -> (b,): a guard to compare with in the hinge's place (tiny/reproduce.py)."""
     run.check_args(args)
     lam = 0.0 if args.lam == "auto" else args.lam  # the hinge's weight
+    guided = args.guard_guidance  # None: the guard compares the conditional velocities, as the loss
     n = args.groups * args.group  # pictures an epoch
     local = local_slice(n)  # the pictures of an epoch that this process draws and trains on
     if n % args.updates:
@@ -188,7 +187,7 @@ def main(args: Args, rival=None):
         deviations = reward.deviations(scores, variances, epoch) if args.normalize_rewards else 1
         rewards = reward.weighted(scores / deviations)  # (n,)
         stats = reward_stats(reward, scores, rewards, args.group)
-        r = 0.5 + 0.5 * draws.group_advantages(rewards, args.group, ADV_CLIP)  # (n,) in [0, 1]
+        r = 0.5 + 0.5 * draws.group_advantages(rewards, args.group, clip=5)  # (n,) in [0, 1]
 
         # ---- training rows (picture, t): each picture, in random order, at `timesteps` noise levels
         picture = torch.randperm(n, generator=g).repeat_interleave(args.timesteps)  # (rows,)
@@ -201,23 +200,26 @@ def main(args: Args, rival=None):
             logged = []  # one dict of row values per micro-batch
             for rows in draws.local_batches(update, picture, n, args.batch):
                 batch = draws.training_batch(pipe, args.seed, epoch, rows, picture[rows], t[rows], x0, texts, r=r)
-                v = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
+                given = pipe, batch["xt"], t[rows], batch["prompts"]
+                v = velocity(*given)
                 if u == 0 and decay == 0:
                     v_old = v.detach()  # the old policy is still the current one
                 else:
                     with torch.no_grad(), old_policy(pipe.transformer):
-                        v_old = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
+                        v_old = velocity(*given)
                 base_loss = nft_loss(v, v_old, batch["x0"], batch["xt"], batch["t"], batch["r"], args.nft_beta)
                 guard = kl = torch.zeros_like(base_loss)
                 row_log = {}
                 if args.lam != 0 or args.kl > 0:
                     with reference(pipe.transformer):
-                        v_ref = velocity(pipe, batch["xt"], t[rows], batch["prompts"])
-                    guard = norm_hinge(v, v_ref, args.margin)
+                        v_ref = velocity(*given)
+                        vg_ref = v_ref if guided is None else velocity(*given, guided)
+                    vg = v if guided is None else velocity(*given, guided)  # the guard compares vg with vg_ref
+                    guard = norm_hinge(vg, vg_ref, args.margin)
                     if rival is not None:
-                        guard = rival(v, v_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
+                        guard = rival(vg, vg_ref, pipe, {**batch, "scores": scores, "step": step, "epoch": epoch})
                     kl = (v - v_ref).square().flatten(1).mean(1)
-                    ratio = norm_ratio(v.detach(), v_ref)
+                    ratio = norm_ratio(vg.detach(), vg_ref)
                     row_log |= {"norm_ratio": ratio, "active": ratio > 1 + args.margin, "t": batch["t"]}
                 loss = base_loss + lam * guard + args.kl * kl
                 if args.lam == "auto":
@@ -244,8 +246,7 @@ def main(args: Args, rival=None):
             run.log_step(out, bar, {"step": step, "epoch": epoch, **stats, **means, "grad_norm": grad_norm,
                                     "skipped": skipped, "img_per_s": images / (time.time() - start)})
             if skipped_in_a_row == 10:
-                raise InputError(f"{out}: ten steps in a row had a non-finite loss or gradient and were not taken. Try "
-                                 "a lower --lr in another --out")
+                raise InputError(f"{out}: ten steps in a row were not finite; try a lower --lr in another --out")
 
         # ---- the old policy follows
         decay = old_decay(step, *args.old_decay)

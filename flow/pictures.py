@@ -260,11 +260,12 @@ def page(report: dict, folders: list[list[str]]) -> str:
 
 
 @matplotlib.rc_context({"text.parse_math": False})  # names may have a $
-def plot_curves(out: Path, guidance: float | None = None):
-    """Draw curves.png from metrics.jsonl. Norm ratios are of the conditional velocity in training, and with `guidance`
-    in evaluations."""
-    lines = read_log(out / "metrics.jsonl")
-    trained, evaluated = ("", "") if guidance is None else (" (conditional)", f" (guidance {guidance:g})")
+def plot_curves(out: Path, guidance: float | None = None, guard_guidance: float | None = None):
+    """Draw curves.png from metrics.jsonl. Norm ratios are of velocities with `guidance` in evaluations, and with
+    `guard_guidance` in training; None: the conditional ones."""
+    lines, scales = read_log(out / "metrics.jsonl"), (guard_guidance, guidance)
+    labels = [" (conditional)" if scale is None else f" (guidance {scale:g})" for scale in scales]
+    trained, evaluated = ("", "") if scales == (None, None) else labels
 
     def values(key: str, x: str = "step") -> list[tuple]:
         return [(line[x], line[key]) for line in lines if key in line]

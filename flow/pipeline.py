@@ -174,15 +174,17 @@ def holds_in_batches(pipe, guidance: float | None = None) -> bool:
 
 # ---------------------------------------------------------------- what the scripts call
 
-def encode_prompts(pipe, prompts: list[str], guidance: float | None = None, store: Path | None = None):
-    """Encode each prompt once, for calls without guidance and with it, and remove the text encoders. Encodings are
-    kept in the folder `store`, if given, for later runs. A model with a guidance embedding gets `guidance` in every
-    call from now on."""
+def encode_prompts(pipe, prompts: list[str], guidance: float | None = None, store: Path | None = None,
+                   guard_guidance: float | None = None):
+    """Encode each prompt once, for calls without guidance and with these scales of it, and remove the text encoders.
+    Encodings are kept in the folder `store`, if given, for later runs. A model with a guidance embedding gets
+    `guidance` in every call from now on."""
     if guidance is not None and pipe.transformer.config.get("guidance_embeds"):
         pipe.flow.unguided = intercept.guided(pipe, guidance)
-    encode_all(pipe, ["", *PROBE_PAIR, *prompts], guidance, store)
-    if guidance is not None:
-        pipe.flow.one_by_one[guidance] = not holds_in_batches(pipe, guidance)
+    scales = [scale for scale in (guidance, guard_guidance) if scale is not None]
+    encode_all(pipe, ["", *PROBE_PAIR, *prompts], scales, store)
+    for scale in scales:
+        pipe.flow.one_by_one[scale] = not holds_in_batches(pipe, scale)
     pipe.flow.probe = None
     torch.cuda.empty_cache()
 

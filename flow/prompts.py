@@ -333,13 +333,14 @@ def batches(pipe, prompts: list[str], size: int, guidance: float | None = None) 
     return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
-def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | None):
-    """Encode each prompt once, without guidance and with it, and remove the text encoders. Encodings are kept in the
-    folder `store`, and those that are there already are read. A file's name depends on all that changes its content."""
+def encode_all(pipe, prompts: list[str], scales: list[float], store: Path | None):
+    """Encode each prompt once, without guidance and with each scale of it, and remove the text encoders. Encodings are
+    kept in the folder `store`, and those that are there already are read. A file's name depends on all that changes its
+    content."""
     flow, unique = pipe.flow, list(dict.fromkeys(prompts))
     size = CHUNK if flow.in_one_go else 1
     precision = [encoder.dtype for encoder in flow.encoders.values()], pipe.device.type
-    settings = guidance, flow.settings, precision, torch.__version__, transformers.__version__
+    settings = scales, flow.settings, precision, torch.__version__, transformers.__version__
     with ExitStack() as stack:
         for i in progress(range(0, len(unique), size), desc="encode prompts", leave=False):
             chunk = (unique[i:i + size] + [""] * size)[:size]
@@ -349,7 +350,7 @@ def encode_all(pipe, prompts: list[str], guidance: float | None, store: Path | N
                 continue
             stack.enter_context(text_encoders(pipe))
             known = len(flow.rows)
-            for scale in dict.fromkeys([None, guidance]):
+            for scale in dict.fromkeys([None, *scales]):
                 run_loop(pipe, chunk, guidance=scale)
             cache_encodings(flow, share_tensors(list(flow.rows.items())[known:]))
             if file:

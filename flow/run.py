@@ -42,10 +42,13 @@ LOCKS, WANDB = {}, {}  # by folder: this process's open lock file; its wandb run
 def check_args(args):
     """Raise InputError, naming the flag, for numbers that cannot work. Flags that a script lacks are skipped."""
     at_least = {"epochs groups rank updates batch rollout_batch timesteps save_every eval_n eval_steps frames": 1,
-                "group steps": 2, "seed eval_every lam margin kl guidance": 0}
+                "group steps": 2, "seed eval_every lam margin kl guidance guard_guidance": 0}
     check_flags(args, {flag: low for flags, low in at_least.items() for flag in flags.split()})
     if isinstance(args.lam, str) and args.lam != "auto":
         raise InputError(f"--lam {args.lam}: must be at least 0, or auto")
+    if args.lam == "auto" and args.guard_guidance is not None:
+        raise InputError("--lam auto: needs the loss's gradient at the guarded velocity; with --guard-guidance there "
+                         "is none: give a number")
     if args.ema is not None and not 0 < args.ema < 1:
         raise InputError(f"--ema {args.ema}: must be above 0 and below 1")
     if args.groups % PROCESSES or args.eval_n < PROCESSES:
@@ -91,6 +94,9 @@ def load_models(args, device: torch.device, prompts: list[dict], eval_prompts: l
     if args.size and not args.frames:
         try_rewards(3, *reversed(cli.width_and_height(args.size)))  # height, width
     pipe = load_pipeline(args.model, device, args.size, args.frames, args.quantize, args.shard)
+    if args.guard_guidance is not None and pipe.transformer.config.get("guidance_embeds"):
+        raise InputError(f"--guard-guidance: {type(pipe).__name__} is told --guidance in every call, so the guard sees "
+                         "it already; leave the flag out")
     if not args.size or args.frames:
         try_rewards(*pipe.flow.picture)
     warn_unsuitable(pipe, [row["prompt"] for row in prompts + eval_prompts], args.size)
@@ -104,7 +110,7 @@ def encode_local_prompts(out: Path, args, pipe, prompts: list[dict], eval_prompt
     local = eval_prompts[local_slice(len(eval_prompts))]
     local = local + [prompts[i] for epoch in epochs for i in epoch[local_slice(args.groups)]]
     local = [row["prompt"] for row in local]
-    encode_prompts(pipe, local, args.guidance, out / "checkpoint" / "prompts")
+    encode_prompts(pipe, local, args.guidance, out / "checkpoint" / "prompts", args.guard_guidance)
     if args.shard and len({pipe.flow.shapes.get(prompt) for prompt in local}) > 1:  # the processes' calls would differ
         raise InputError(f"--shard: {type(pipe).__name__} encodes prompts to several lengths; it takes a model that "
                          "pads to one")
@@ -316,7 +322,8 @@ def save_checkpoint(out: Path, method: str, args, pipe, eval_prompts: list[dict]
     with swapped(params, ema):
         save_lora(pipe, out / "lora")
     write_files({out / "lora" / "README.md": model_card(method, args, eval_prompts)})
-    plot_curves(out, None if pipe.transformer.config.get("guidance_embeds") else args.guidance)  # else also trained
+    embedded = pipe.transformer.config.get("guidance_embeds")  # then training uses the guidance too
+    plot_curves(out, None if embedded else args.guidance, args.guard_guidance)
     content = io.BytesIO()  # torch.save to a file does not report a full disk
     torch.save({"lora": get_peft_model_state_dict(pipe.transformer), "opt": optimizer.state_dict(), "epoch": epoch,
                 "step": step, "skipped": skipped, "bad": skipped_in_a_row, "ema": ema, **copies,  # bad: in a row

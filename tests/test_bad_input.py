@@ -76,6 +76,9 @@ train_awm | --seed {2**63} | --seed {2**63} 2^63
 train_awm | --seed {"9" * 4000} | --seed 2^63
 train_awm | --guidance nan | --guidance nan
 train_awm | --guidance -1 | --guidance -1
+train_awm | --guard-guidance -1 | --guard-guidance -1
+train_nft | --guard-guidance 3 --lam auto | --lam auto --guard-guidance number
+train_dpo | --guard-guidance 3 --model tiny/flux | --guard-guidance FluxPipeline is told --guidance
 train_awm | --max-grad-norm 0 | --max-grad-norm 0
 train_awm | --max-grad-norm nan | --max-grad-norm nan
 train_awm | --adv-clip 0 | --adv-clip 0
@@ -450,7 +453,7 @@ def make_runs(runs: Path, run: Path):
     instead("log-folder", "metrics.jsonl")
     instead("log-garbage", "metrics.jsonl", os.urandom(20_000))
     instead("log-short", "metrics.jsonl", b"{}\n")
-    instead("log-lists", "metrics.jsonl", b"[1]\n" * 5000)
+    instead("log-lists", "metrics.jsonl", b"1\n" * 10_000)  # however many bytes of it are read
     instead("log-full", "metrics.jsonl", link="/dev/full")
     instead("curves-folder", "curves.png")
     instead("samples-file", "samples", b"")

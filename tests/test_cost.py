@@ -206,8 +206,8 @@ def test_the_bench_measures_each_phase_next_to_its_estimate(monkeypatch, capsys)
 
 
 def test_half_a_picture_costs_less():
-    """--size 64x32 and 32x64 cost the same FLOPs, fewer than 64."""
-    whole, wide, high = (count.count(replace(FLAGS, size=size)) for size in (64, "64x32", "32x64"))
+    """--size 64x32 costs fewer FLOPs than 64, more than half of them where there is text."""
+    whole, wide = counted("tiny/sd3", torch.bfloat16), count.count(replace(FLAGS, size="64x32"))
     for part in ("step", "row", "update True", "decode"):
-        assert wide["flops"][part] == pytest.approx(high["flops"][part]) and wide["flops"][part] < whole["flops"][part]
+        assert 0.4 < wide["flops"][part] / whole["flops"][part] < 0.9, part
     assert "--size 64x32" in budget.report(replace(FLAGS, size="64x32"), wide)

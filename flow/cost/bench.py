@@ -55,6 +55,8 @@ class Args:
     """LoRA rank"""
     guidance: float | None = None
     """guidance scale of rollouts"""
+    guard_guidance: float | None = None
+    """guidance scale of the velocities that the guard compares"""
     checkpointing: bool = True
     """gradient checkpointing"""
     compile: bool = False
@@ -90,14 +92,14 @@ def measure(args: Args, device: torch.device) -> list[dict]:
     found = count(flags, dtype)
     estimated, flops = budget.peaks(flags, found), found["flops"]
     pipe = blank_pipeline(args.model, device, args.size, args.frames)
-    encode(pipe, args.guidance)
+    encode(pipe, args.guidance, args.guard_guidance)
     opt = torch.optim.AdamW(blank_lora(pipe, args.rank), fused=device.type == "cuda")
     if args.compile:
         compile_blocks(pipe.transformer)
     n, many = args.batch, args.rollout_batch or args.batch
     chunk = decode_size(pipe)
     with checkpointing(pipe, args.checkpointing):
-        train = timed(lambda: update(pipe, n, opt), device, args.repeat)
+        train = timed(lambda: update(pipe, n, opt, args.guard_guidance), device, args.repeat)
     with merged(pipe.transformer):
         rollout = timed(lambda: rollout_step(pipe, many, args.guidance), device, args.repeat)
     took = {"update": (n, 1, flops[f"update {args.checkpointing}"] + flops["row"], train),

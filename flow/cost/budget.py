@@ -53,6 +53,8 @@ class Args:
     """LoRA rank"""
     guidance: float | None = None
     """guidance scale of rollouts"""
+    guard_guidance: float | None = None
+    """guidance scale of the velocities that the guard compares"""
     checkpointing: bool = True
     """gradient checkpointing"""
     quantize: Literal["none", "int8", "nf4"] = "none"
@@ -182,7 +184,7 @@ def row_of_table(args: Args, found: dict) -> str:
 def check_positive(args):
     """Refuse numbers that cannot work, naming the flag."""
     for flag, value in vars(args).items():
-        if type(value) in (int, float) and not (value > 0 or flag == "guidance" and value == 0):
+        if type(value) in (int, float) and not (value > 0 or flag in ("guidance", "guard_guidance") and value == 0):
             raise InputError(f"--{flag.replace('_', '-')} {value}: must be positive")
 
 

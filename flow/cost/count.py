@@ -133,17 +133,20 @@ def rollout_step(pipe, n: int, guidance: float | None = None) -> Tensor:
     return x - 0.1 * velocity(pipe, x, torch.full((n,), 0.5), prompts, guidance)
 
 
-def reference_pass(pipe, n: int) -> Tensor:
+def reference_pass(pipe, n: int, guidance: float | None = None) -> Tensor:
     """The frozen base's velocities of n training rows."""
     with reference(pipe.transformer):
-        return velocity(pipe, *inputs(pipe, n))
+        return velocity(pipe, *inputs(pipe, n), guidance)
 
 
-def update(pipe, n: int, opt=None):
-    """Forward, reference, backward and step of n training rows with the guard, as in the training scripts."""
+def update(pipe, n: int, opt=None, guided: float | None = None):
+    """Forward, reference, backward and step of n training rows with the guard, as in the training scripts. guided:
+    --guard-guidance."""
     v = velocity(pipe, *inputs(pipe, n))
     v_ref = reference_pass(pipe, n)
-    loss = (v - v_ref).square().flatten(1).mean(1) + norm_hinge(v, v_ref)
+    vg = v if guided is None else velocity(pipe, *inputs(pipe, n), guided)
+    vg_ref = v_ref if guided is None else reference_pass(pipe, n, guided)
+    loss = (v - v_ref).square().flatten(1).mean(1) + norm_hinge(vg, vg_ref)
     loss.sum().backward()
     if opt:
         opt.step()
@@ -190,7 +193,7 @@ def count(args, dtype: torch.dtype = torch.bfloat16) -> dict:
     found = {"parameters": sum(p.numel() for p in transformer.parameters()), "base": base, "vae": held(pipe.vae),
              "reward": held(clip) if clip else 0, "text": sum(map(held, pipe.flow.encoders.values())),
              "together": CHUNK if pipe.flow.in_one_go else 1,
-             "encode": metered(lambda: encode(pipe, args.guidance))[0]}
+             "encode": metered(lambda: encode(pipe, args.guidance, args.guard_guidance))[0]}
     found["lora"] = size_of(*blank_lora(pipe, args.rank))
     weights = [layer.base_layer.weight for layer in lora_layers(transformer)]
     mergeable = [weight for weight in weights if weight.dtype == torch.float32]
@@ -203,7 +206,7 @@ def count(args, dtype: torch.dtype = torch.bfloat16) -> dict:
         found |= {"rollout": {n: peak for n, (peak, _) in run.items()}, "flops": {"step": run[1][1], "row": ref[1]}}
         for on in (False, True):
             with checkpointing(pipe, on):
-                run = {n: metered(lambda: update(pipe, n)) for n in (low, high)}
+                run = {n: metered(lambda: update(pipe, n, guided=args.guard_guidance)) for n in (low, high)}
             found[f"update {on}"] = {n: peak for n, (peak, _) in run.items()}
             found["flops"][f"update {on}"] = run[1][1] - ref[1]
     chunk = decode_size(pipe)

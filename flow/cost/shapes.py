@@ -192,10 +192,10 @@ def blank_pipeline(model: str, device: torch.device, size: int | str | None = No
     return pipeline.prepare_pipeline(pipe, model, device, size, frames)
 
 
-def encode(pipe, guidance: float | None = None):
+def encode(pipe, guidance: float | None = None, guard_guidance: float | None = None):
     """flow.pipeline.encode_prompts for PROMPT and as many more as are encoded in one go."""
     n = CHUNK if pipe.flow.in_one_go else 1
-    pipeline.encode_prompts(pipe, [PROMPT, *(f"{PROMPT} {i}" for i in range(1, n))], guidance)
+    pipeline.encode_prompts(pipe, [PROMPT, *(f"{PROMPT} {i}" for i in range(1, n))], guidance, None, guard_guidance)
 
 
 def blank_lora(pipe, rank: int, name: str = "default") -> list[torch.nn.Parameter]:
