@@ -34,6 +34,7 @@ from itertools import chain, combinations, permutations
 from pathlib import Path
 from typing import Annotated
 
+import matplotlib
 import numpy as np
 import torch
 import tyro
@@ -112,8 +113,9 @@ def pair_folders(dirs: tuple[str, ...], prompts: str | None) -> tuple[Folders, s
     by_key = {d: {row["key"]: row for row in rows} for d, rows in read.items()}
     common = [key for key in by_key[dirs[0]] if all(key in rows for rows in by_key.values())]
     if not common:
-        raise cli.InputError(f"{dirs[0]}: no {'name' if by_name else 'prompt and seed'} is in all folders; sample with "
-                             "the same --n and --seed")
+        what, advice = ("name", "give two files of a pair one name") if by_name else (
+            "prompt and seed", "sample with the same --n and --seed")
+        raise cli.InputError(f"{dirs[0]}: no {what} is in all folders; {advice}")
     for d, rows in by_key.items():
         if len(common) < len(rows):
             print(f"note: {len(common)} of the {len(rows)} pictures in {d} are in all folders; the others are left out")
@@ -260,7 +262,7 @@ def judge_scorer(load_judge: Callable, question: str, metric: str, unread: dict[
         margins = [judge.read_answer(answer, *words) for answer in answers]
         for answer, margin in zip(answers, margins):
             if answer and math.isnan(margin):
-                unread.setdefault(metric, f", such as `{answer[0][0]!r}`".replace("|", "\\|"))
+                unread.setdefault(metric, f", such as `{answer[0][0]!r}`")
         return margins
     return score
 
@@ -301,27 +303,30 @@ def table(report: dict) -> str:
     def example(name: str, m: dict) -> str:
         return report["unread"].get(name, ", as no answer came") if m["nan"] > 0.1 * (m["n"] + m["nan"]) else ""
 
+    def row(*cells) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
     lines = [report["note"], ""] if report["note"] else []
-    lines += ["| metric | " + " | ".join(dirs) + " |", "|---|" + "---|" * len(dirs)]
+    lines += [row("metric", *dirs), "|---|" + "---|" * len(dirs)]
     for name, scores in report["metrics"].items():
-        line = f"| {name} {arrow(name)} |"
+        cells = []
         for m in scores.values():
-            line += f" {numbers(m, 4)}"
-            line += f" to {m['n_real']}" if "n_real" in m else ""
-            line += f" ({m['nan']} of {m['n'] + m['nan']} not read{example(name, m)})" if m["nan"] else ""
-            line += " |"
-        lines.append(line)
+            to = f", {m['n_real']} real" if "n_real" in m else ""
+            lost = f" ({m['nan']} of {m['n'] + m['nan']} not read{example(name, m)})" if m["nan"] else ""
+            cells.append(numbers(m, 4) + to + lost)
+        lines.append(row(f"{name} {arrow(name)}", *cells))
         for part in scores[dirs[0]].get("parts", ()):
             cells = [["-" if x is None else f"{x:.4f}" for x in scores[d]["parts"][part].values()] for d in dirs]
-            lines.append(f"| of it: {part} | " + " | ".join(f"{mean} (deviation {std})" for mean, std in cells) + " |")
+            lines.append(row(f"of it: {part}", *[f"{mean} (deviation {std})" for mean, std in cells]))
     if verdicts:
-        lines += ["", "| judge/quality | win | tie | loss | not read | rate |", "|---|---|---|---|---|---|"]
+        lines += ["", row("judge/quality", "win", "tie", "loss", "not read", "rate"), "|---|---|---|---|---|---|"]
     for name, v in verdicts.items():
         lost, rate = f"{v['nan']}{example('judge/quality', v)}", numbers({**v, "mean": v["rate"]}, 3)
-        lines.append(f"| {name} | {v['win']} | {v['tie']} | {v['loss']} | {lost} | {rate} |")
+        lines.append(row(name, v["win"], v["tie"], v["loss"], lost, rate))
     return "\n".join(lines)
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # names may have a $
 def draw_report(folders: Folders, report: dict) -> bytes:
     """A PNG: each folder's pictures of up to 12 prompts, and a bar chart per metric and of the judge's verdicts."""
     names, prompts = short_names(tuple(folders)), [row["prompt"] for row in next(iter(folders.values()))]
@@ -368,6 +373,9 @@ def main(args: Args):
     cli.check_flags(args, dict(bootstrap=1, batch=1, judge_concurrency=1, judge_retries=0, judge_timeout=1e-3))
     args.out = args.out or "runs/eval-" + "-".join(Path(d).resolve().name for d in args.dirs)[:150]
     cli.check_place(args.out, "--out", ("scores.jsonl", *REPORTS))
+    is_read = Path(args.out).resolve() in [Path(d).resolve() for d in (*args.dirs, args.real) if d]
+    if is_read and not (Path(args.out) / "samples.jsonl").exists():
+        raise cli.InputError(f"--out {args.out}: holds pictures to compare; give another, as report.png is a picture")
     args.judge = None if args.judge in (None, "none", "None") else args.judge
     if not (args.reward or args.forensic or args.judge or args.real):
         raise cli.InputError("nothing to compare by: give --reward, --judge, --forensic or --real")
@@ -378,6 +386,8 @@ def main(args: Args):
     n, n_real = len(prompts), len(real_rows)
     if args.real and min(n, n_real) < 2:
         raise cli.InputError(f"--real {args.real}: a Frechet distance takes at least two pictures, not {n} to {n_real}")
+    for flag, name in [("--forensic", name) for name in args.forensic] + [("--embed", args.embed)] * bool(args.real):
+        cli.check_model(flag, name)
     is_server = bool(args.judge) and args.judge.startswith(SERVERS)
     if args.judge and not is_server:
         cli.check_model("--judge", args.judge, "http://HOST:PORT/v1, ")

@@ -55,10 +55,9 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
     """A judge in this process, which answers a batch in one forward pass. An InputError names `flag`."""
     with loading(flag, name, "http://HOST:PORT/v1, " if flag == "--judge" else ""):
         processor = transformers.AutoProcessor.from_pretrained(name)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=base_dtype(device))
+        model = load_whole(transformers.AutoModelForImageTextToText, flag, name, device, base_dtype(device))
     if not processor.chat_template:
         raise InputError(f"{flag} {name}: has no chat template; give an instruction-tuned model")
-    model.eval().to(device)
 
     @torch.no_grad()
     def ask(question: str | list[str], pictures: list[list[str]]) -> list[Answer]:
@@ -77,11 +76,12 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
 
 
 # How models mark their thinking: <think> ... </think>, [THINK] ... [/THINK], <|channel|>analysis ... <|channel|>final
-TAG = r"[<\[◁]\|?{}(?:\w+:)?(?:think|thinking|thought|reasoning)\|?[>\]▷]|<\|channel\|>{}"
-OPENS = re.compile(TAG.format("(?:start_)?", "(?!final)"), re.IGNORECASE)
-CLOSES = re.compile(TAG.format("(?:/|end_)", "final"), re.IGNORECASE)
-THINKS = """the model thinks first ({}); in eval_judge.py turn that off by --judge-extra '{{"chat_template_kwargs": \
-{{"enable_thinking": false}}}}', or have the answer after it read by --judge-extra '{{"max_tokens": 2000}}'"""
+TAG = r"[<\[◁]\|?{}(?:\w+:)?(?:think(?:ing)?|thought|reason(?:ing)?|analysis|reflection|scratchpad)\|?[>\]▷]|{}"
+OPENS = re.compile(TAG.format("(?:start_|begin_of_)?", r"<\|channel\|?>(?!final)"), re.IGNORECASE)
+CLOSES = re.compile(TAG.format("(?:/|end_|end_of_)", r"<\|channel\|>final|<channel\|>"), re.IGNORECASE)
+THINKS = """the model thinks first ({}); start the server without thinking, or for --judge turn that off by \
+--judge-extra '{{"chat_template_kwargs": {{"enable_thinking": false}}}}', or have the answer after it read by \
+--judge-extra '{{"max_tokens": 2000}}'"""
 
 
 def answer_start(text: str) -> int:
@@ -100,13 +100,17 @@ def read_token(token: dict) -> tuple[str, Answer]:
     text = bytes(token["bytes"]).decode(errors="replace") if token.get("bytes") else token["token"]
     text = re.sub("[Ġ▁]", " ", re.sub("Ċ|<0x0A>", "\n", text))  # raw, as in the tokenizer's vocabulary
     top = [(read_token(other)[0], float(other["logprob"])) for other in token.get("top_logprobs") or []]
+    if sum(math.exp(p) for _, p in top) > 1.02:
+        top = list(dict.fromkeys(top))  # the chosen token may come twice
     if top and text not in dict(top):
         own = float(token["logprob"])
         if not any(other.strip() == text.strip() and abs(p - own) < 1e-3 for other, p in top):  # " yes" for "yes"
             top.append((text, own if own > -100 else math.nan))  # -9999 stands for unknown
     if not (all(p < 1e-3 for _, p in top) and sum(math.exp(p) for _, p in top) < 1.02):
         return text, []
-    return text, [(other, min(p, -1e-8)) for other, p in top if p > -100]
+    known = [(other, min(p, -1e-8)) for other, p in top if p > -100]
+    is_choice = len(known) == 1 and known[0][1] > -1e-6  # after temperature 0: the chosen token has 1, others nothing
+    return text, [] if is_choice else known
 
 
 def read_reply(reply: str) -> tuple[Answer, str]:
@@ -118,7 +122,7 @@ def read_reply(reply: str) -> tuple[Answer, str]:
         content, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
         parts = [{"text": content}] if isinstance(content, str) else content
         content = "".join(part.get("text", "") for part in parts).strip()
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
         return [], f"instead of an answer came: {server_words(reply)}"
     tokens = []
     with contextlib.suppress(AttributeError, KeyError, OverflowError, TypeError, ValueError):
@@ -149,6 +153,7 @@ def data_url(file: str) -> str:
     """A picture as servers take it: a PNG, JPEG or WebP that all programs show alike as it is, anything else as PNG."""
     with Image.open(file) as opened:
         is_plain = opened.mode in ("L", "RGB") and not opened.has_transparency_data
+        is_plain &= not getattr(opened, "is_animated", False)
         is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
         kind, content = opened.format, Path(file).read_bytes()
     if not is_plain or is_turned or kind not in ("PNG", "JPEG", "WEBP"):
@@ -163,7 +168,7 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
     with on_error(f"{flag} {url}: needs a package", "; pip install openai"):
         import openai  # half a second that only this needs
     with on_error(f"--judge-extra {extra}: is no JSON object", """; give for example '{"max_tokens": 2000}'"""):
-        options = dict(temperature=0, max_tokens=1, logprobs=True, top_logprobs=20) | dict(json.loads(extra))
+        options = dict(temperature=0, max_tokens=1, logprobs=True, top_logprobs=20) | json.loads(extra)
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # a local server needs none
     if not (key.isascii() and key.isprintable()):
         raise InputError(f"{flag} {url}: OPENAI_API_KEY has a line break or another sign that no key has; set it again")
@@ -212,8 +217,9 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
     return ask
 
 
-REAL = {"real", "human", "natural", "authentic"}  # words in the labels of detectors
-FAKE = {"fake", "artificial", "ai", "generated", "synthetic"}
+NOT = {"not", "non"}  # words in the labels of detectors
+REAL = {"real", "human", "natural", "authentic"} | NOT
+FAKE = {"fake", "artificial", "ai", "generated", "synthetic"} | NOT
 
 
 def load_ocr() -> Callable:
@@ -265,7 +271,7 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
             processor = transformers.AutoImageProcessor.from_pretrained(name)
         except ValueError:  # detectors of 2022 name a class that transformers 5 no longer has
             processor = transformers.ViTImageProcessorPil.from_pretrained(name)
-        net = transformers.AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval().to(device)
+        net = load_whole(transformers.AutoModelForImageClassification, "--forensic", name, device)
     real = real_labels(name, net.config.id2label, real_label)
 
     @torch.no_grad()
@@ -279,25 +285,36 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
     return score
 
 
+def load_whole(kind, flag: str, name: str, device: torch.device, dtype=torch.float32) -> torch.nn.Module:
+    """A network of this kind. Raises InputError if `name` lacks some of its weights: these would be random."""
+    net, info = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    if lacking := sorted(info["missing_keys"]):
+        raise InputError(f"{flag} {name}: lacks weights of {type(net).__name__}, such as {lacking[0]}; give a model "
+                         "that has them")
+    return net.eval().requires_grad_(False).to(device)
+
+
 def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> list[int]:
     """The indices of a detector's labels that mean "real": `real_label`, or told by words. A single one may be fake."""
-    words = {i: set(re.findall("[a-z]+", label.lower())) for i, label in labels.items()}
+    words = {i: set(re.findall("[a-z]+", str(label).lower())) for i, label in labels.items()}
     real = [i for i in labels if words[i] & REAL and not words[i] & FAKE]
     fake = [i for i in labels if words[i] & FAKE and not words[i] & REAL]
     if real_label is not None:
-        real = [i for i, label in labels.items() if label == real_label]
+        real = [i for i, label in labels.items() if str(label) == real_label]
         fake = [i for i in labels if i not in real]
     if not (real and fake or len(labels) == 1 and (real or fake and real_label is None)):
         raise InputError(f"--forensic {name} --real-label {real_label}: which of its labels means a real picture? Give "
-                         f"one of {', '.join([*labels.values()][:8])} as --real-label")
+                         f"one of {', '.join(map(str, [*labels.values()][:8]))} as --real-label")
     return real
 
 
 def load_embed(model: str, device: torch.device):
     """(network, processor) of a CLIPModel, or of a vision model with a pooler_output (ResNet, DINOv2, ...)."""
     with loading("--embed", model):
-        net = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval().requires_grad_(False).to(device)
-        return net, transformers.AutoImageProcessor.from_pretrained(model)
+        net = load_whole(transformers.AutoModel, "--embed", model, device)
+        embed = net, transformers.AutoImageProcessor.from_pretrained(model)
+        embed_images(embed, torch.zeros(1, 3, 64, 64))  # an error now if it has no pooled features
+        return embed
 
 
 @torch.no_grad()

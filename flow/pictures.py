@@ -116,10 +116,11 @@ def open_picture(file: str | Path) -> Image.Image:
         on_white = picture.has_transparency_data
         if picture.mode[0] in "IF":
             values, clear = np.asarray(picture), picture.info.get("transparency")
-            tops = [top for top in (1, 255, 65535) if 0 <= values.min() <= values.max() <= top]
-            if not tops:
-                raise ValueError("its numbers are not within 0 and 65535")
-            scaled = values >> 8 if ";16" in picture.mode else (values * (255 / tops[0])).round()
+            low, high = values.min(), values.max()
+            tops = [top for top in (1, 255, 65535) if -1e-3 <= low and high <= top + 1e-3]
+            if not tops or 1.001 < high < 2:
+                raise ValueError(f"its numbers, {low:g} to {high:g}, are not from 0 to 1, to 255 or to 65535")
+            scaled = values >> 8 if ";16" in picture.mode else (values * (255 / tops[0])).round().clip(0, 255)
             picture = Image.fromarray(np.where(values == clear, 255, scaled).astype(np.uint8))
         elif on_white:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
@@ -141,7 +142,7 @@ def read_folder(folder: str) -> list[dict]:
         raise InputError(f"{folder}: there is no such folder")
     with reading(listed, "give a folder that sample.py wrote"):
         lines = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
-        lines = [(line["prompt"], line["seed"], line["file"], line.get("metadata", {})) for line in lines]
+        lines = [(line["prompt"], str(line["seed"]), line["file"], line.get("metadata", {})) for line in lines]
         if not all(isinstance(prompt, str) and isinstance(metadata, dict) for prompt, _, _, metadata in lines):
             raise ValueError("a prompt is no text, or its metadata no object")
     for path in [] if listed.exists() else sorted(Path(folder).iterdir(), key=lambda path: natural(path.name)):
@@ -258,6 +259,7 @@ def page(report: dict, folders: list[list[str]]) -> str:
     return Path(__file__).with_name("report.html").read_text("utf-8").replace("{{report}}", content)
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # names may have a $
 def plot_curves(out: Path, guidance: float | None = None, guard_guidance: float | None = None):
     """Draw curves.png from metrics.jsonl. Norm ratios are of velocities with `guidance` in evaluations, and with
     `guard_guidance` in training; None: the conditional ones."""
@@ -319,5 +321,6 @@ def plot_curves(out: Path, guidance: float | None = None, guard_guidance: float 
 def png(figure, dpi: int = 110) -> bytes:
     """A figure as a PNG file."""
     content = io.BytesIO()
-    figure.savefig(content, dpi=dpi, format="png")
+    with warnings.catch_warnings(action="ignore"):  # of signs that the font lacks, and of names that have no place
+        figure.savefig(content, dpi=dpi, format="png")
     return content.getvalue()

@@ -367,6 +367,19 @@ def test_a_report_of_odd_names(tmp_path):
     assert list(report["metrics"]) == ["reward/pickscore:0.5,hps:0.5"] and (tmp_path / "report/report.png").exists()
 
 
+def test_folders_of_odd_names(tmp_path, recwarn):
+    """Which matplotlib would read as mathematics, its font lacks, or would end a cell of the table."""
+    names = "cost $\\foo$", "日本", "a | b|c"
+    dirs = [plain_folder(tmp_path / name, ["0.png"]) for name in names]
+    compare(*dirs, forensic=("tiny/forensic",), out=tmp_path / "out")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    html = (tmp_path / "out/report.html").read_text("utf-8")
+    text = json.loads(re.search(r'id="report">(.*?)</script>', html)[1])["text"]
+    escaped = dirs[2].replace("|", "\\|")
+    assert text.startswith(f"| metric | {dirs[0]} | {dirs[1]} | {escaped} |\n")
+    assert f'<th scope="col">{dirs[2]}</th></tr>' in in_browser(tmp_path / "out/report.html")
+
+
 def test_a_sums_parts_have_a_mean_and_a_deviation(folders, tmp_path, capsys):
     """Each is scored once; the sum is theirs, and so are the scores that are kept."""
     report = compare(*folders, reward=("tiny/pickscore:0.5,tiny/hps:2",), out=tmp_path / "report")
@@ -414,9 +427,12 @@ def test_folders_of_others_are_paired_by_name(tmp_path, capsys):
     report = compare(a, same, judge="tiny/judge", real=a, out=tmp_path / "same-out")
     assert report["pairs"]["judge/quality"][f"{a} vs {same}"]["tie"] == 10
     assert report["metrics"]["fd/embed"][same]["mean"] == pytest.approx(0, abs=1e-3)
-    assert "n 10 to 10 |" in capsys.readouterr().out
+    assert "n 10, 10 real |" in capsys.readouterr().out
+    for out, real in ((f"{a}/.", None), (b, b)):  # the next run would read report.png as a picture
+        refuses(capsys, lambda: compare(a, same, out=out, real=real), "--out", "holds pictures")
     apart = plain_folder(tmp_path / "apart", ["y.png"])
-    refuses(capsys, lambda: compare(a, apart, judge="tiny/judge", out=tmp_path / "no"), apart[:-5], "no name")
+    refuses(capsys, lambda: compare(a, apart, judge="tiny/judge", out=tmp_path / "no"), apart[:-5], "no name",
+            "one name")
 
 
 def test_prompts_of_folders_of_others(tmp_path, capsys):
@@ -472,7 +488,6 @@ def test_fewer_than_half_of_the_pictures_pair(tmp_path, capsys):
         True, False]
 
 
-@pytest.mark.filterwarnings("ignore:constrained_layout")  # no place beside names of 200 letters
 def test_a_report_is_named_after_its_folders_and_kept(folders, tmp_path, capsys, monkeypatch):
     a, b = folders
     reward = bright(tmp_path)
@@ -538,7 +553,8 @@ def test_the_page_in_a_browser(gallery):
     assert "&lt;/script&gt;&lt;script&gt;document.title" in dom and "&lt;b&gt;bold&lt;/b&gt;" in dom
     shown = re.findall(r'<article data-pair="(\d)"', dom)
     table = re.findall(r"<th scope=\"row\">(.*?)</th>", dom)
-    assert shown == ["0", "1", "2"] and table[0] == "reward/bright.py:f ↑" and "judge/overall ↑" in table
+    assert shown == ["0", "1", "2"] and table[0] == "reward/bright.py:f ↑"
+    assert {"judge/overall ↑", "judge/artifacts ↓"} < {*table}
     assert dom.count("n 3") >= 12 and 'class="sides"' in dom and dom.count("<img") == 12 and "The judge prefers" in dom
     act = "const set = (id, value) => { get(id).value = value; document.forms[0].dispatchEvent(new Event('change')); };"
     by_reward = in_browser(gallery, act + "set('sort', 'reward/bright.py:f ↑')")
@@ -579,6 +595,9 @@ def test_the_page_of_128_pairs_of_large_pictures(tmp_path):
     content = json.loads(re.search(r'id="report">(.*?)</script>', html)[1])
     picture = Image.open(io.BytesIO(base64.b64decode(content["pictures"][0][0].split(",")[1])))
     assert len(html) < 20e6 and 256 <= picture.width <= 400 and picture.format == "JPEG"
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    many = flow.pictures.page({}, [[f"{tmp_path}/small.png"] * 300] * 2)
+    assert many.count("data:image/png") == 2 * 256  # the first ones
     few = flow.pictures.page({}, [[f"{tmp_path}/x.png"]] * 2)
     assert max(map(len, json.loads(re.search(r'id="report">(.*?)</script>', few)[1])["pictures"][0])) > 500_000
 
@@ -607,6 +626,8 @@ def test_flags_are_refused_before_anything_is_loaded(folders, tmp_path, capsys, 
         (dict(judge=""), ["--judge ''"]),
         (dict(reward=("",)), ["--reward ''"]),
         (dict(forensic=("tiny/forensic", "")), ["--forensic ''"]),
+        (dict(forensic=("tiny/forensic", "no-detector")), ["--forensic no-detector", "no such folder"]),
+        (dict(real=folders[0], embed="no-network"), ["--embed no-network", "no such folder"]),
         (dict(real=""), ["--real ''"]),
         (dict(out=""), ["--out ''"]),
         (dict(judge_timeout=math.inf), ["--judge-timeout inf"]),

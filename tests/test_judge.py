@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import eval_judge
 import flow.judge
@@ -75,6 +77,7 @@ def test_detector_labels(capsys):
     ]:
         assert flow.judge.real_labels("x", labels, None) == real
     assert flow.judge.real_labels("x", {0: "LABEL_0", 1: "LABEL_1"}, "LABEL_1") == [1]
+    assert flow.judge.real_labels("x", {0: 0, 1: 1}, "1") == [1]  # labels that are numbers
     refuses(capsys, lambda: flow.judge.real_labels("x", {0: "fake", 1: "real"}, "typo"),
             "--real-label typo", "fake, real")
     for labels in (
@@ -82,9 +85,10 @@ def test_detector_labels(capsys):
         {0: "real", 1: "cat"},
         {0: "ai", 1: "fake"},
         {0: "real fake", 1: "fake"},
+        {0: 0, 1: 1},
     ):
         refuses(capsys, lambda: flow.judge.real_labels("x", labels, None),
-                "--forensic x", labels[0], labels[1], "--real-label")
+                "--forensic x", str(labels[0]), str(labels[1]), "--real-label")
 
 
 def save_detector(folder, labels: list[str], **config) -> str:
@@ -109,6 +113,8 @@ def save_detector(folder, labels: list[str], **config) -> str:
     (["real"], {"problem_type": "regression"}, None, lambda p: p["real"]),
     (["fake", "real"], {"problem_type": "multi_label_classification"}, None, lambda p: p["real"]),
     (["real", "ai", "blurred"], {"problem_type": "multi_label_classification"}, None, lambda p: p["real"]),
+    (["real", "fake", "natural"], {"problem_type": "multi_label_classification"}, None,
+     lambda p: max(p["real"], p["natural"])),
     (["a", "b"], {"problem_type": "multi_label_classification"}, "b", lambda p: p["b"]),
     (["real", "fake", "LABEL_2", "drawing"], {}, None, lambda p: p["real"]),
     (["human", "ai generated", "fake", "natural"], {}, None, lambda p: p["human"] + p["natural"]),
@@ -126,11 +132,26 @@ def test_detectors_are_read_as_their_own_library_does(folders, tmp_path, labels,
 
 
 @pytest.mark.parametrize("labels, real_label", [
-    (["LABEL_0"], None), (["LABEL_0"], "LABEL_1"), (["a", "b", "c"], None), (["real", "LABEL_1"], None)])
+    (["LABEL_0"], None), (["LABEL_0"], "LABEL_1"), (["a", "b", "c"], None), (["real", "LABEL_1"], None),
+    (["not real"], None), (["real", "not fake"], None)])
 def test_unknown_labels_are_refused(tmp_path, capsys, labels, real_label):
     detector = save_detector(tmp_path / "detector", labels)
     refuses(capsys, lambda: flow.judge.load_forensic(detector, real_label, CPU), f"--forensic {detector}", labels[0],
             "--real-label")
+
+
+def test_random_weights_are_refused(tmp_path, capsys):
+    """A detector without a head, or a network whose features are random or missing, gives no number."""
+    detector = save_detector(tmp_path / "detector", ["fake", "real"])
+    refuses(capsys, lambda: flow.judge.load_forensic("tiny/pickscore", "LABEL_1", CPU), "--forensic tiny/pickscore",
+            "lacks weights", "classifier")
+    refuses(capsys, lambda: flow.judge.load_embed(detector, CPU), f"--embed {detector}", "lacks weights", "pooler")
+    refuses(capsys, lambda: flow.judge.load_embed("tiny/judge", CPU), "--embed tiny/judge", "cannot be loaded")
+    headless = shutil.copytree("tiny/judge", tmp_path / "judge")
+    weights = load_file(headless / "model.safetensors")
+    save_file({name: x for name, x in weights.items() if "lm_head" not in name and "embed_tokens" not in name},
+              headless / "model.safetensors", {"format": "pt"})
+    refuses(capsys, lambda: local_judge(str(headless), CPU), f"--judge {headless}", "lacks weights")
 
 
 # ---------------------------------------------------------------- over HTTP
@@ -202,6 +223,7 @@ def test_a_server_that_answers_nothing(server, folders, capsys):
     for fault, words in [
         ((200, {}), ["{}"]),
         ((200, b""), ["nothing"]),
+        ((200, b"[" * 100_000), ["[[[["]),
         ((200, {"error": {"type": "overload", "message": "all workers are busy"}}), ["all workers are busy"]),
         ((200, {"object": "error", "message": "no such template"}), ["no such template"]),
         ((200, {"detail": [{"loc": ["body"], "msg": "field required"}]}), ["field required"]),
@@ -301,6 +323,8 @@ FORMS = {  # name: (reply, P(yes)), where the token has probabilities
     "OpenAI": (reply("Yes", token("Yes", 0.9, {"Yes": 0.9, "No": 0.08, "yes": 0.01})), 0.91 / 0.99),
     "LMDeploy": (reply("Yes", token("Yes", 0.9, {"No": 0.08, "yes": 0.01})), 0.91 / 0.99),
     "LMDeploy, no": (reply("No", token("No", 0.9, {"Yes": 0.08})), 0.08 / 0.98),
+    "LMDeploy, another spelling listed": (
+        reply("Yes", token("Yes", 0.8, {" Yes": 0.1, "No": 0.08})), 0.9 / 0.98),
     "one token in several spellings": (
         reply("YES", token("YES", 0.3, {"YES": 0.3, " yes": 0.2, "Yes.": 0.1, "no": 0.2, " NO": 0.1, "\nNo": 0.05})),
         0.6 / 0.95),
@@ -322,6 +346,8 @@ FORMS = {  # name: (reply, P(yes)), where the token has probabilities
         reply("No", *spoken("Well", " no", " Yes", "?", "No"), reasoning_content="Well no Yes?"), NO),
     "reasoning apart": (reply("\n\nNo", *spoken("\n\n", "No"), reasoning="Okay"), NO),
     "in bold": (reply("**No**", *spoken("**", "No", "**")), NO),
+    "the chosen token twice": (reply("Yes", {**token("Yes", 0.6), "top_logprobs": [
+        {"token": word, "logprob": math.log(p)} for word, p in (("No", 0.3), ("Yes", 0.6), ("Yes", 0.6))]}), 0.6 / 0.9),
 }
 CERTAINTIES = {  # name: (reply, whether it is yes), where only the text is known
     "top_logprobs empty": (reply("Yes", token("Yes", 0.9, {})), True),
@@ -330,6 +356,8 @@ CERTAINTIES = {  # name: (reply, whether it is yes), where only the text is know
     "a sentence": (reply("**Yes**, it is."), True),
     "NaN": (reply("Yes", token("Yes", math.nan, {"Yes": math.nan, "No": 0.1})), True),
     "above 0": (reply("Yes", token("Yes", 0.9, {"Yes": 3.5, "No": 1.2})), True),
+    "after temperature 0": (reply("Yes", token("Yes", 1.0, {"Yes": 1.0, "No": -math.inf, "I": -9999.0})), True),
+    "the chosen token alone": (reply("No", token("No", 1.0, {"No": 1.0})), False),
     "all 0": (reply("Yes", token("Yes", 1.0, {"Yes": 1.0, "No": 1.0})), True),
     "its own is unknown": (reply("Yes", token("Yes", -9999.0, {"No": 0.05})), True),
     "its own is null": (reply("Yes", token("Yes", None, {"No": 0.05})), True),
@@ -342,6 +370,10 @@ CERTAINTIES = {  # name: (reply, whether it is yes), where only the text is know
     "reasoning apart": (reply("Yes", reasoning_content="No?"), True),
     "reasoning apart, its tokens alone listed": (reply("No", *spoken("Yes", " then"), reasoning="Yes then"), False),
     "in a tag": (reply("<answer>No</answer>"), False),
+    **{f"after <{name}>": (reply(f"<{name}>Yes</{name}>No"), False)
+       for name in ("reason", "analysis", "reflection", "scratchpad", "seed:think")},
+    "OpenThinker": (reply("<|begin_of_thought|>Yes<|end_of_thought|>\n<|begin_of_solution|>No"), False),
+    "Gemma": (reply("<|channel>thought\nYes<channel|>No"), False),
     "before a special token": (reply("Yes<|im_end|>"), True),
     "gpt-oss": (reply("<|channel|>analysis<|message|>No<|end|><|start|>assistant<|channel|>final<|message|>Yes"), True),
 }
@@ -355,6 +387,7 @@ THOUGHTS = {  # name: (reply, the answer as it came)
     "hidden": (reply(""), '{"content": ""}'),
     "Kimi": (reply("◁think▷So"), "◁think▷So"),
     "gpt-oss": (reply("<|channel|>"), "<|channel|>"),
+    "Gemma": (reply("<|channel>"), "<|channel>"),
 }
 
 
@@ -413,7 +446,7 @@ def test_more_for_each_request(server, folders, capsys):
     http_judge(url, "m", extra=json.dumps(extra))("?", [[f"{folders[0]}/00000.png"]])
     request = asked[-1][1]
     assert extra.items() <= request.items() and request["temperature"] == 0
-    for wrong in ("max_tokens=5", "[1]", "3", '"a"'):
+    for wrong in ("max_tokens=5", "[1]", '[["a", 1]]', "3", '"a"'):
         refuses(capsys, lambda: http_judge(url, "m", extra=wrong), f"--judge-extra {wrong}", "JSON object")
 
 
@@ -428,6 +461,12 @@ def test_pictures_are_sent_as_what_they_are(server, tmp_path):
         content = base64.b64decode(data)
         assert head == f"data:image/{sent};base64" and Image.open(io.BytesIO(content)).format == sent.upper()
         assert (content == (tmp_path / "picture.jpg").read_bytes()) == (kind in ("PNG", "JPEG", "WEBP"))
+    for kind in ("PNG", "WEBP"):  # an animated one as its first frame
+        picture.save(tmp_path / "picture.jpg", kind, save_all=True, append_images=[picture.rotate(90)], lossless=True)
+        http_judge(url, "m")("?", [[str(tmp_path / "picture.jpg")]])
+        content = base64.b64decode(asked[-1][1]["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2])
+        sent = Image.open(io.BytesIO(content))
+        assert not getattr(sent, "is_animated", False) and np.array_equal(sent, picture)
     picture.quantize(8).save(tmp_path / "picture.jpg", "PNG")
     http_judge(url, "m")("?", [[str(tmp_path / "picture.jpg")]])
     content = base64.b64decode(asked[-1][1]["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2])

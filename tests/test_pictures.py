@@ -29,7 +29,7 @@ def test_the_parts_of_a_sum_are_drawn_in_units_of_their_deviation(tmp_path, monk
     drawn, honest = [], pictures.png
     monkeypatch.setattr(pictures, "png", lambda figure: drawn.append(figure) or honest(figure))
     parts = {"A": ([5, 7, 6], [0.01, 0.02, 0.01]), "f.py:b_std": ([100, 100, 100], [0, 0, 0]),
-             "c": ([None, 1, 2], [None, 3, 4]), "d": ([None] * 3, [None] * 3)}
+             "$\\foo$": ([None, 1, 2], [None, 3, 4]), "d": ([None] * 3, [None] * 3)}
     lines = [{"step": i + 1, "loss": 1.0, "reward": 1.0, "reward_std": 2.0,
               **{f"reward/{name}": mean[i] for name, (mean, _) in parts.items()},
               **{f"reward/{name}_std": std[i] for name, (_, std) in parts.items()}} for i in range(3)]
@@ -38,7 +38,7 @@ def test_the_parts_of_a_sum_are_drawn_in_units_of_their_deviation(tmp_path, monk
         pictures.plot_curves(tmp_path)
     (axis,) = [axis for axis in drawn[0].axes if axis.get_title().startswith("parts of the reward")]
     curves = {line.get_label(): line.get_xydata() for line in axis.lines}
-    names = "reward/A: from 5, unit 0.01", "reward/f.py:b_std: from 100, unit 1", "reward/c: from 1, unit 3"
+    names = "reward/A: from 5, unit 0.01", "reward/f.py:b_std: from 100, unit 1", "reward/$\\foo$: from 1, unit 3"
     assert (*curves,) == names
     expected = [[1, 0], [2, 200], [3, 100]], [[1, 0], [2, 0], [3, 0]], [[2, 0], [3, 1 / 3]]
     for curve, points in zip(curves.values(), expected):
@@ -86,6 +86,8 @@ KINDS = {  # name: (save(file), suffix, what people see)
     "float to 1": (lambda f: Image.fromarray(GRAY.astype(np.float32) / 255).save(f), ".tif", rgb(GRAY)),
     "float to 255": (lambda f: Image.fromarray(GRAY.astype(np.float32)).save(f), ".tif", rgb(GRAY)),
     "float to 65535": (lambda f: Image.fromarray(GRAY.astype(np.float32) * 257).save(f), ".tif", rgb(GRAY)),
+    "float to 1, rounded": (lambda f: Image.fromarray(GRAY.astype(np.float32) / 254.9999 - 1e-6).save(f), ".tif",
+                            rgb(GRAY)),
     "palette": (lambda f: Image.fromarray(COLOUR // 64 * 64).quantize(256).save(f), ".png", COLOUR // 64 * 64),
     "gif": (lambda f: Image.fromarray(GRAY).save(f), ".gif", rgb(GRAY)),
     "animated gif": (lambda f: Image.fromarray(GRAY).save(
@@ -183,6 +185,7 @@ def test_a_twin_has_the_distance_0(tmp_path):
     (lambda f: f.write_text("<html>"), "cannot be read"),
     (lambda f: (Image.fromarray(COLOUR).save(f), f.write_bytes(f.read_bytes()[:-400])), "cannot be read"),
     (lambda f: Image.fromarray(GRAY.astype(np.float32) - 1).save(f, "TIFF"), "numbers"),
+    (lambda f: Image.fromarray(GRAY.astype(np.float32) / 200).save(f, "TIFF"), "numbers, 0 to 1.2"),
     (lambda f: Image.fromarray(np.full((2, 2), np.nan, np.float32)).save(f, "TIFF"), "numbers"),
     (lambda f: Image.fromarray(GRAY.astype(np.int32) * 1000).save(f, "TIFF"), "numbers"),
     (lambda f: Image.new("1", (10_000, 10_000)).save(f), "pixels"),
@@ -211,6 +214,20 @@ def test_what_else_is_in_a_folder_is_counted(tmp_path, capsys):
     Image.fromarray(COLOUR).save(tmp_path / "9.png")
     with pytest.raises(InputError, match="9.jpg and 9.png have one name"):
         pictures.read_folder(str(tmp_path))
+
+
+def test_equal_pixels_of_another_size_are_another_picture(tmp_path):
+    for name, size in (("wide", (8, 4)), ("high", (4, 8))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    assert len({row["hash"] for row in pictures.read_folder(str(tmp_path))}) == 2
+
+
+def test_a_seed_may_be_anything(tmp_path):
+    Image.fromarray(COLOUR).save(tmp_path / "0.png")
+    line = json.dumps({"file": "0.png", "prompt": "a red star", "seed": [0, {}]}) + "\n"
+    (tmp_path / "samples.jsonl").write_text(line * 2)
+    assert [row["key"] for row in pictures.read_folder(str(tmp_path))] == [
+        ("a red star", "[0, {}]", 1), ("a red star", "[0, {}]", 2)]
 
 
 def test_a_folder_of_folders_says_so(tmp_path, capsys):
