@@ -103,7 +103,8 @@ def pair_folders(dirs: tuple[str, ...], prompts: str | None) -> tuple[Folders, s
         names = sorted({row["name"] for row in chain(*read.values())}, key=natural)
         given = read_prompts(prompts, "--prompts") if prompts else []
         if prompts and len(given) != len(names):
-            raise cli.InputError(f"--prompts {prompts}: {len(given)} prompts for {len(names)} names; give one for each")
+            raise cli.InputError(f"--prompts {prompts}: {len(given)} prompts for {len(names)} names; give one for each"
+                                 " name, and the files of a pair one name")
         sources = dict(zip(names, given))
         for row in sorted(chain(*read.values()), key=lambda row: not row["prompt"]):  # first those that have one
             source = sources.setdefault(row["name"], row)
@@ -125,7 +126,7 @@ def pair_folders(dirs: tuple[str, ...], prompts: str | None) -> tuple[Folders, s
     size = folders[dirs[0]][0]["size"]
     for row in chain(*folders.values()):
         if row["size"] != size:
-            raise cli.InputError(f"{row['file']}: has the size {row['size']}, others {size}; compare one size")
+            raise cli.InputError(f"{row['file']}: has the size {row['size']}, others {size}; bring all to one size")
     return folders, note
 
 

@@ -201,7 +201,10 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
             first = list(pool.map(request, jobs[:0 if "" in told else 3]))
             if first and all(error for _, error in first):
                 _, lost = request(("Answer yes.", []))  # is it the pictures, or the server?
-                hint = "" if lost[:4] == "the " else f"; check model {model}, OPENAI_API_KEY, URL (most end in /v1)"
+                later = "try again later, or " if lost.startswith("status 429") else ""
+                field = ", --judge-extra" if flag == "--judge" else ""
+                hint = f"; {later}check model {model}, OPENAI_API_KEY, URL (most end in /v1){field}"
+                hint = "" if lost[:4] == "the " else hint
                 if lost:
                     raise InputError(f"{flag} {url}: {lost}{hint}")
             for answer, error in chain(first, pool.map(request, jobs[len(first):])):
@@ -303,8 +306,10 @@ def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> li
         real = [i for i, label in labels.items() if str(label) == real_label]
         fake = [i for i in labels if i not in real]
     if not (real and fake or len(labels) == 1 and (real or fake and real_label is None)):
-        raise InputError(f"--forensic {name} --real-label {real_label}: which of its labels means a real picture? Give "
-                         f"one of {', '.join(map(str, [*labels.values()][:8]))} as --real-label")
+        given = "" if real_label is None else f" --real-label {real_label}"
+        advice = '; if that means a fake, call it "fake" in id2label of its config.json' if len(labels) == 1 else ""
+        raise InputError(f"--forensic {name}{given}: which of its labels means a real picture? Give one of "
+                         f"{', '.join(map(str, [*labels.values()][:8]))} as --real-label{advice}")
     return real
 
 
