@@ -68,10 +68,9 @@ def read_fields(content: bytes, suffix: str) -> list[dict]:
     if re.match(r"\s*(<!doctype|<html|version https://git-lfs)", text, re.I):
         raise ValueError("a web page, or a pointer of git-lfs, is there in place of the file: download it again")
     lines = [line.strip() for line in re.split("\r\n?|\n", text) if line.strip()]
-    if (listed := read_json(text, list)) is not None:
-        return [row if isinstance(row, dict) else {"prompt": row} for row in listed]
-    if (whole := read_json(text, dict)) is not None:
-        return [whole]
+    if (whole := read_json(text, (list, dict))) is not None:
+        rows = whole if isinstance(whole, list) else [whole]
+        return [row if isinstance(row, dict) else {"prompt": row} for row in rows]
     named_json, is_table = suffix in (".json", ".jsonl"), suffix in (".csv", ".tsv")
     rows = [read_json(line, (dict, str) if named_json else dict) for line in lines]
     is_json = [row is not None for row in rows]
