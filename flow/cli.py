@@ -92,10 +92,19 @@ def loading(flag: str, name: str, or_else: str = "", needs: tuple[str, ...] = ()
     advice = (f"no such folder is here, so it needs {' and '.join(dict.fromkeys(needs or (name,)))} from "
               f"huggingface.co: if gated, accept the licence there and `hf auth login`; if offline, {offline}")
     if Path(name).is_dir():
+        others = other_versions()
         advice = "the folder is broken, holds another kind of model, or needs the package that the error names"
-    if Path(name).is_dir() and (others := other_versions()):
-        advice = f"here are {others}: pip install -r requirements.txt"
+        advice = f"here are {others}: pip install -r requirements.txt" if others else advice
     return on_error(f"{flag} {name}: cannot be loaded", f"; {advice}")
+
+
+def load_whole(cls, name: str, **options):
+    """cls.from_pretrained(name), frozen and in eval mode. ValueError if `name` lacks some of its weights: transformers
+    would make them random."""
+    model, info = cls.from_pretrained(name, output_loading_info=True, **options)
+    if info["missing_keys"]:
+        raise ValueError(f"it lacks weights of {type(model).__name__}: {min(info['missing_keys'])}")
+    return model.eval().requires_grad_(False)
 
 
 def other_versions() -> str:

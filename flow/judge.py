@@ -1,10 +1,8 @@
-"""Judges of pictures: a vision-language model's answers, a reader of text, detectors of generated pictures, the Frechet
-distance.
+"""Judges of pictures: a vision-language model's answers, detectors of generated pictures, the Frechet distance.
 
 A vision-language judge is a function ask(question, [[file, ...], ...]) -> [answer, ...] about one or two pictures each.
 `question` is one for all or a list. An answer is its likeliest first tokens with log-probabilities, or a word with 0.0.
 """
-import base64
 import contextlib
 import json
 import math
@@ -22,9 +20,9 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.cli import InputError, loading, on_error, progress
+from flow.cli import InputError, load_whole, loading, on_error, progress
 from flow.distributed import base_dtype
-from flow.pictures import encode, open_picture, to_image
+from flow.pictures import encode, open_picture, to_data_url, to_image
 
 Answer = list[tuple[str, float]]
 CERTAIN = -math.log(1e-9)  # what read_answer gives, or minus that, for an answer without probabilities
@@ -55,7 +53,7 @@ def local_judge(name: str, device: torch.device, flag: str = "--judge") -> Calla
     """A judge in this process, which answers a batch in one forward pass. An InputError names `flag`."""
     with loading(flag, name, "http://HOST:PORT/v1, " if flag == "--judge" else ""):
         processor = transformers.AutoProcessor.from_pretrained(name)
-        model = load_whole(transformers.AutoModelForImageTextToText, flag, name, device, base_dtype(device))
+        model = load_whole(transformers.AutoModelForImageTextToText, name, dtype=base_dtype(device)).to(device)
     if not processor.chat_template:
         raise InputError(f"{flag} {name}: has no chat template; give an instruction-tuned model")
 
@@ -158,7 +156,7 @@ def data_url(file: str) -> str:
         kind, content = opened.format, Path(file).read_bytes()
     if not is_plain or is_turned or kind not in ("PNG", "JPEG", "WEBP"):
         kind, content = "PNG", encode(open_picture(file))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
+    return to_data_url(content, kind)
 
 
 def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, flag="--judge", extra="{}") -> Callable:
@@ -201,12 +199,13 @@ def http_judge(url: str, model: str, timeout=60.0, retries=3, concurrency=8, fla
             first = list(pool.map(request, jobs[:0 if "" in told else 3]))
             if first and all(error for _, error in first):
                 _, lost = request(("Answer yes.", []))  # is it the pictures, or the server?
-                later = "try again later, or " if lost.startswith("status 429") else ""
-                field = ", --judge-extra" if flag == "--judge" else ""
-                hint = f"; {later}check model {model}, OPENAI_API_KEY, URL (most end in /v1){field}"
-                hint = "" if lost[:4] == "the " else hint
+                if lost.startswith("the "):  # model or answer: it says what to do
+                    raise InputError(f"{flag} {url}: {lost}")
                 if lost:
-                    raise InputError(f"{flag} {url}: {lost}{hint}")
+                    later = "try again later, or " if lost.startswith("status 429") else ""
+                    field = ", --judge-extra" if flag == "--judge" else ""
+                    raise InputError(f"{flag} {url}: {lost}; {later}check model {model}, OPENAI_API_KEY, URL (most end "
+                                     f"in /v1){field}")
             for answer, error in chain(first, pool.map(request, jobs[len(first):])):
                 if error and flag != "--judge":  # a reward needs them all
                     raise InputError(f"{flag} {url}: {error}")
@@ -225,48 +224,6 @@ REAL = {"real", "human", "natural", "authentic"} | NOT
 FAKE = {"fake", "artificial", "ai", "generated", "synthetic"} | NOT
 
 
-def load_ocr() -> Callable:
-    """The reward `ocr` as score(images (b, 3, h, w) in [0, 1], prompts, metadata) -> (b,): how well the wanted text can
-    be read in a picture. As flow_grpo's ocr.py: 1 if it is part of what is read, else 1 - edit distance / its length,
-    at least 0. Spaces and case do not count."""
-    with on_error("--reward ocr: cannot be loaded", "; pip install rapidocr-onnxruntime==1.4.4"):
-        from rapidocr_onnxruntime import RapidOCR  # an optional package
-        read = RapidOCR()
-
-    def score(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
-        scores = []
-        for image, prompt, fields in zip(images, prompts, metadata):
-            lines, _ = read(to_image(image), use_cls=False)  # as it is, not turned by 180 degrees
-            found = "".join("".join(text.lower().split()) for _, text, _ in lines or ())
-            wanted = "".join(wanted_text(prompt, fields).lower().split())
-            distance = 0 if wanted in found else min(edit_distance(wanted, found), len(wanted))
-            scores.append(1 - distance / len(wanted))
-        return torch.tensor(scores)
-
-    score.check = lambda rows: [wanted_text(row["prompt"], row["metadata"]) for row in rows]
-    return score
-
-
-def wanted_text(prompt: str, metadata: dict) -> str:
-    """The text that a picture is to show: `text` of the prompt's metadata, else the first in double quotes."""
-    given, quoted = metadata.get("text"), re.findall('(?<![0-9])["“„«「]([^"“”„«»「」]*)["”“»」]', prompt)
-    is_given = isinstance(given, (str, int, float)) and given == given  # NaN is an empty cell
-    for text in filter(str.strip, [str(given), *quoted] if is_given else quoted):
-        return text
-    raise InputError(f"--reward ocr: the prompt {prompt!r} has no text in double quotes, nor a field `text` in its row "
-                     "of the prompt file; it needs one of them")
-
-
-def edit_distance(a: str, b: str) -> int:
-    """The least number of characters to insert, delete or replace that makes b of a (Levenshtein 1966)."""
-    row = list(range(len(b) + 1))  # from the empty text to each beginning of b
-    for i, x in enumerate(a):
-        last, row = row, [i + 1]
-        for j, y in enumerate(b):
-            row.append(min(last[j] + (x != y), last[j + 1] + 1, row[j] + 1))
-    return row[-1]
-
-
 def load_forensic(name: str, real_label: str | None, device: torch.device) -> Callable[[list[str]], Tensor]:
     """A detector (any image classifier): a function of files -> P(real), (b,), as transformers' own pipeline says."""
     with loading("--forensic", name):
@@ -274,7 +231,7 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
             processor = transformers.AutoImageProcessor.from_pretrained(name)
         except ValueError:  # detectors of 2022 name a class that transformers 5 no longer has
             processor = transformers.ViTImageProcessorPil.from_pretrained(name)
-        net = load_whole(transformers.AutoModelForImageClassification, "--forensic", name, device)
+        net = load_whole(transformers.AutoModelForImageClassification, name, dtype=torch.float32).to(device)
     real = real_labels(name, net.config.id2label, real_label)
 
     @torch.no_grad()
@@ -286,15 +243,6 @@ def load_forensic(name: str, real_label: str | None, device: torch.device) -> Ca
         scores = logits if kind == "regression" else logits.sigmoid()
         return scores[:, real].amax(1) if real else 1 - scores[:, 0]  # a single label may mean a fake
     return score
-
-
-def load_whole(kind, flag: str, name: str, device: torch.device, dtype=torch.float32) -> torch.nn.Module:
-    """A network of this kind. Raises InputError if `name` lacks some of its weights: these would be random."""
-    net, info = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    if lacking := sorted(info["missing_keys"]):
-        raise InputError(f"{flag} {name}: lacks weights of {type(net).__name__}, such as {lacking[0]}; give a model "
-                         "that has them")
-    return net.eval().requires_grad_(False).to(device)
 
 
 def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> list[int]:
@@ -316,7 +264,7 @@ def real_labels(name: str, labels: dict[int, str], real_label: str | None) -> li
 def load_embed(model: str, device: torch.device):
     """(network, processor) of a CLIPModel, or of a vision model with a pooler_output (ResNet, DINOv2, ...)."""
     with loading("--embed", model):
-        net = load_whole(transformers.AutoModel, "--embed", model, device)
+        net = load_whole(transformers.AutoModel, model, dtype=torch.float32).to(device)
         embed = net, transformers.AutoImageProcessor.from_pretrained(model)
         embed_images(embed, torch.zeros(1, 3, 64, 64))  # an error now if it has no pooled features
         return embed

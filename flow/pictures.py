@@ -1,11 +1,10 @@
-"""Pictures as files: PNGs, grids, GIFs of videos, a run's curves and card, and the folders of sample.py."""
+"""Pictures as files: PNGs, grids, GIFs of videos, a run's curves, and the folders of sample.py."""
 import base64
 import hashlib
 import io
 import json
 import math
 import re
-import shlex
 import textwrap
 import warnings
 from collections import Counter
@@ -75,6 +74,11 @@ def encode(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
     content = io.BytesIO()
     picture.save(content, kind, **options)
     return content.getvalue()
+
+
+def to_data_url(content: bytes, kind: str) -> str:
+    """A picture file's content as a data: URL. kind: PNG, JPEG or WEBP."""
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content).decode()}"
 
 
 def earlier_samples(out: str) -> list[Path]:
@@ -212,36 +216,6 @@ def summarize(out: Path) -> str:
     return ", ".join(parts)
 
 
-def model_card(method: str, args, eval_prompts: list[dict]) -> str:
-    """lora/README.md: a model card for the hub. The user chooses the licence."""
-    command, defaults = ["python", f"train_{method}.py"], vars(type(args)())
-    for name, value in vars(args).items():
-        flag = name.replace("_", "-")
-        if value != defaults[name] and isinstance(value, bool):
-            command.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value != defaults[name]:
-            command += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
-    model, base_model = args.model, f"base_model: {args.model}\n"
-    if Path(model).is_dir():  # the hub does not know a folder
-        model, base_model = Path(model).name, ""
-    guard = f" and NormGuard (arXiv 2606.27771), lam {args.lam}" if args.lam != 0 else ""
-    start = f", from the LoRA `{Path(args.init_lora).name}`" if args.init_lora else ""
-    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(row["prompt"] for row in eval_prompts[:4]))
-    return f"""---
-{base_model}library_name: diffusers
-tags: [lora, diffusers, {'normguard, ' if guard else ''}{method}]
----
-A LoRA of rank {args.rank} and alpha {args.rank} for `{model}`
-(`pipe.load_lora_weights(FOLDER)`), trained for the reward `{args.reward}` with {method.upper()}{guard}{start}:
-
-    {shlex.join(command)}
-
-Prompts to try:
-
-{prompts}
-"""
-
-
 def page(report: dict, folders: list[list[str]]) -> str:
     """report.html: the template with the report and each folder's first 256 pictures in it, so that it needs no other
     file. Pictures larger than 128 pixels are JPEGs, shrunk so that the page has less than 20 MB."""
@@ -252,7 +226,7 @@ def page(report: dict, folders: list[list[str]]) -> str:
         picture = open_picture(file)
         kind = "PNG" if max(picture.size) <= 128 < side else "JPEG"
         picture.thumbnail((side, side))
-        return f"data:image/{kind.lower()};base64,{base64.b64encode(encode(picture, kind, quality=80)).decode()}"
+        return to_data_url(encode(picture, kind, quality=80), kind)
 
     pictures = [list(map(uri, folder)) for folder in folders]
     content = to_json({**report, "pictures": pictures}).replace("<", "\\u003c")  # so that nothing ends the script

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor, CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from flow.cli import InputError, loading, on_error, quiet_libraries, reason
+from flow.cli import InputError, load_whole, loading, on_error, quiet_libraries, reason
 from flow.pictures import to_bytes, to_image
 from flow.prompts import warn_cut
 
@@ -203,7 +203,6 @@ def load_part(name: str, device: torch.device, differentiable: bool, question: s
     if name.startswith("vlm:"):
         return load_vlm(name, device, question or VLM_QUESTION)
     if name == "ocr":
-        from flow.judge import load_ocr  # here, so that other rewards run without that file
         return load_ocr()
     if name.endswith(".py"):
         raise InputError(f"--reward {name}: which function of it? Give {name}:FUNCTION")
@@ -295,6 +294,48 @@ def load_vlm(name: str, device: torch.device, question: str) -> Callable:
     return score
 
 
+def load_ocr() -> Callable:
+    """The reward `ocr` as score(images (b, 3, h, w) in [0, 1], prompts, metadata) -> (b,): how well the wanted text can
+    be read in a picture. As flow_grpo's ocr.py: 1 if it is part of what is read, else 1 - edit distance / its length,
+    at least 0. Spaces and case do not count."""
+    with on_error("--reward ocr: cannot be loaded", "; pip install rapidocr-onnxruntime==1.4.4"):
+        from rapidocr_onnxruntime import RapidOCR  # an optional package
+        read = RapidOCR()
+
+    def score(images: Tensor, prompts: list[str], metadata: list[dict]) -> Tensor:
+        scores = []
+        for image, prompt, fields in zip(images, prompts, metadata):
+            lines, _ = read(to_image(image), use_cls=False)  # as it is, not turned by 180 degrees
+            found = "".join("".join(text.lower().split()) for _, text, _ in lines or ())
+            wanted = "".join(wanted_text(prompt, fields).lower().split())
+            distance = 0 if wanted in found else min(edit_distance(wanted, found), len(wanted))
+            scores.append(1 - distance / len(wanted))
+        return torch.tensor(scores)
+
+    score.check = lambda rows: [wanted_text(row["prompt"], row["metadata"]) for row in rows]
+    return score
+
+
+def wanted_text(prompt: str, metadata: dict) -> str:
+    """The text that a picture is to show: `text` of the prompt's metadata, else the first in double quotes."""
+    given, quoted = metadata.get("text"), re.findall('(?<![0-9])["“„«「]([^"“”„«»「」]*)["”“»」]', prompt)
+    is_given = isinstance(given, (str, int, float)) and given == given  # NaN is an empty cell
+    for text in filter(str.strip, [str(given), *quoted] if is_given else quoted):
+        return text
+    raise InputError(f"--reward ocr: the prompt {prompt!r} has no text in double quotes, nor a field `text` in its row "
+                     "of the prompt file; it needs one of them")
+
+
+def edit_distance(a: str, b: str) -> int:
+    """The least number of characters to insert, delete or replace that makes b of a (Levenshtein 1966)."""
+    row = list(range(len(b) + 1))  # from the empty text to each beginning of b
+    for i, x in enumerate(a):
+        last, row = row, [i + 1]
+        for j, y in enumerate(b):
+            row.append(min(last[j] + (x != y), last[j + 1] + 1, row[j] + 1))
+    return row[-1]
+
+
 def load_clip(name: str, device: torch.device, differentiable: bool = False) -> Callable:
     """PickScore's formula (arXiv 2305.01569) for any CLIPModel: exp(logit_scale) cos(image, text) / 26. For clipscore
     and hpsv2.1 the cosine alone; for aesthetic what a head makes of the image's embedding."""
@@ -304,9 +345,7 @@ def load_clip(name: str, device: torch.device, differentiable: bool = False) -> 
         clip = CLIPModel(CLIPConfig(**VIT_H_CONFIG))
         clip.load_state_dict(from_open_clip(state["state_dict"]))
     else:
-        clip, info = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-        if info["missing_keys"]:  # they would be random
-            raise ValueError(f"it lacks the weights {min(info['missing_keys'])}")
+        clip = load_whole(AutoModel, model, dtype=torch.float32)
     if head:  # github.com/christophschuhmann/improved-aesthetic-predictor; no activation between its layers
         state = torch.load(hf_hub_download(*head, "sac+logos+ava1-l14-linearMSE.pth"), "cpu", weights_only=True)
         linear, dropout = torch.nn.Linear, torch.nn.Dropout()

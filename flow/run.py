@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import math
+import shlex
 import sys
 import uuid
 import zipfile
@@ -22,7 +23,7 @@ from flow import cli
 from flow.cli import InputError, append, check_flags, check_place, fingerprint, make_dir, reading, to_json, write_files
 from flow.distributed import PROCESSES, RANK, barrier, base_dtype, local_slice, move_to_cpu, shutdown
 from flow.lora import check_compiler, lora_rank, quantization, save_lora, swapped
-from flow.pictures import digits, epochs_logged, model_card, plot_curves, read_log, summarize
+from flow.pictures import digits, epochs_logged, plot_curves, read_log, summarize
 from flow.pipeline import encode_prompts, load_pipeline
 from flow.prompts import eval_file, warn_unsuitable
 from flow.rewards import KEY, load_reward, reward_model, short_reward, split_reward
@@ -311,6 +312,36 @@ def log_line(out: Path, line: dict, picture: Path | None = None):
 
 
 # ---------------------------------------------------------------- checkpoint
+
+def model_card(method: str, args, eval_prompts: list[dict]) -> str:
+    """lora/README.md: a model card for the hub. The user chooses the licence."""
+    command, defaults = ["python", f"train_{method}.py"], vars(type(args)())
+    for name, value in vars(args).items():
+        flag = name.replace("_", "-")
+        if value != defaults[name] and isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value != defaults[name]:
+            command += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    model, base_model = args.model, f"base_model: {args.model}\n"
+    if Path(model).is_dir():  # the hub does not know a folder
+        model, base_model = Path(model).name, ""
+    guard = f" and NormGuard (arXiv 2606.27771), lam {args.lam}" if args.lam != 0 else ""
+    start = f", from the LoRA `{Path(args.init_lora).name}`" if args.init_lora else ""
+    prompts = "\n".join(f"- {prompt}" for prompt in dict.fromkeys(row["prompt"] for row in eval_prompts[:4]))
+    return f"""---
+{base_model}library_name: diffusers
+tags: [lora, diffusers, {'normguard, ' if guard else ''}{method}]
+---
+A LoRA of rank {args.rank} and alpha {args.rank} for `{model}`
+(`pipe.load_lora_weights(FOLDER)`), trained for the reward `{args.reward}` with {method.upper()}{guard}{start}:
+
+    {shlex.join(command)}
+
+Prompts to try:
+
+{prompts}
+"""
+
 
 def save_checkpoint(out: Path, method: str, args, pipe, eval_prompts: list[dict], params: list, optimizer, *,
                     epoch: int, step: int, skipped: int, skipped_in_a_row: int, ema: list | None, **copies: list):

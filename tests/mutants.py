@@ -144,7 +144,7 @@ MUTANTS = [  # file, old text (once in it), new text, tests
     ("train_awm.py", "reward.weighted(scores / deviations)", "reward.weighted(scores)", "normalized"),
     ("train_dpo.py", "optimizer, variances=variances, ema=ema)", "optimizer, ema=ema)", "normalized"),
     ("flow/rewards.py", "sorted(scores.keys() - {key}, key=str))", "[])", "dicts"),
-    ("flow/judge.py", "0 if wanted in found else ", "", "ocr"),
+    ("flow/rewards.py", "0 if wanted in found else ", "", "ocr"),
     ("flow/rewards.py", "clip.head(out.image_embeds)", "clip.head(out.text_embeds)", "ocr"),
     # the judge, the detector
     ("flow/judge.py", "top.append((text, own if own > -100 else math.nan))", "pass", "judge"),

@@ -1,4 +1,5 @@
 """Tests of picture files, grids, folders of pictures, and the curves of a run."""
+import base64
 import json
 import struct
 import time
@@ -131,7 +132,7 @@ def test_a_picture_is_read_as_people_see_it(kind, tmp_path):
     assert torch.equal(pictures.load_pictures([file])[0], torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255)
     assert [row["size"] for row in pictures.read_folder(str(tmp_path))] == [(30, 20)]
     sent = tmp_path / "sent"
-    sent.write_bytes(judge.base64.b64decode(judge.data_url(file).split(",")[1]))
+    sent.write_bytes(base64.b64decode(judge.data_url(file).split(",")[1]))
     with Image.open(sent) as opened:  # needs nothing but 8-bit RGB
         assert opened.mode in ("L", "RGB") and np.array_equal(opened.convert("RGB"), picture)
         assert judge.data_url(file).startswith(f"data:image/{opened.format.lower()};")

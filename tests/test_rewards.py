@@ -22,9 +22,17 @@ import flow.rewards
 import flow.run
 import sample
 import train_dpo
-from flow.judge import edit_distance, local_judge, read_answer, wanted_text
+from flow.judge import local_judge, read_answer
 from flow.pictures import save_samples, to_image
-from flow.rewards import VLM_QUESTION, load_reward, reward_model, short_reward, split_reward
+from flow.rewards import (
+    VLM_QUESTION,
+    edit_distance,
+    load_reward,
+    reward_model,
+    short_reward,
+    split_reward,
+    wanted_text,
+)
 from tests.families import fast_tokenizer, vocab_size
 from tests.helpers import (
     CPU,

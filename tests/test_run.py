@@ -22,7 +22,6 @@ import train_awm
 import train_dpo
 import train_nft
 from flow import cli, pictures, run
-from flow.pictures import model_card
 from tests.helpers import CPU, SMALL, contents, lora_bytes, lora_weights, metrics, refuses, small_run, timeless
 
 SHORT = dict(epochs=2, group=2, updates=1, steps=3, eval_n=2, save_every=2)
@@ -324,7 +323,7 @@ def test_the_model_card_has_what_the_hub_wants(trained):
 
 
 def test_the_model_card_of_a_hub_model_without_the_guard():
-    card = model_card("nft", train_nft.Args(model="some/model", lam=0.0), [{"prompt": "a red star"}])
+    card = run.model_card("nft", train_nft.Args(model="some/model", lam=0.0), [{"prompt": "a red star"}])
     assert card.startswith("---\nbase_model: some/model\n") and "normguard" not in card.lower()
 
 
