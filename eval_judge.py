@@ -243,6 +243,7 @@ def compare_pairs(dirs: tuple[str, ...], margins: dict[str, Tensor], prompts: li
 # Each scorer loads a model and returns a function that scores a list of jobs, as `cached` takes it.
 
 def reward_scorer(spec: str, device: torch.device, question: str | None, rows: list[dict]) -> Callable:
+    """Its scores are a reward's; it first checks the prompts of `rows`."""
     reward = load_reward(spec, device, question=question)
     reward.check_prompts(rows)
     return lambda jobs: reward(load_pictures([row["file"] for [row] in jobs]),
@@ -250,6 +251,7 @@ def reward_scorer(spec: str, device: torch.device, question: str | None, rows: l
 
 
 def detector_scorer(name: str, real_label: str | None, device: torch.device) -> Callable:
+    """Its scores are a detector's P(real)."""
     detector = judge.load_forensic(name, real_label, device)
     return lambda jobs: detector([row["file"] for [row] in jobs]).tolist()
 
@@ -269,6 +271,7 @@ def judge_scorer(load_judge: Callable, question: str, metric: str, unread: dict[
 
 
 def distance_scorer(name: str, real_rows: list[dict], device: torch.device, batch: int) -> Callable:
+    """Its scores are Frechet distances of a job's pictures to those of real_rows."""
     embed = judge.load_embed(name, device)
 
     def features(rows: list[dict]) -> Tensor:

@@ -71,6 +71,7 @@ def grid_files(path: Path, pictures: Tensor, columns: int, captions: list[str] |
 
 
 def encode(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """The content of a picture's file of this kind. options: of PIL's save."""
     content = io.BytesIO()
     picture.save(content, kind, **options)
     return content.getvalue()

@@ -391,24 +391,26 @@ THOUGHTS = {  # name: (reply, the answer as it came)
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_the_probability_of_an_answer(server, folders, capsys, name):
+def margin_of(server, folders, body) -> float:
+    """The judge's margin of yes and no where the server replies with this body."""
     url, replies, _ = server
-    body, p = FORMS[name]
     replies += [(200, body)]
     top, = http_judge(url, "m")("?", [[f"{folders[0]}/00000.png"]])
-    margin = read_answer(top, "yes", "no")
+    return read_answer(top, "yes", "no")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_probability_of_an_answer(server, folders, capsys, name):
+    body, p = FORMS[name]
+    margin = margin_of(server, folders, body)
     assert 1 / (1 + math.exp(-margin)) == pytest.approx(p, abs=1e-6) and abs(margin) != CERTAIN
     assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", CERTAINTIES)
 def test_an_answer_without_probabilities_is_certain(server, folders, capsys, name):
-    url, replies, _ = server
     body, is_yes = CERTAINTIES[name]
-    replies += [(200, body)]
-    top, = http_judge(url, "m")("?", [[f"{folders[0]}/00000.png"]])
-    assert read_answer(top, "yes", "no") == (CERTAIN if is_yes else -CERTAIN)
+    assert margin_of(server, folders, body) == (CERTAIN if is_yes else -CERTAIN)
     assert not capsys.readouterr().err
 
 
