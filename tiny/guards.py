@@ -1,45 +1,66 @@
-"""What NormGuard's hinge is compared with: other forms of it (claim 9) and rival methods (claim 10).
+"""What NormGuard's hinge is compared with: other velocities and weights of it (claim 9) and rival methods (claim 10).
 
-Most of them are a function that a training script calls instead of `norm_hinge`, and whose result (b,) it weights with
+Some of them are a function that a training script calls instead of `norm_hinge`, and whose result (b,) it weights with
 --lam: rival(v, v_ref, pipe, batch), given to `script.main(args, rival)`. The functions here have one more argument,
 `state`: a dict, empty at the start of a training, in which they keep what they need from step to step.
 
-v and v_ref: velocities (b, ...) of the policy and of the base. `batch` is a dict: x0, noise, xt (b, ...); t (b,);
-prompts, a list of b; picture (b,), the place of each row's picture among the epoch's n pictures; scores (rewards, n) of
-these pictures; step and epoch, both counted from 0.
+v and v_ref: velocities (b, ...) of the policy and of the base, guided ones with --guard-guidance. `batch` is a dict:
+x0, noise, xt (b, ...); t (b,); prompts, a list of b; picture (b,), the place of each row's picture among the epoch's n
+pictures; scores (rewards, n) of these pictures; step and epoch, both counted from 0.
 """
 from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
+from unittest import mock
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
+import sample
+from flow import intercept
 from flow.lora import swapped
 from flow.pipeline import velocity
-from normguard import norm_ratio, velocity_norm
+from normguard import norm_hinge, norm_ratio, reference
 
 LAM = 0.05  # the scripts' default, which is compared with the others
+GUIDANCE = 3  # the guidance scale of "with guidance", and of the guided velocity that is guarded
 
-# ---------------------------------------------------------------- claim 9: other forms of the hinge
+# ---------------------------------------------------------------- guided velocities
 
-def squared(v: Tensor, v_ref: Tensor, *_) -> Tensor:
-    """relu(ratio - 1)^2: its gradient is 0 at the threshold and grows with the excess."""
-    return torch.relu(norm_ratio(v, v_ref) - 1).square()
+@contextmanager
+def true_guidance():
+    """Inside, a guidance scale given for tiny/flux is that of classifier-free guidance, as FluxPipeline calls it
+    `true_cfg_scale`. Outside, it is what the guidance embedding is told; no flag of the scripts sets the other."""
+    original = intercept.guided
+
+    def guided(pipe, guidance: float | None, n: int = 1) -> dict:
+        if guidance is None or not pipe.transformer.config.get("guidance_embeds"):
+            return original(pipe, guidance, n)
+        return {"guidance_scale": 3.5, "true_cfg_scale": guidance, "negative_prompt": [""] * n}
+    with mock.patch.object(intercept, "guided", guided), mock.patch.object(sample, "guided", guided):
+        yield
 
 
-def absolute(v: Tensor, v_ref: Tensor, *_) -> Tensor:
-    """relu(||v|| - ||v_ref||), in units of the latents."""
-    return torch.relu(velocity_norm(v) - velocity_norm(v_ref.detach()))
+def velocities(pipe, batch: dict, guidance: float | None) -> tuple[Tensor, Tensor]:
+    """The batch's velocities of the policy and of the base, (b, ...) each, with this guidance scale (None: without)."""
+    pipe.flow.one_by_one.setdefault(guidance, pipe.flow.one_by_one[None])
+    given = pipe, batch["xt"], batch["t"], batch["prompts"], guidance
+    with reference(pipe.transformer):
+        v_ref = velocity(*given)
+    return velocity(*given), v_ref
 
 
-def per_token(v: Tensor, v_ref: Tensor, *_) -> Tensor:
-    """The mean over tokens of the hinge of each token's norm. A token is a 2x2 patch of (b, c, h, w), or a row of
-    (b, tokens, c)."""
-    if v.ndim == 4:
-        v, v_ref = (rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2) for x in (v, v_ref))
-    ratio = norm_ratio(v.flatten(0, 1), v_ref.flatten(0, 1))  # (b tokens,)
-    return torch.relu(ratio - 1).view(len(v), -1).mean(1)
+# ---------------------------------------------------------------- claim 9: which velocity is guarded
+
+def guided_hinge(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict) -> Tensor:
+    """What --guard-guidance gives the hinge, for a model with a guidance embedding, which the flag refuses."""
+    return norm_hinge(*velocities(pipe, batch, GUIDANCE))
+
+
+def both(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict, weight: float) -> Tensor:
+    """The hinge of the conditional velocity, plus `weight` times that of the guided one, which it is given."""
+    return norm_hinge(*velocities(pipe, batch, None)) + weight * norm_hinge(v, v_ref)
 
 
 # ---------------------------------------------------------------- claim 10: rival penalties
@@ -60,7 +81,7 @@ def ema_kl(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict, decay: floa
         for average, p in zip(state["average"], params):
             average.lerp_(p.detach(), 1 - decay)
         state["step"] = batch["step"]
-    return squared_error(v, velocity_with(state["average"], pipe, batch))
+    return squared_error(v, velocity_with(state["average"], pipe, batch, state.get("guidance")))
 
 
 def gardo(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict, fraction: float = 0.1, max_kl: float = 0.1,
@@ -85,7 +106,8 @@ def gardo(v: Tensor, v_ref: Tensor, pipe, batch: dict, state: dict, fraction: fl
     if not gate.any():
         return torch.zeros_like(gate)
     # scaled, so that its mean over all rows is the KL's over the gated ones
-    kl = gate / gate.mean() * squared_error(v, velocity_with(state["reference"], pipe, batch))
+    v_anchor = velocity_with(state["reference"], pipe, batch, state.get("guidance"))
+    kl = gate / gate.mean() * squared_error(v, v_anchor)
     state["kls"].append(kl.mean().item())
     return kl
 
@@ -102,7 +124,7 @@ def of_rows(values: Tensor, batch: dict, v: Tensor) -> Tensor:
     return values.to(v.device)[batch["picture"].to(v.device)]
 
 
-def squared_error(v: Tensor, v_anchor: Tensor) -> Tensor:
+def squared_error(v: Tensor, v_anchor: Tensor, *_) -> Tensor:
     """The training scripts' velocity KL: (b, ...) -> (b,)."""
     return (v - v_anchor).square().flatten(1).mean(1)
 
@@ -112,10 +134,10 @@ def trained_parameters(pipe) -> list[torch.nn.Parameter]:
     return [p for p in pipe.transformer.parameters() if p.requires_grad]
 
 
-def velocity_with(values: list[Tensor], pipe, batch: dict) -> Tensor:
+def velocity_with(values: list[Tensor], pipe, batch: dict, guidance: float | None = None) -> Tensor:
     """The batch's velocities (b, ...) under other values of the trained parameters, without gradient."""
     with torch.no_grad(), swapped(trained_parameters(pipe), values):
-        return velocity(pipe, batch["xt"], batch["t"], batch["prompts"])
+        return velocity(pipe, batch["xt"], batch["t"], batch["prompts"], guidance)
 
 
 # ---------------------------------------------------------------- how each is trained
@@ -126,17 +148,18 @@ class Variant(NamedTuple):
     rival: Callable | None = None  # instead of NormGuard's hinge
 
 
-# At an excess of 5 %, the squared hinge with lam 0.5 has the gradient of the linear one with lam 0.05. The absolute
-# hinge's lam is that of the relative one over ||v_ref||, which is 30 to 40 here.
-GUARDS = {
-    "lam 0.005": Variant("--lam 0.005"),
-    "lam 0.5": Variant("--lam 0.5"),
-    "squared, lam 0.5": Variant("--lam 0.5", squared),
-    "absolute, lam 0.0015": Variant("--lam 0.0015", absolute),
-    "per token": Variant(f"--lam {LAM}", per_token),
-    "margin 0.02": Variant(f"--lam {LAM} --margin 0.02"),
-    "auto": Variant("--lam auto"),
+OF_GUIDED = f" --guard-guidance {GUIDANCE}"
+GUIDED = {  # the guard of the guided velocity, by base
+    "sd3": Variant(f"--lam {LAM}" + OF_GUIDED),
+    "flux": Variant(f"--lam {LAM}", guided_hinge),
 }
+GUARDS = {f"guided, lam {lam}": Variant(f"--lam {lam}" + OF_GUIDED) for lam in (0.0125, 0.025, 0.1, 0.2)}
+GUARDS |= {f"guided {scale}": Variant(f"--lam {LAM} --guard-guidance {scale}") for scale in (2, 4.5)}
+GUARDS |= {f"plain, lam {lam}": Variant(f"--lam {lam}") for lam in (0.2, 0.5)}
+GUARDS |= {f"both, guided times {weight}": Variant(f"--lam {LAM}" + OF_GUIDED, partial(both, weight=weight))
+           for weight in (0.25, 1)}
+GUARDS |= {"guided, margin 0.1": Variant(f"--lam {LAM} --margin 0.1" + OF_GUIDED)}
+AUTO = Variant("--lam auto")
 
 
 class Rival(NamedTuple):
@@ -146,20 +169,29 @@ class Rival(NamedTuple):
     sampling: str = ""  # flags of sample.py
     none: float = 0.0  # the strength that is the unguarded model
     dpo: tuple[float, ...] = ()  # strengths with DPO, whose gradient is about 3 times larger, if they are others
+    corners: tuple[str, ...] = ("sd3, pickscore", "flux, hps")  # where it is measured
 
     def strengths_of(self, method: str) -> tuple[float, ...]:
         """The strengths that are measured with a method."""
         return self.dpo if self.dpo and method == "dpo" else self.strengths
 
 
+# "guided": of the guided velocity, whose squared error is about 6 times larger
+TWO_REWARDS = " --reward tiny/{reward}:1,tiny/{other}:0"
+SD3 = ("sd3, pickscore",)
 RIVALS = {
     "velocity KL": Rival((0.03, 0.055, 0.1), Variant("--lam 0 --kl {s}"), dpo=(0.05, 0.1, 0.3)),
+    "guided velocity KL": Rival((0.005, 0.012, 0.03), Variant("--lam {s}" + OF_GUIDED, squared_error),
+                                dpo=(0.008, 0.02, 0.05), corners=SD3),
+    "EMA-KL": Rival((0.1, 0.3), Variant("--lam {s}", ema_kl), dpo=(0.1, 1)),
+    "guided EMA-KL": Rival((0.015, 0.05), Variant("--lam {s}" + OF_GUIDED, ema_kl), dpo=(0.015, 0.15), corners=SD3),
+    "KL and guard": Rival((0.03,), Variant(f"--lam {LAM} --kl {{s}}"), dpo=(0.05,)),
+    "KL and guided guard": Rival((0.03,), Variant(f"--lam {LAM} --kl {{s}}" + OF_GUIDED), dpo=(0.05,), corners=SD3),
     "two-sided": Rival((0.05, 0.2), Variant("--lam {s}", two_sided), dpo=(0.2, 0.8)),
-    "EMA-KL": Rival((0.1, 0.17, 0.3), Variant("--lam {s}", ema_kl), dpo=(0.1, 0.3, 1)),
-    "lower lr": Rival((0.8, 0.5), Variant("--lam 0 --lr {lr}"), none=1),
-    "clipping": Rival((0.001,), Variant("--lam 0 --max-grad-norm {s}")),
-    "GARDO": Rival((0.1, 0.3), Variant("--lam {s} --reward tiny/{reward}:1,tiny/{other}:0", gardo)),
+    "guided two-sided": Rival((0.025, 0.05), Variant("--lam {s}" + OF_GUIDED, two_sided), dpo=(0.05, 0.2), corners=SD3),
     "CRD": Rival((0.05, 0.15), Variant("--lam {s}", crd), dpo=(0.15, 0.5)),
-    "LoRA scaled": Rival((0.9, 0.8, 0.65), sampling="--lora-scale {s}", none=1),
-    "projected": Rival((1,), sampling="--renorm project"),
+    "guided CRD": Rival((0.01, 0.03), Variant("--lam {s}" + OF_GUIDED, crd), dpo=(0.02, 0.05), corners=SD3),
+    "GARDO": Rival((0.1, 0.3), Variant("--lam {s}" + TWO_REWARDS, gardo)),
+    "guided GARDO": Rival((0.015, 0.05), Variant("--lam {s}" + OF_GUIDED + TWO_REWARDS, gardo), corners=SD3),
+    "LoRA scaled": Rival((0.8, 0.65), sampling="--lora-scale {s}", none=1),
 }

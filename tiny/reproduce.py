@@ -5,18 +5,20 @@
     python tiny/reproduce.py --bases sd3 --methods awm --rewards pickscore --seeds 0 --only 4
     python tiny/reproduce.py --smoke                    # a toy version in runs/smoke, to see that all of it works
 
-A run is a base, a method, a reward and a seed. Each run is trained with --lam 0 ("unguarded") and with --lam 0.05
-("guarded"), and with the scripts' defaults otherwise. The project's own scripts train, sample and judge. They are
-called in this process; RUNS/<run>-<hashes>/commands.txt lists the commands.
+A run is a base, a method, a reward and a seed. Each run is trained three times: with --lam 0 ("unguarded"), with
+--lam 0.05 ("guarded", the default), and with that and --guard-guidance 3 ("guided": the guard of the guided velocity).
+All else is as the scripts have it by default. The project's own scripts train, sample and judge. They are called in
+this process; RUNS/<run>-<hashes>/commands.txt lists the commands. What "with guidance" means for tiny/flux is said in
+guards.py, true_guidance.
 
 What is measured on a run comes in parts (`PARTS`). Each part is saved in RESULTS/<run>.json as soon as it is measured,
 with its commit and with hashes of the weights, code and flags that it depends on, and is not measured again. The last
 lines say how many parts have other hashes than today's; to measure a part anew, delete it. An interrupted reproduction
 continues with the same command. RESULTS.md and results.json are written beside RESULTS, and the figures to assets/.
 
-On several cores, start one process for each seed, each with its own --runs:
+On several cores, start the command several times, on one thread each. What another process works on is left to it:
 
-    for s in 0 1 2; do OMP_NUM_THREADS=1 python tiny/reproduce.py --seeds $s --runs runs/reproduce-$s & done; wait
+    for i in 1 2; do OMP_NUM_THREADS=1 python tiny/reproduce.py & sleep 1; done; wait
 
 Pictures that are judged show held-out prompts. Whatever is chosen (claim 8: a checkpoint; claim 9: a guard; claim 10: a
 rival's strength) is chosen on training prompts.
@@ -48,7 +50,20 @@ import numpy as np
 import torch
 import tyro
 from figures import draw_all, draw_front
-from guards import GUARDS, LAM, RIVALS, Variant, of_rows, squared_error, velocity_with
+from guards import (
+    AUTO,
+    GUARDS,
+    GUIDANCE,
+    GUIDED,
+    LAM,
+    RIVALS,
+    Variant,
+    of_rows,
+    squared_error,
+    true_guidance,
+    velocities,
+    velocity_with,
+)
 from paired import read_json
 from report import rounded, write_report, write_text
 from tqdm import tqdm
@@ -105,19 +120,20 @@ class Size(NamedTuple):
     """How much is trained and sampled. The recorded hashes of flags depend on these names and values."""
     train: str = ""  # more flags for the training scripts
     steps: int = 28
-    few: tuple[int, ...] = (4, 2)  # steps of few-step sampling
+    few: tuple[int, ...] = (8, 4, 2)  # steps of few-step sampling
+    scales: tuple[str, ...] = ("none", "1.5", "2", "3", "4.5")  # guidance scales
     n: int = 8  # pictures of each held-out prompt
     n_adjoint: int = 12  # the same, for claim 3
-    n_choose: int = 2  # pictures of each training prompt, to choose a checkpoint or a strength
-    n_guard: int = 3  # the same, to compare guards
+    n_choose: int = 2  # pictures of each training prompt, to choose a checkpoint, a strength or a guard
     renders: int = 1024
     prompts: str = "tiny/prompts.txt"  # training prompts
     only: tuple[str, ...] | None = None  # parts to measure (None: all)
 
 
-SMOKE = Size("--epochs 2 --group 2 --groups 2 --steps 4 --eval-n 2 --save-every 2", 4, (2,), 1, 1, 1, 1, 32,
-             "tiny/smoke_prompts.txt", only=("main", "auto", "renorm", "adjoint", "few", "early", "guard: per token",
-                                             "rival: EMA-KL 0.3", "rival: projected 1"))
+SMOKE = Size("--epochs 2 --group 2 --groups 2 --steps 4 --eval-n 2 --save-every 2", 4, (2,), ("none", "3"), 1, 1, 1, 32,
+             "tiny/smoke_prompts.txt", only=("main", "auto", "renorm", "adjoint", "few", "early",
+                                             "guard: both, guided times 1", "rival: EMA-KL 0.3"))
+BOTH = "none", str(GUIDANCE)  # the scales at which norms are measured and most claims are tested
 
 
 # ---------------------------------------------------------------- what numbers depend on
@@ -157,7 +173,8 @@ def rival_code(variant: Variant) -> str:
     """A hash of the code of a variant's rival; "" with NormGuard's own hinge."""
     if not variant.rival:
         return ""
-    functions = variant.rival, of_rows, squared_error, velocity_with
+    rival = getattr(variant.rival, "func", variant.rival)  # without the arguments of a partial
+    functions = rival, of_rows, squared_error, velocity_with, velocities, true_guidance
     return source_hash(*map(inspect.getsource, functions))
 
 
@@ -251,12 +268,21 @@ def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant,
     flags = variant.flags.format(s=strength, lr=script.Args.lr * strength, reward=run.reward, other=other)
     line = training_line(run, size, out, f"{flags} --eval-every 0")
     if variant.rival:
-        state = {}  # it is not in checkpoints, so that an interrupted training begins anew: it has a note
-        note = f"# rival: guards.{variant.rival.__name__}, {rival_code(variant)}"
-        command(home, line, out, note, rival=lambda *given: variant.rival(*given, state))
+        state = {"guidance": GUIDANCE if "--guard-guidance" in flags else None}
+        # the state is not in checkpoints, so that an interrupted training begins anew: it has a note
+        note = f"# rival: {name}, {rival_code(variant)}"
+        with true_guidance():
+            command(home, line, out, note, rival=lambda *given: variant.rival(*given, state))
     else:
         command(home, line, out)
     return out
+
+
+def train_all(home: Path, run: Run, size: Size) -> dict[str, Path]:
+    """The LoRAs of the three trainings."""
+    unguarded, guarded = train_both(home, run, size)
+    guided = train_variant(home, run, size, "guided", GUIDED[run.base])
+    return {"unguarded": unguarded / "lora", "guarded": guarded / "lora", "guided": guided / "lora"}
 
 
 def slug(name: str) -> str:
@@ -266,28 +292,21 @@ def slug(name: str) -> str:
 
 def sample(home: Path, base: str, out: Path, flags: str) -> Path:
     """Draw pictures into the folder `out`, with these flags of sample.py."""
-    command(home, f"sample.py --model tiny/{base} --out {out} {flags}", out)
+    with true_guidance():
+        command(home, f"sample.py --model tiny/{base} --out {out} {flags}", out)
     return out
 
 
-def held_out_flags(size: Size, steps: int) -> str:
-    """Flags of sample.py for held-out prompts, with the same noise for every model."""
-    prompts = f" --prompts {size.prompts}" if size.only else ""  # the smoke test has one list of prompts
-    return f"--n {size.n}{prompts} --steps {steps} --seed 1000"
-
-
-def sample_held_out(home: Path, run: Run, size: Size, name: str, lora: Path, steps: int | None = None,
-                    flags: str = "--norms") -> Path:
-    """Draw a LoRA's pictures of held-out prompts into home/name."""
-    flags = f"--lora {lora} {held_out_flags(size, steps or size.steps)} {flags}"
-    return sample(home, run.base, home / name, flags)
-
-
-def sample_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
-    """The unguarded and the guarded model's pictures of held-out prompts."""
-    unguarded, guarded = train_both(home, run, size)
-    pictures = sample_held_out(home, run, size, run.method, unguarded / "lora")
-    return pictures, sample_held_out(home, run, size, f"{run.method}+normguard", guarded / "lora")
+def draw(home: Path, base: str, size: Size, name: str, lora: Path | None = None, scale: str = "none", *,
+         steps: int | None = None, training: bool = False, flags: str = "") -> Path:
+    """Draw a model's pictures (lora None: the base's) into home/drawn, of held-out or of training prompts, with the
+    same noise for every model."""
+    steps = steps or size.steps
+    name = f"{slug(name)}@{scale}-{steps}" + "-training" * training
+    prompts = f" --prompts {size.prompts}" if training or size.only else ""  # the smoke test has one list of prompts
+    numbers = f"--n {size.n_choose} --seed 5000" if training else f"--n {size.n} --seed 1000"
+    flags = f"{numbers} --steps {steps}{prompts} {flags}" + f" --lora {lora}" * bool(lora)
+    return sample(home, base, home / "drawn" / name, flags + f" --guidance {scale}" * (scale != "none"))
 
 
 def training_rewards(home: Path, run: Run, size: Size, name: str, flags: str) -> tuple[Path, np.ndarray]:
@@ -298,18 +317,29 @@ def training_rewards(home: Path, run: Run, size: Size, name: str, flags: str) ->
     return folder, np.reshape([row["reward"] for row in rows], (-1, size.n_choose)).mean(1)
 
 
-def colours(folder: Path) -> dict[str, float]:
-    """Means over a folder's pictures: HSV saturation, and sharpness, the absolute Laplacian of the luma."""
+def statistics(folder: Path) -> dict[str, torch.Tensor]:
+    """Measures of each picture of a folder that no model had to learn, (n,) each: HSV saturation; colourfulness (Hasler
+    and Suesstrunk 2003, 10.1117/12.477378), whose unit is a grey level of 255; the share of values within a grey level
+    of 0 or 255; the mean squares of the luma's gradient and of its Laplacian, in units of 1e-4."""
     x = load_pictures([row["file"] for row in read_folder(str(folder))])  # (n, 3, h, w)
     luma = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    across, down = luma.diff(dim=3), luma.diff(dim=2)
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    saturation = (x.amax(1) - x.amin(1)) / x.amax(1).clamp_min(1e-3)
-    sharpness = torch.nn.functional.conv2d(luma, kernel).abs()
-    return {"saturation": saturation.mean().item(), "sharpness": sharpness.mean().item()}
+    r, g, b = (255 * x).flatten(2).unbind(1)  # (n, h w) each
+    opponent = torch.stack([r - g, (r + g) / 2 - b])
+    spread, mean = opponent.std(2).norm(dim=0), opponent.mean(2).norm(dim=0)
+    return {
+        "saturation": ((x.amax(1) - x.amin(1)) / x.amax(1).clamp_min(1e-3)).flatten(1).mean(1),
+        "colourfulness": spread + 0.3 * mean,
+        "clipped": ((x < 1.5 / 255) | (x > 253.5 / 255)).float().flatten(1).mean(1),
+        "gradient energy": 1e4 * (across.square().flatten(1).mean(1) + down.square().flatten(1).mean(1)),
+        "Laplacian energy": 1e4 * torch.nn.functional.conv2d(luma, kernel).square().flatten(1).mean(1),
+    }
 
 
 def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "renders") -> dict:
-    """eval_judge.py on named folders: "means" {name: {metric: mean}}, "verdicts" {"A vs B": [win, tie, loss, nan]}."""
+    """eval_judge.py on named folders: "means" {name: {metric: mean}}, "verdicts" {"A vs B": [win, tie, loss, nan]}, and
+    "ratio", the norm ratios of folders that have them."""
     out, names = home / "eval", {str(path): name for name, path in folders.items()}
     for report in out.glob("report.*"):
         report.unlink()  # of other folders
@@ -318,15 +348,16 @@ def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "render
     report = json.loads((out / "report.json").read_text())
     labels = {"reward/pickscore": "other reward", "reward/hps": "other reward", "forensic/forensic": "P(real)",
               "fd/embed": "FD", f"reward/{run.reward}": "reward"}
-    means = {name: colours(path) for name, path in folders.items()}
+    means = {name: {k: v.mean().item() for k, v in statistics(path).items()} for name, path in folders.items()}
     for metric, by_folder in report["metrics"].items():
         for path, numbers in by_folder.items():
             means[names[path]][labels.get(metric, metric)] = numbers["mean"]
     verdicts = {}
-    for pair, counts in report["pairs"]["judge/quality"].items():
+    for pair, counts in report["pairs"].get("judge/quality", {}).items():
         first, second = pair.split(" vs ")
         verdicts[f"{names[first]} vs {names[second]}"] = [counts[k] for k in ("win", "tie", "loss", "nan")]
-    return {"means": means, "verdicts": verdicts}
+    ratios = {name: ratio_of(path) for name, path in folders.items() if (path / "norms.json").exists()}
+    return {"means": means, "verdicts": verdicts, "ratio": ratios}
 
 
 def ratio_of(folder: Path) -> dict:
@@ -337,41 +368,63 @@ def ratio_of(folder: Path) -> dict:
 
 # ---------------------------------------------------------------- the parts of a run
 
+def compare(home: Path, run: Run, size: Size, loras: dict[str, Path], scale: str, steps: int | None = None,
+            training: bool = False, flags: dict[str, str] | None = None) -> dict:
+    """Draw the pictures of the base and of models, given by their LoRAs, at a guidance scale, and judge them. `flags`:
+    more flags of sample.py for single models."""
+    given = {"steps": steps, "training": training}
+    home_of_base = home_of(home.parent, run.base)
+    with locked(home_of_base):  # all runs of the base need these
+        folders = {"base": draw(home_of_base, run.base, size, "base", None, scale, **given)}
+    for name, lora in loras.items():
+        more = "--norms" * (scale in BOTH and steps is None) + " " + (flags or {}).get(name, "")
+        folders[name] = draw(home, run.base, size, name, lora, scale, **given, flags=more)
+    return judge(home, run, folders, "renders-training" if training else "renders")
+
+
 def main_part(home: Path, run: Run, size: Size) -> dict:
-    """Claims 1, 4, 5 and 6: norm ratios over training and over t; reward, judge and detector on the pictures."""
+    """Claims 1, 4, 5 and 6, without guidance and with each scale of it: norm ratios, reward, judge, detector."""
     keys = ("eval_reward", "eval_reward_se", "eval_norm_ratio", "eval_norm_ratio_steps", "eval_saturation")
+    loras, curves = train_all(home, run, size), {}
     _, rewards = training_rewards(home, run, size, "base", "")
-    curves, training = {}, {"base": rewards.mean()}
-    for name, out in zip(("unguarded", "guarded"), train_both(home, run, size)):
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    training = {"base": rewards.mean()}
+    for name, lora in loras.items():
+        lines = [json.loads(line) for line in (lora.parent / "metrics.jsonl").read_text().splitlines()]
         evals = [line for line in lines if "eval_reward" in line]
-        curves[name] = [{k.removeprefix("eval_"): line[k] for k in ("epoch", *keys)} for line in evals]
-        _, rewards = training_rewards(home, run, size, name, f"--lora {out}/lora")
+        if evals:
+            curves[name] = [{k.removeprefix("eval_"): line[k] for k in ("epoch", *keys)} for line in evals]
+        _, rewards = training_rewards(home, run, size, name, f"--lora {lora}")
         training[name] = rewards.mean()
-    unguarded, guarded = sample_both(home, run, size)
-    ratios = {"unguarded": ratio_of(unguarded), "guarded": ratio_of(guarded)}
-    folders = {"base": home_of(home.parent, run.base) / "base", "unguarded": unguarded, "guarded": guarded}
-    judged = judge(home, run, folders)
-    return {"curves": curves, "ratio": ratios, "training reward": training, **judged}
+    judged = {scale: compare(home, run, size, loras, scale) for scale in size.scales}
+    return {"curves": curves, "training reward": training, **judged}
 
 
 def auto_part(home: Path, run: Run, size: Size) -> dict:
-    """Claims 4, 5 and 6 for --lam auto."""
-    unguarded, guarded = sample_both(home, run, size)
-    trained = train_variant(home, run, size, "guards/auto", GUARDS["auto"])
-    auto = sample_held_out(home, run, size, f"{run.method}+auto", trained / "lora")
-    judged = judge(home, run, {"unguarded": unguarded, "guarded": guarded, "auto": auto})
-    return {"ratio": {"auto": ratio_of(auto)}, **judged}
+    """Claims 4 to 6 for --lam auto."""
+    loras = train_all(home, run, size)
+    loras["auto"] = train_variant(home, run, size, "auto", AUTO) / "lora"
+    return {scale: compare(home, run, size, loras, scale) for scale in BOTH}
 
 
 def renorm_part(home: Path, run: Run, size: Size) -> dict:
-    """Claim 2: while sampling, the unguarded model's velocity is rescaled to the reference's norm."""
-    unguarded, guarded = sample_both(home, run, size)
-    lora = train_unguarded(home, run, size) / "lora"
-    rescaled = {}
-    for how in ("match", "cap"):
-        rescaled[how] = sample_held_out(home, run, size, f"renorm-{how}", lora, flags=f"--renorm {how}")
-    return judge(home, run, {"unguarded": unguarded, **rescaled, "guarded": guarded})
+    """Claim 2: while sampling, the unguarded model's velocity is rescaled to the reference's norm, with guidance the
+    guided velocity to the reference's guided norm."""
+    loras = train_all(home, run, size)
+    loras["match"] = loras["unguarded"]
+    return {scale: compare(home, run, size, loras, scale, flags={"match": "--renorm match"}) for scale in BOTH}
+
+
+def told_part(home: Path, run: Run, size: Size) -> dict:
+    """What the guidance embedding of tiny/flux is told, instead of 3.5."""
+    loras, numbers = {"base": None, **train_all(home, run, size)}, {}
+    for told in ("2", "6"):
+        folders = {}
+        for name, lora in loras.items():
+            flags = f"--n {size.n} --seed 1000 --steps {size.steps} --guidance {told}" + f" --lora {lora}" * bool(lora)
+            folders[name] = home / "drawn" / f"{name}@told-{told}"
+            command(home, f"sample.py --model tiny/{run.base} --out {folders[name]} {flags}", folders[name])
+        numbers[told] = judge(home, run, folders)
+    return numbers
 
 
 def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: str = "") -> dict:
@@ -390,46 +443,35 @@ def adjoint_part(home: Path, run: Run, size: Size) -> dict:
 
 def few_part(home: Path, run: Run, size: Size) -> dict:
     """Claim 7: the same models, sampled in few steps."""
-    numbers = {}
-    unguarded, guarded = train_both(home, run, size)
-    auto = train_variant(home, run, size, "guards/auto", GUARDS["auto"])
-    trained = {"unguarded": unguarded, "guarded": guarded, "auto": auto}
-    for steps in size.few:
-        folders = {"base": home_of(home.parent, run.base) / f"base-{steps}"}
-        for name, out in trained.items():
-            folders[name] = sample_held_out(home, run, size, f"{name}-{steps}", out / "lora", steps, flags="")
-        numbers[str(steps)] = judge(home, run, folders)
-    return numbers
+    loras = train_all(home, run, size)
+    return {f"{steps}": {scale: compare(home, run, size, loras, scale, steps) for scale in BOTH} for steps in size.few}
 
 
 def early_part(home: Path, run: Run, size: Size) -> dict:
-    """Claim 8: the guarded model against two checkpoints of the unguarded one. One is the first of equal reward (not
-    lower by more than a standard error, paired over prompts), or that of the highest reward where there is none. The
-    other is the one that the judge likes best."""
-    unguarded, guarded = train_both(home, run, size)
-    loras = {"guarded": guarded / "lora"}
-    loras |= {path.name.removeprefix("lora-"): path for path in sorted(unguarded.glob("lora-*"))}
+    """Claim 8: the guarded models against checkpoints of the unguarded one, chosen on training prompts. For each of the
+    two guards: the first checkpoint whose reward is not lower by more than a standard error, paired over prompts, or
+    that of the highest reward. And the checkpoint that the judge likes best, without and with guidance."""
+    loras = train_all(home, run, size)
+    unguarded = loras.pop("unguarded").parent
+    models = loras | {path.name.removeprefix("lora-"): path for path in sorted(unguarded.glob("lora-*"))}
     ask = local_judge("tiny/judge", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found, rewards = {}, {}
-    for name, lora in loras.items():
+    for name, lora in models.items():
         folder, rewards[name] = training_rewards(home, run, size, name, f"--lora {lora}")
-        less = rewards["guarded"] - rewards[name]  # (prompts,)
-        found[name] = {
-            "reward": float(rewards[name].mean()),
-            "overall": judged_good(ask, folder),
-            "less": float(less.mean()),
-            "se": float(less.std(ddof=1) / len(less) ** 0.5),
-        }
-    checkpoints = [name for name in found if name != "guarded"]
-    equal = [name for name in checkpoints if found[name]["less"] <= found[name]["se"]]
-    highest = max(checkpoints, key=lambda name: found[name]["reward"])
-    best_judged = max(checkpoints, key=lambda name: found[name]["overall"])
-    chosen = {"early, equal reward": equal[0] if equal else highest, "early, best judged": best_judged}
-    folders = {"guarded": sample_both(home, run, size)[1]}
-    for how, name in chosen.items():
-        folders[how] = sample_held_out(home, run, size, slug(how), loras[name], flags="")
-    judged = judge(home, run, folders)
-    return {"found": found, "chosen": chosen, "reached": bool(equal), **judged}
+        found[name] = {"reward": rewards[name].mean(), "none": judged_good(ask, folder)}
+        guided = draw(home, run.base, size, name, lora, BOTH[1], steps=8, training=True)
+        found[name][BOTH[1]] = judged_good(ask, guided)
+    checkpoints, chosen, reached = [name for name in found if name not in loras], {}, {}
+    for guard in loras:
+        less = {name: rewards[guard] - rewards[name] for name in checkpoints}  # (prompts,) each
+        equal = [name for name, x in less.items() if x.mean() <= x.std(ddof=1) / len(x) ** 0.5]
+        reached[guard] = bool(equal)
+        chosen[f"early, equal to {guard}"] = (equal or [max(checkpoints, key=lambda name: found[name]["reward"])])[0]
+    for scale in BOTH:
+        chosen[f"early, best judged, {scale}"] = max(checkpoints, key=lambda name: found[name][scale])
+    loras |= {how: models[name] for how, name in chosen.items()}
+    judged = {scale: compare(home, run, size, loras, scale) for scale in BOTH}
+    return {"found": found, "chosen": chosen, "reached": reached, **judged}
 
 
 def judged_good(ask: Callable, folder: Path) -> float:
@@ -443,55 +485,50 @@ def judged_good(ask: Callable, folder: Path) -> float:
 
 def guard_part(home: Path, run: Run, size: Size, name: str) -> dict:
     """Claim 9: another guard. On training prompts, because a guard is a matter of choice."""
-    trained = dict(zip(("unguarded", "guarded"), train_both(home, run, size)))
-    trained["variant"] = train_variant(home, run, size, f"guards/{slug(name)}", GUARDS[name])
-    flags = f"--prompts {size.prompts} --n {size.n_guard} --steps {size.steps} --seed 5000 --norms"
-    pictures = {}
-    for who, out in trained.items():
-        pictures[who] = sample(home, run.base, home / "chosen" / out.name, f"--lora {out / 'lora'} {flags}")
-    ratios = {who: ratio_of(path) for who, path in pictures.items()}
-    return {"ratio": ratios, **judge(home, run, pictures, "renders-training")}
+    loras = train_all(home, run, size)
+    loras["variant"] = train_variant(home, run, size, f"guards/{slug(name)}", GUARDS[name]) / "lora"
+    scales = [scale for scale in size.scales if scale != "1.5"]
+    return {scale: compare(home, run, size, loras, scale, training=True) for scale in scales}
 
 
 def rival_part(home: Path, run: Run, size: Size, name: str, strength: float) -> dict:
     """Claim 10: a rival of the guard at one strength."""
-    rival, label = RIVALS[name], slug(f"{name} {strength:g}")
+    rival, label, loras = RIVALS[name], slug(f"{name} {strength:g}"), train_all(home, run, size)
+    loras["rival"], flags = loras["unguarded"], rival.sampling.format(s=strength)
     if rival.training:
-        trained = train_variant(home, run, size, f"rivals/{label}", rival.training, strength)
-    else:
-        trained = train_unguarded(home, run, size)
-    flags = rival.sampling.format(s=strength)
-    pictures = sample_held_out(home, run, size, f"{run.method}+{label}", trained / "lora", flags=f"--norms {flags}")
-    _, rewards = training_rewards(home, run, size, label, f"--lora {trained}/lora {flags}")
-    judged = judge(home, run, {"guarded": sample_both(home, run, size)[1], "rival": pictures})
-    return {"ratio": {"rival": ratio_of(pictures)}, "training reward": {"rival": rewards.mean()}, **judged}
+        loras["rival"] = train_variant(home, run, size, f"rivals/{label}", rival.training, strength) / "lora"
+    _, rewards = training_rewards(home, run, size, label, f"--lora {loras['rival']} {flags}")
+    judged = {scale: compare(home, run, size, loras, scale, flags={"rival": flags}) for scale in size.scales}
+    return {"training reward": {"rival": rewards.mean()}, **judged}
 
 
 class Part(NamedTuple):
     """What is measured on a run."""
     measure: Callable[[Path, Run, Size], dict]
     claims: tuple[int, ...]  # that use its numbers
-    variant: Variant = Variant("")  # how it trains or samples
+    variant: Variant = Variant("")  # how it trains
     methods: tuple[str, ...] = Args.methods
-    corner: bool = False  # is it measured only with the first base and reward and with the last ones?
+    corners: tuple[str, ...] = ()  # where it is measured; (): everywhere
 
 
 PARTS = {
-    "main": Part(main_part, (1, 2, 3, 4, 5, 6, 7, 8, 10)),
-    "auto": Part(auto_part, (4, 7, 10)),
+    "main": Part(main_part, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)),
+    "auto": Part(auto_part, (4,), AUTO),
     "renorm": Part(renorm_part, (2,)),
     "adjoint": Part(adjoint_part, (3,)),
     "few": Part(few_part, (7,)),
     "early": Part(early_part, (8,)),
+    "told": Part(told_part, (6,), corners=("flux, pickscore", "flux, hps")),
 }
 for _name, _variant in GUARDS.items():
-    PARTS[f"guard: {_name}"] = Part(functools.partial(guard_part, name=_name), (9,), _variant, corner=True)
+    _measure = functools.partial(guard_part, name=_name)
+    PARTS[f"guard: {_name}"] = Part(_measure, (9,), _variant, corners=("sd3, pickscore",))
 for _name, _rival in RIVALS.items():
     for _strength in dict.fromkeys(_rival.strengths + _rival.dpo):
         _methods = tuple(method for method in Args.methods if _strength in _rival.strengths_of(method))
         _measure = functools.partial(rival_part, name=_name, strength=_strength)
         _variant = _rival.training or Variant(_rival.sampling)
-        PARTS[f"rival: {_name} {_strength:g}"] = Part(_measure, (10,), _variant, _methods, corner=True)
+        PARTS[f"rival: {_name} {_strength:g}"] = Part(_measure, (10,), _variant, _methods, _rival.corners)
 
 
 def is_asked(name: str, args: Args, size: Size) -> bool:
@@ -502,15 +539,14 @@ def is_asked(name: str, args: Args, size: Size) -> bool:
 def missing_parts(args: Args, size: Size) -> list[tuple[Run, str]]:
     """The parts that are asked for and not measured yet."""
     missing = []
-    for seed, base, method, reward in product(args.seeds, args.bases, args.methods, args.rewards):
+    for seed, base, reward, method in product(args.seeds, args.bases, args.rewards, args.methods):
         run = Run(base, method, reward, seed)
         known = read_json(Path(args.results) / f"{run.name}.json")
-        at_corner = (base, reward) in ((args.bases[0], args.rewards[0]), (args.bases[-1], args.rewards[-1]))
         for name, part in PARTS.items():
-            fits = method in part.methods and (at_corner or not part.corner)
+            fits = method in part.methods and (not part.corners or run.corner in part.corners)
             if fits and is_asked(name, args, size) and name not in known:
                 missing.append((run, name))
-    return sorted(missing, key=lambda item: PARTS[item[1]].corner)  # the grid first
+    return sorted(missing, key=lambda item: bool(PARTS[item[1]].corners))  # the grid first
 
 
 # ---------------------------------------------------------------- the work
@@ -527,15 +563,16 @@ def add_part(file: Path, name: str, hashes: dict[str, str], measure: Callable[[]
 
 
 def measure_base(base: str, args: Args, size: Size):
-    """Draw the base's pictures, which all its runs use, and measure them and its sensitivities."""
+    """Measure the renders, and the base's sensitivities."""
     root, file, hashes = Path(args.runs), Path(args.results) / f"{base}.json", made_with(base)
-    home = home_of(root, base)
-    sample(home, base, home / "base", held_out_flags(size, size.steps))
-    if is_asked("few", args, size):
-        for steps in size.few:
-            sample(home, base, home / f"base-{steps}", held_out_flags(size, steps))
-    add_part(file, "colours", hashes, lambda: {"base": colours(home / "base"), "renders": colours(root / "renders")})
+
+    def renders() -> dict:
+        values = statistics(root / "renders")
+        return {name: {"mean": x.mean().item(), "std": x.std().item()} for name, x in values.items()}
+
+    add_part(file, "renders", hashes, renders)
     if is_asked("adjoint", args, size):
+        home = home_of(root, base)
         for reward in args.rewards:
             measure = functools.partial(adjoint, home, base, reward, size, home / f"adjoint-{reward}")
             add_part(file, f"adjoint {reward}", hashes, measure)
@@ -583,17 +620,25 @@ def main(args: Args):
     size = SMOKE if args.smoke else Size()
     if args.smoke:
         root = "runs/smoke" if args.runs == Args.runs else args.runs
-        args = Args(("sd3",), ("awm",), ("hps",), (0,), args.only, True, root, f"{root}/results")
+        args = Args(("sd3",), ("awm",), ("pickscore",), (0,), args.only, True, root, f"{root}/results")
     check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
-    root = make_dir(args.runs, "--runs")
+    make_dir(args.runs, "--runs")
     make_dir(args.results, "--results")
-    with open(root / "lock", "a") as lock:  # closing the file frees it
+    measure_all(args, size)
+    report_all(args, size)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool = True):
+    """Hold a folder's lock. Gives False if another process holds it and `wait` is off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as lock:  # closing the file frees it
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
         except BlockingIOError:
-            raise InputError(f"--runs {root}: another reproduce.py works there; wait for it, or give another folder")
-        measure_all(args, size)
-        report_all(args, size)
+            yield False
+        else:
+            yield True
 
 
 def measure_all(args: Args, size: Size):
@@ -602,14 +647,18 @@ def measure_all(args: Args, size: Size):
     if not missing:
         return
     renderer = source_hash(Path("tiny/world.py").read_text())
-    for name, prompts in (("renders", "eval_prompts"), ("renders-training", "prompts")):
-        flags = f"--n {size.renders} --seed 1 --prompts tiny/{prompts}.txt --out {root / name}"
-        command(root, f"tiny/world.py {flags}", root / name, f"# {renderer}")
-    for base in dict.fromkeys(args.bases):
-        measure_base(base, args, size)
+    with locked(root):
+        for name, prompts in (("renders", "eval_prompts"), ("renders-training", "prompts")):
+            flags = f"--n {size.renders} --seed 1 --prompts tiny/{prompts}.txt --out {root / name}"
+            command(root, f"tiny/world.py {flags}", root / name, f"# {renderer}")
+        for base in dict.fromkeys(args.bases):
+            measure_base(base, args, size)
     for run, name in tqdm(missing, desc="reproduce", unit="part"):
-        measure = functools.partial(PARTS[name].measure, home_of(root, run.base, run), run, size)
-        add_part(Path(args.results) / f"{run.name}.json", name, depends(run, size, name), measure)
+        home = home_of(root, run.base, run)
+        with locked(home, wait=False) as free:
+            if free:
+                measure = functools.partial(PARTS[name].measure, home, run, size)
+                add_part(Path(args.results) / f"{run.name}.json", name, depends(run, size, name), measure)
 
 
 def report_all(args: Args, size: Size):
