@@ -9,13 +9,14 @@ import numpy as np
 matplotlib.use("Agg")
 matplotlib.rcParams |= {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3}  # a $ in a prompt is a $
 import matplotlib.pyplot as plt
-from guards import LAM, RIVALS
-from paired import METRICS, grouped, having, mean_points, paired, points_of, scaled
-from report import guards_by_corner
+from guards import BOTH, RIVALS
+from paired import grouped, having, over_guidance
+from report import MODELS, guards_of
 
 from flow.pictures import load_pictures, read_folder
 
-COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb", "auto": "#17397a"}
+COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb", "guided": "#2a8c4a"}
+NAME = {"guarded": "guarded", "guided": "guided velocity guarded"}
 
 
 def save(figure, path: Path, dpi: int = 110):
@@ -25,77 +26,78 @@ def save(figure, path: Path, dpi: int = 110):
 
 
 def draw_inflation(results: dict[tuple, dict], path: Path):
-    """Norm ratio and saturation over training, and norm ratio over t at its end. A column a method, a line a run."""
+    """Norm ratio over training, at its end over t without guidance, and with it. A column a method, a line a run."""
     methods = grouped(results, "method")
     figure, axes = plt.subplots(3, len(methods), figsize=(4 * len(methods), 8), layout="constrained", squeeze=False,
                                 sharey="row")
     for column, (method, runs) in zip(axes.T, methods.items()):
-        for (run, r), who in product(runs.items(), ("unguarded", "guarded")):
+        for (run, r), who in product(runs.items(), MODELS[1:]):
             style = {"color": COLOUR[who], "linestyle": "-" if run.base == "sd3" else ":", "linewidth": 0.9,
                      "alpha": 0.7}
-            curve, norms = r["main"]["curves"][who], r["main"]["ratio"][who]
-            for axis, key in zip(column, ("norm_ratio", "saturation")):
-                axis.plot([e["epoch"] for e in curve], [e[key] for e in curve], **style)
-            column[2].plot(norms["t"], norms["mean"], **style)
-        column[0].set(title=method.upper(), xlabel="epoch")
-        column[1].set(xlabel="epoch")
-        column[2].set(xlabel="t (1 is noise), at the end of training", xlim=(1.02, -0.02))
-        for axis in column[::2]:
+            curve = r["main"]["curves"].get(who, [])
+            column[0].plot([e["epoch"] for e in curve], [e["norm_ratio"] for e in curve], **style)
+            for axis, scale in zip(column[1:], BOTH):
+                norms = r["main"][scale]["ratio"][who]
+                axis.plot(norms["t"], norms["mean"], **style)
+        column[0].set(title=method.upper(), xlabel="epoch, without guidance")
+        column[1].set(xlabel="t (1 is noise), without guidance", xlim=(1.02, -0.02))
+        column[2].set(xlabel=f"t (1 is noise), guidance {BOTH[1]}", xlim=(1.02, -0.02))
+        for axis in column:
             axis.axhline(1, color="black", linewidth=0.8)
-    for axis, label in zip(axes[:, 0], ("norm ratio to the reference", "saturation", "norm ratio to the reference")):
-        axis.set_ylabel(label)
-    handles = [plt.Line2D([], [], color=COLOUR[who], label=who) for who in ("unguarded", "guarded")]
+    for axis in axes[:, 0]:
+        axis.set_ylabel("norm ratio to the reference")
+    handles = [plt.Line2D([], [], color=COLOUR[who], label=NAME.get(who, who)) for who in MODELS[1:]]
     for base, linestyle in (("sd3", "-"), ("flux", ":")):
         handles.append(plt.Line2D([], [], color="gray", linestyle=linestyle, label=base))
     axes[0, 0].legend(handles=handles, fontsize=8)
     save(figure, path)
 
 
-def draw_differences(results: dict[tuple, dict], path: Path):
-    """Guarded minus unguarded. A dot is a run, a tick is a cell's mean, the band is the mean's 95 % interval."""
-    metrics = ("reward", "judge/overall", "judge/oversaturation", "P(real)", "FD", "saturation")
-    cells = grouped(results, "cell")
-    size = (2.3 * len(metrics) + 1, 0.27 * len(cells) + 1)
-    figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", sharey=True)
-    for axis, metric in zip(axes, metrics):
-        guarded, unguarded = scaled("main", "guarded", metric), scaled("main", "unguarded", metric)
-        d = paired(results, guarded, unguarded)
-        low, high = d["difference"] - d["half"], d["difference"] + d["half"]
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.axvspan(low, high, color=COLOUR["guarded"], alpha=0.2, linewidth=0)
-        for i, runs in enumerate(cells.values()):
-            values = [guarded(r) - unguarded(r) for r in runs.values()]
-            axis.plot(values, [i] * len(values), "o", color=COLOUR["guarded"], markersize=3, alpha=0.7)
-            axis.plot(np.mean(values), i, "|", color="black", markersize=9)
-        axis.set_title(METRICS[metric][0], fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(visible=False, axis="y")
-    axes[0].set(yticks=range(len(cells)), yticklabels=list(cells))
-    axes[0].invert_yaxis()
+def draw_fronts(results: dict[tuple, dict], path: Path):
+    """Reward against how often a picture is judged good, for each model at each guidance scale; the lowest scale has a
+    large mark. Means over runs; a panel a base and method."""
+    panels = {}
+    for run, r in results.items():
+        panels.setdefault(f"{run.base}, {run.method.upper()}", {})[run] = r
+    wide = min(3, len(panels))
+    high = math.ceil(len(panels) / wide)
+    figure, axes = plt.subplots(high, wide, figsize=(4 * wide, 3.3 * high), layout="constrained", squeeze=False,
+                                sharey=True)
+    for axis, (title, runs) in zip(axes.flat, panels.items()):
+        for who in MODELS:
+            x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
+            axis.plot(x, y, "o-", color=COLOUR[who], markersize=4, label=NAME.get(who, who))
+            axis.plot(x[0], y[0], "s", color=COLOUR[who], markersize=8)
+        axis.set(title=title, xlabel="reward")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("judged good")
+    axes[0, 0].legend(fontsize=8, loc="lower left")
     save(figure, path)
 
 
 def draw_early(results: dict[tuple, dict], path: Path):
-    """Reward against the judge's P(good): a line an unguarded run's checkpoints, a star the guarded model's end."""
+    """Reward without guidance against the judge's P(good) with it: a line an unguarded run's checkpoints, a star the
+    guarded models' end."""
     cells = grouped(results, "cell")
     wide = min(3, len(cells))
     high = math.ceil(len(cells) / wide)
     size = (3.2 * wide, 2.6 * high)
     figure, axes = plt.subplots(high, wide, figsize=size, layout="constrained", squeeze=False, sharey=True)
     line = {"color": COLOUR["unguarded"], "markersize": 2.5, "linewidth": 0.9, "label": "unguarded, its checkpoints"}
-    star = {"color": COLOUR["guarded"], "markersize": 9, "label": "guarded, at the end"}
     for axis, (cell, runs) in zip(axes.flat, cells.items()):
         for found in (r["early"]["found"] for r in runs.values()):
-            checkpoints = [found[name] for name in found if name != "guarded"]
-            axis.plot([f["reward"] for f in checkpoints], [f["overall"] for f in checkpoints], "o-", **line)
-            axis.plot(found["guarded"]["reward"], found["guarded"]["overall"], "*", **star)
+            checkpoints = [found[name] for name in found if name not in NAME]
+            axis.plot([f["reward"] for f in checkpoints], [f[BOTH[1]] for f in checkpoints], "o-", **line)
+            for who, name in NAME.items():
+                axis.plot(found[who]["reward"], found[who][BOTH[1]], "*", color=COLOUR[who], label=name, markersize=9)
         axis.set_title(cell, fontsize=9)
         axis.tick_params(labelsize=8)
     for axis in axes[-1]:
-        axis.set_xlabel("reward, training prompts", fontsize=8)
+        axis.set_xlabel("reward without guidance, training prompts", fontsize=8)
     for axis in axes[:, 0]:
-        axis.set_ylabel("judged good", fontsize=8)
-    axes[0, 0].legend(*(x[:2] for x in axes[0, 0].get_legend_handles_labels()), fontsize=7, loc="lower left")
+        axis.set_ylabel(f"judged good, guidance {BOTH[1]}", fontsize=8)
+    handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))  # one of each name
+    axes[0, 0].legend(handles.values(), handles, fontsize=7, loc="lower left")
     save(figure, path)
 
 
@@ -126,62 +128,62 @@ def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path)
     save(figure, path)
 
 
-def draw_ablation(results: dict[tuple, dict], path: Path):
-    """Metrics over lam, and of other guards to the right. A dot is a run, a line is a method's mean."""
-    corners, methods = guards_by_corner(results), grouped(results, "method")
-    panels = {"norm ratio": "ratio", "reward": "reward", "judged good": "judge/overall", "Fréchet distance": "FD"}
-    size = (4 * len(panels), 3.8 * len(corners))
-    figure, axes = plt.subplots(len(corners), len(panels), figsize=size, layout="constrained", squeeze=False)
-    for row, (corner, by_guard) in zip(axes, corners.items()):
-        lams = sum(name.startswith("lam") for name in by_guard)
-        for axis, (title, metric) in zip(row, panels.items()):
-            for i, method in enumerate(methods):
-                colour = plt.cm.Dark2.colors[i]
-                values = [[r[metric] for run, r in runs.items() if run.method == method] for runs in by_guard.values()]
-                places = [x + 0.15 * (i - 1) for x in range(len(values))]
-                for x, y in zip(places, values):
-                    axis.plot([x] * len(y), y, "o", color=colour, markersize=3, alpha=0.6)
-                means = [np.mean(y) if y else math.nan for y in values[:lams]]
-                axis.plot(places[:lams], means, color=colour, linewidth=1, label=method)
-            axis.axvline(lams - 0.5, color="gray", linewidth=0.8)
-            axis.set(title=f"{title} ({corner})", xticks=range(len(by_guard)))
-            axis.set_xticklabels(by_guard, rotation=60, ha="right", fontsize=8)
-        row[0].axhline(1, color="black", linewidth=0.8)
-    axes[0, 0].legend(fontsize=8)
+def draw_guards(results: dict[tuple, dict], path: Path):
+    """Other guards, on training prompts: reward without guidance against judged good with it. Lines join the weights of
+    a kind of guard. A panel a method, and one for all."""
+    panels = {"all methods": results, **grouped(results, "method")}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4), layout="constrained", squeeze=False,
+                                sharey=True)
+    for axis, (title, runs) in zip(axes[0], panels.items()):
+        points = {}
+        for name, by_run in guards_of(runs).items():
+            points[name] = [np.mean([p[k] for p in by_run.values()]) for k in ("reward, none", f"good, {BOTH[1]}")]
+        for kind, colour in (("plain, lam", COLOUR["guarded"]), ("guided, lam", COLOUR["guided"])):
+            names = sorted((n for n in points if n.startswith(kind)), key=lambda n: float(n.split()[-1]))
+            line = np.array([points["unguarded"], *(points[n] for n in names)])
+            axis.plot(*line.T, "-", color=colour, linewidth=1)
+        for name, (x, y) in points.items():
+            colour = COLOUR["guarded"] if name.startswith("plain") else COLOUR["guided"]
+            axis.plot(x, y, "o", color=COLOUR.get(name, colour if "lam" in name else "purple"), markersize=4)
+            axis.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.set(title=title, xlabel="reward without guidance")
+    axes[0, 0].set_ylabel(f"judged good, guidance {BOTH[1]}")
     save(figure, path)
 
 
 def draw_rivals(results: dict[tuple, dict], path: Path):
-    """Quality against reward. A line is a rival, from the unguarded model to its greatest strength; large marks are the
-    unguarded model and the guard. Means over methods and seeds."""
+    """Fronts over guidance of the guards and of each rival at its weakest and strongest. A column a corner, a row the
+    rivals of the conditional velocity, then those of the guided one. Means over methods and seeds."""
     corners = grouped(results, "corner")
-    panels = {"judge/overall": "judged good", "FD": "Fréchet distance"}
-    size = (5.5 * len(panels), 4.2 * len(corners))
-    figure, axes = plt.subplots(len(corners), len(panels), figsize=size, layout="constrained", squeeze=False)
-    for row, (corner, runs) in zip(axes, corners.items()):
-        for axis, (metric, label) in zip(row, panels.items()):
-            for i, rival in enumerate(RIVALS):
-                whole = {run: r for run, r in runs.items() if points_of(run, r, rival)}
-                if whole:
-                    x, y = mean_points(whole, rival, metric)
-                    axis.plot(x, y, "o-", color=plt.cm.tab10.colors[i], markersize=3, linewidth=1.2, label=rival)
-            models = (("unguarded", "main", "X", "unguarded"), ("guarded", "main", "*", f"lam {LAM}"),
-                      ("auto", "auto", "P", "--lam auto"))
-            for who, part, marker, name in models:
-                measured = having(runs, part).values()
-                if measured:
-                    x, y = (np.mean([scaled(part, who, m)(r) for r in measured]) for m in ("reward", metric))
-                    axis.plot(x, y, marker, color=COLOUR[who], markersize=13, label=name, zorder=3)
-            axis.set(title=corner, xlabel="reward, fraction of the gain", ylabel=label)
-    axes[0, 0].legend(fontsize=7, markerscale=0.5)
+    figure, axes = plt.subplots(2, len(corners), figsize=(7 * len(corners), 9), layout="constrained", squeeze=False)
+    for column, (corner, runs) in zip(axes.T, corners.items()):
+        for axis, guided in zip(column, (False, True)):
+            names = [name for name in RIVALS if ("guided" in name) == guided]
+            for i, (name, last) in enumerate(product(names, (False, True))):
+                curves = []
+                for run, r in runs.items():
+                    strengths = RIVALS[name].strengths_of(run.method)
+                    part = f"rival: {name} {strengths[-1 if last else 0]:g}"
+                    if part in r:
+                        curves.append(over_guidance(r[part], "rival"))
+                if curves and not (last and len(RIVALS[name].strengths) == 1):
+                    x, y = np.mean(curves, axis=0)
+                    style = "-" if last else ":"
+                    label = f"{name}, {'strongest' if last else 'weakest'}"
+                    axis.plot(x, y, style, marker=".", color=plt.cm.tab10.colors[i // 2], linewidth=1, label=label)
+            for who in MODELS:
+                x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
+                axis.plot(x, y, "o-", color=COLOUR[who], linewidth=2, label=NAME.get(who, who))
+            axis.set(title=corner, xlabel="reward", ylabel="judged good")
+            axis.legend(fontsize=6)
     save(figure, path)
 
 
 def draw_front(r: dict, folders: dict[str, Path], path: Path, columns: int = 5):
-    """The README's picture: a row of pictures of each folder, with the same prompts and noise, and a run's norm ratio
-    over training beside them. r: the run's numbers."""
-    figure = plt.figure(figsize=(12, 4.4))
-    grid = figure.add_gridspec(len(folders), columns, left=0.03, right=0.63, bottom=0.01, top=0.99, wspace=0.03,
+    """The README's picture: a row of pictures of each folder, drawn with guidance, with the same prompts and noise; and
+    a run's norm ratio at each step of their sampling beside them. r: the run's numbers."""
+    figure = plt.figure(figsize=(12, 1.47 * len(folders)))
+    grid = figure.add_gridspec(len(folders), columns, left=0.05, right=0.65, bottom=0.01, top=0.99, wspace=0.03,
                                hspace=0.03)
     for i, (who, folder) in enumerate(folders.items()):
         files = [line["file"] for line in read_folder(str(folder))]
@@ -190,18 +192,16 @@ def draw_front(r: dict, folders: dict[str, Path], path: Path, columns: int = 5):
             axis = figure.add_subplot(grid[i, j], xticks=[], yticks=[])
             axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="lanczos")
             if j == 0:
-                axis.set_ylabel(who, fontsize=17, color=COLOUR[who], fontweight="bold")
-    axis = figure.add_axes((0.71, 0.15, 0.28, 0.71))
+                name = "guided\nguard" if who == "guided" else who
+                axis.set_ylabel(name, fontsize=14, color=COLOUR[who], fontweight="bold")
+    axis = figure.add_axes((0.71, 0.15, 0.27, 0.71))
     axis.axhline(1, color="black", linewidth=1.5)
-    for who, offset, side in (("unguarded", 8, "bottom"), ("guarded", -8, "top")):
-        curve = r["main"]["curves"][who]
-        x, y = [e["epoch"] for e in curve], [e["norm_ratio"] for e in curve]
-        axis.plot(x, y, color=COLOUR[who], linewidth=4)
-        axis.annotate(who, (x[-1], y[-1]), (0, offset), textcoords="offset points", color=COLOUR[who], fontsize=19,
-                      fontweight="bold", ha="right", va=side)
-    axis.margins(y=0.2)
-    axis.set_title("‖v‖ / ‖v_ref‖", fontsize=20)
-    axis.set_xlabel("epochs of RL", fontsize=16)
+    for who in MODELS[1:]:
+        norms = r["main"][BOTH[1]]["ratio"][who]
+        axis.plot(norms["t"], norms["mean"], color=COLOUR[who], linewidth=4)
+    axis.set(xlim=(1.02, -0.02))
+    axis.set_title("‖v‖ / ‖v_ref‖, with guidance", fontsize=18)
+    axis.set_xlabel("t (1 is noise)", fontsize=16)
     axis.tick_params(labelsize=14)
     save(figure, path, dpi=100)
 
@@ -212,12 +212,12 @@ def draw_all(results: dict[tuple, dict], bases: dict[str, dict], assets: Path):
     done = having(results, "main")
     if done:
         draw_inflation(done, assets / "inflation.png")
-        draw_differences(done, assets / "differences.png")
+        draw_fronts(done, assets / "fronts.png")
     if measured := having(done, "early"):
         draw_early(measured, assets / "early.png")
     if measured := having(done, "adjoint"):
         draw_adjoint(measured, bases, assets / "adjoint.png")
-    if measured := having(results, "guard"):
-        draw_ablation(measured, assets / "ablation.png")
-    if measured := having(done, "rival"):
+    if measured := having(done, "guard: "):
+        draw_guards(measured, assets / "guards.png")
+    if measured := having(done, "rival: "):
         draw_rivals(measured, assets / "rivals.png")

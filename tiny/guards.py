@@ -25,6 +25,7 @@ from normguard import norm_hinge, norm_ratio, reference
 
 LAM = 0.05  # the scripts' default, which is compared with the others
 GUIDANCE = 3  # the guidance scale of "with guidance", and of the guided velocity that is guarded
+BOTH = "none", str(GUIDANCE)  # the scales at which norms are measured and claims are tested
 
 # ---------------------------------------------------------------- guided velocities
 

@@ -1,8 +1,8 @@
-"""Statistics over runs: paired differences with confidence intervals, and rivals at equal reward.
+"""Statistics over runs: paired differences with confidence intervals, models over guidance, rivals at equal reward.
 
 results: {run: the numbers of its parts}. A run is a NamedTuple (base, method, reward, seed); its `cell` is all of that
 but the seed. Runs are compared in pairs: same cell and seed, so same prompts and noise. A "reader" is a function that
-takes the numbers of a run and returns one of them.
+takes the numbers of a run and returns one of them. A part is named like "main/none" or "few/4/3": guidance comes last.
 """
 import functools
 import json
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from guards import RIVALS
+from guards import BOTH, RIVALS
 
 METRICS = {  # metric: (label, digits)
-    "reward": ("reward, fraction of the gain", 3),
-    "other reward": ("other reward, fraction of the gain", 3),
+    "reward": ("reward", 3),
+    "other reward": ("other reward", 3),
     "judge/overall": ("judged good", 3),
     "judge/oversaturation": ("judged oversaturated", 3),
     "judge/over-sharpening": ("judged over-sharpened", 3),
@@ -24,7 +24,10 @@ METRICS = {  # metric: (label, digits)
     "P(real)": ("detector's P(real)", 3),
     "FD": ("Fréchet distance", 2),
     "saturation": ("saturation", 3),
-    "sharpness": ("sharpness", 4),
+    "colourfulness": ("colourfulness", 1),
+    "clipped": ("clipped values", 4),
+    "gradient energy": ("gradient energy", 2),
+    "Laplacian energy": ("Laplacian energy", 2),
 }
 NORMS = {  # the norm ratio over a sampling trajectory, in one number
     "overall": lambda norms: norms["overall"],
@@ -55,7 +58,7 @@ def having(results: dict[tuple, dict], start: str) -> dict[tuple, dict]:
 
 
 def part_of(r: dict, part: str) -> dict:
-    """A part of a run; "few/4" is its part "few" at 4 steps."""
+    """A part of a run: "main/none" is its part "main" without guidance."""
     for key in part.split("/"):
         r = r[key]
     return r
@@ -66,15 +69,12 @@ def mean_of(part: str, who: str, metric: str) -> Callable[[dict], float]:
     return lambda r: part_of(r, part)["means"][who][metric]
 
 
-def scaled(part: str, who: str, metric: str) -> Callable[[dict], float]:
-    """Like `mean_of`, but a reward is given as a fraction of the gain: 0 is the base, 1 the unguarded model. Rewards
-    differ in their units."""
-    if "reward" not in metric:
-        return mean_of(part, who, metric)
-
+def gain_of(part: str, who: str) -> Callable[[dict], float]:
+    """Reads a model's reward less the base's without guidance, as a fraction of what the unguarded model gains there.
+    Rewards differ in their units."""
     def fraction(r: dict) -> float:
-        base, unguarded = (mean_of("main", name, metric)(r) for name in ("base", "unguarded"))
-        return (mean_of(part, who, metric)(r) - base) / (unguarded - base or math.nan)
+        base, unguarded = (mean_of("main/none", name, "reward")(r) for name in ("base", "unguarded"))
+        return (mean_of(part, who, "reward")(r) - base) / (unguarded - base or math.nan)
     return fraction
 
 
@@ -89,9 +89,49 @@ def preference(part: str, pair: str) -> Callable[[dict], float]:
     return read
 
 
-def ratio(who: str, norm: str, part: str = "main") -> Callable[[dict], float]:
+def ratio(who: str, norm: str, part: str) -> Callable[[dict], float]:
     """Reads a model's norm ratio less 1; `norm` is one of NORMS."""
-    return lambda r: NORMS[norm](r[part]["ratio"][who]) - 1
+    return lambda r: NORMS[norm](part_of(r, part)["ratio"][who]) - 1
+
+
+# ---------------------------------------------------------------- a model over guidance
+
+def over_guidance(part: dict, who: str) -> tuple[list[float], list[float]]:
+    """A model's reward and how often it is judged good, at each guidance scale, from none to the highest."""
+    means = [x["means"][who] for x in part.values() if isinstance(x, dict) and "means" in x]
+    return [m["reward"] for m in means], [m["judge/overall"] for m in means]
+
+
+def good_at(target: float, rewards: list[float], good: list[float]) -> float:
+    """How often a model is judged good at the lowest guidance at which its reward reaches a target, interpolated
+    between two scales; at its highest reward, if it never does."""
+    i = next((i for i, reward in enumerate(rewards) if reward >= target), None)
+    if i is None:
+        return good[int(np.argmax(rewards))]
+    if i == 0:
+        return good[0]
+    share = (target - rewards[i - 1]) / (rewards[i] - rewards[i - 1])
+    return good[i - 1] + share * (good[i] - good[i - 1])
+
+
+def model_point(r: dict, part: str, who: str, guards: tuple[str, ...] = ("guarded", "guided")) -> dict[str, float]:
+    """A model's numbers, some for each scale of BOTH: its reward, how often it is judged good (where its reward reaches
+    the base's with guidance: "good at equal reward"), its distance, its norm ratio, how often a guard is preferred."""
+    numbers = {}
+    for scale in BOTH:
+        means = r[part][scale]["means"][who]
+        numbers |= {f"reward, {scale}": means["reward"], f"good, {scale}": means["judge/overall"],
+                    f"distance, {scale}": means["FD"]}
+        if who in r[part][scale]["ratio"]:
+            numbers[f"highest, {scale}"] = NORMS["highest"](r[part][scale]["ratio"][who])
+            numbers[f"mean, {scale}"] = NORMS["overall"](r[part][scale]["ratio"][who])
+        for guard in guards:
+            numbers[f"{guard} preferred, {scale}"] = 0.0 if guard == who else preference(
+                f"{part}/{scale}", f"{guard} vs {who}")(r)
+    rewards, good = over_guidance(r[part], who)
+    target = r[part][BOTH[1]]["means"]["base"]["reward"]
+    numbers |= {"good at equal reward": good_at(target, rewards, good), "good over guidance": float(np.mean(good))}
+    return numbers
 
 
 # ---------------------------------------------------------------- differences and verdicts
@@ -156,16 +196,10 @@ def verdict(d: dict, sign: int, at_most: float = 0.0) -> str:
 
 # ---------------------------------------------------------------- claim 10: rivals at equal reward
 
-def point_of(r: dict, part: str, who: str) -> dict:
-    """A model's metrics in a part, how often the guarded picture is preferred to its own (less one half), and the
-    highest step of its norm ratio."""
-    return {**r[part]["means"][who], "preferred": preference(part, f"guarded vs {who}")(r),
-            "highest": NORMS["highest"](r[part]["ratio"][who])}
-
-
 def points_of(run: tuple, r: dict, rival: str) -> list[dict]:
-    """A run's points, from the unguarded model to the rival's greatest strength: `point_of`, and the reward on training
-    prompts. [] if a strength is missing or was measured with other weights or code than the unguarded model."""
+    """A run's points, from the unguarded model to the rival's greatest strength: `model_point`, and the reward on
+    training prompts. [] if a strength is missing or was measured with other weights or code than the unguarded model.
+    """
     parts = [f"rival: {rival} {strength:g}" for strength in RIVALS[rival].strengths_of(run.method)]
     if not all(part in r for part in parts):
         return []
@@ -174,7 +208,7 @@ def points_of(run: tuple, r: dict, rival: str) -> list[dict]:
         return []
     points = []
     for part, who in (("main", "unguarded"), *((part, "rival") for part in parts)):
-        points.append({**point_of(r, part, who), "training reward": r[part]["training reward"][who]})
+        points.append({**model_point(r, part, who), "training reward": r[part]["training reward"][who]})
     return points
 
 
@@ -187,56 +221,39 @@ def crossing(rewards: np.ndarray, target: float) -> tuple[int, float] | None:
     return last, max(0.0, (rewards[last] - target) / (rewards[last] - rewards[last + 1]))
 
 
-def equal_reward(runs: dict[tuple, dict], rival: str, keep: float | None = 1.0) -> tuple[dict, float | None] | None:
-    """A rival at the strength at which it keeps a fraction of the guard's gain in reward, in the runs of one cell.
+def equal_reward(runs: dict[tuple, dict], rival: str, guard: str) -> tuple[dict, float | None] | None:
+    """A rival at the strength at which its reward without guidance is that of a guard ("guarded" or "guided"), in the
+    runs of one cell.
 
-    Returns ({run: metrics of "rival", "base", "unguarded" and "guarded"}, the strength); ({}, None) if even the
-    greatest strength keeps more; None if not every strength was measured. `keep` None: the weakest strength.
+    Returns ({run: its numbers, as points_of gives them}, the strength); ({}, None) if even the greatest strength has
+    more reward; None if not every strength was measured.
 
-    All seeds of the cell get the same strength, chosen on training prompts: there the seeds' mean reward keeps `keep`
-    of the guarded or of the unguarded model's gain, whichever is less. Metrics are interpolated between two strengths.
-    Few seeds make the choice uncertain. So each run's metrics are moved along the rival's curve as far as its reward is
-    from its own target. This leaves their mean, and adds the choice's error to their spread (delta method)."""
+    All seeds of the cell get the same strength, chosen on training prompts, by the seeds' mean reward: that of the
+    guarded or of the unguarded model, whichever is less. Numbers are interpolated between two strengths. Few seeds make
+    the choice uncertain. So each run's numbers are moved along the rival's curve as far as its reward is from its own
+    target. This leaves their mean, and adds the choice's error to their spread (delta method)."""
     points = {run: points_of(run, r, rival) for run, r in runs.items()}
     points = {run: of_run for run, of_run in points.items() if of_run}
     if not points:
         return None
     first_run, first_points = next(iter(points.items()))
     strengths = RIVALS[rival].none, *RIVALS[rival].strengths_of(first_run.method)
-    curves = {}  # {metric: (runs, strengths)}
-    for metric in first_points[0]:
-        curves[metric] = np.array([[point[metric] for point in of_run] for of_run in points.values()])
-    if keep is None:
-        strength, chosen = strengths[1], {metric: curve[:, 1] for metric, curve in curves.items()}
-    else:
-        measured = [runs[run]["main"]["training reward"] for run in points]
-        base, unguarded, guarded = (np.array([r[who] for r in measured]) for who in ("base", "unguarded", "guarded"))
-        targets = base + keep * (min(unguarded, guarded, key=np.mean) - base)  # (runs,)
-        rewards = curves["training reward"]
-        found = crossing(rewards.mean(0), targets.mean())
-        if found is None:
-            return {}, None
-        i, fraction = found
-        strength = strengths[i] + fraction * (strengths[i + 1] - strengths[i])
-        reward_step = rewards[:, i + 1] - rewards[:, i]
-        missed = (targets - (rewards[:, i] + fraction * reward_step)) / reward_step.mean()
-        chosen = {}
-        for metric, curve in curves.items():
-            step = curve[:, i + 1] - curve[:, i]
-            chosen[metric] = curve[:, i] + fraction * step + missed * step.mean()
-    compared = {}
-    for k, run in enumerate(points):
-        means = runs[run]["main"]["means"]
-        compared[run] = {who: means[who] for who in ("base", "unguarded", "guarded")}
-        compared[run]["rival"] = {metric: float(values[k]) for metric, values in chosen.items()}
-    return compared, strength
-
-
-def mean_points(runs: dict[tuple, dict], rival: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """A rival's curve, averaged over runs: rewards as fractions of the gain, and a metric. (strengths,) each."""
-    points = [points_of(run, r, rival) for run, r in runs.items()]
-    x = np.array([[p["reward"] for p in of_run] for of_run in points])  # (runs, strengths)
-    y = np.array([[p[metric] for p in of_run] for of_run in points])
-    means = [r["main"]["means"] for r in runs.values()]
-    base, unguarded = (np.array([[m[who]["reward"]] for m in means]) for who in ("base", "unguarded"))
-    return ((x - base) / (unguarded - base)).mean(0), y.mean(0)
+    curves = {}  # {number: (runs, strengths)}
+    for name in first_points[-1]:
+        curves[name] = np.array([[point[name] for point in of_run] for of_run in points.values()])
+    measured = [runs[run]["main"]["training reward"] for run in points]
+    unguarded, guarded = (np.array([r[who] for r in measured]) for who in ("unguarded", guard))
+    targets = min(unguarded, guarded, key=np.mean)  # (runs,)
+    rewards = curves["training reward"]
+    found = crossing(rewards.mean(0), targets.mean())
+    if found is None:
+        return {}, None
+    i, fraction = found
+    reward_step = rewards[:, i + 1] - rewards[:, i]
+    missed = (targets - (rewards[:, i] + fraction * reward_step)) / reward_step.mean()
+    chosen = {}
+    for name, curve in curves.items():
+        step = curve[:, i + 1] - curve[:, i]
+        chosen[name] = curve[:, i] + fraction * step + missed * step.mean()
+    compared = {run: {name: float(values[k]) for name, values in chosen.items()} for k, run in enumerate(points)}
+    return compared, strengths[i] + fraction * (strengths[i + 1] - strengths[i])

@@ -1,142 +1,272 @@
-"""Write RESULTS.md and results.json from the numbers that reproduce.py measured.
+"""Write RESULTS.md, TABLES.md and results.json from the numbers that reproduce.py measured.
 
-RESULTS.template.md holds the text. Each claim has a function here that returns what is filled in; its numbers for
-results.json go to `numbers`.
+RESULTS.template.md holds the text of RESULTS.md. Each claim has a function here. It returns the claim's checks, which
+become one table with a column with guidance and one without, and more tables, which go to TABLES.md.
 """
 import json
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-from guards import GUARDS, LAM, RIVALS
+from guards import BOTH, GUARDS, LAM, RIVALS
 from paired import (
     METRICS,
-    NORMS,
     equal_reward,
+    gain_of,
     grouped,
     having,
     mean_of,
+    model_point,
     paired,
-    point_of,
     preference,
     quantile,
     ratio,
-    scaled,
     verdict,
 )
-from reading import reading
 
 from flow.cli import write_files
 
 TEMPLATE = Path(__file__).with_name("RESULTS.template.md")
+MODELS = "base", "unguarded", "guarded", "guided"
+SPOKEN = {"none": "without guidance", BOTH[1]: "with guidance"}
 
 # ---------------------------------------------------------------- tables
 
-def plus_minus(d: dict, digits: int = 3) -> str:
+def plus_minus(d: dict, digits: int | None = None) -> str:
     """A difference and half its interval."""
+    digits = digits or (3 if abs(d["difference"]) > 0.01 else 4)
     mean = round(d["difference"], digits) + 0.0  # no -0.000
     return f"{mean:+.{digits}f}" + ("" if math.isnan(d["half"]) else f" ± {d['half']:.{digits}f}")
 
 
-def lines(rows: list[list[str]]) -> str:
-    """Lines of a Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    return lines([header, ["---"] * len(header), *rows])
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
-def checks(numbers: dict, claims: list[tuple]) -> str:
-    """A table of claims, each with its number and verdict, which also go to numbers["checks"]. A claim is (text,
-    difference, sign[, at_most]), as `verdict` takes them; without a verdict if its sign is None."""
-    numbers["checks"], rows = {}, []
-    for text, d, sign, *at_most in claims:
-        found = "" if sign is None else verdict(d, sign, *at_most)
-        numbers["checks"][text] = {**d, "verdict": found}
-        digits = 3 if abs(d["difference"]) > 0.01 else 4
-        rows.append([text, plus_minus(d, digits), f"{d['cells larger']} of {d['cells']}", found])
-    return markdown(["the paper's claim", "measured", "cells above 0", "verdict"], rows)
+def checked(claims: list[tuple]) -> dict[str, dict]:
+    """Claims with their verdicts. A claim is (its name, difference, sign[, at_most]), as `verdict` takes them. With the
+    sign None it has no verdict."""
+    return {name: {**d, "verdict": "" if sign is None else verdict(d, sign, *at_most)}
+            for name, d, sign, *at_most in claims}
 
 
-def levels(results: dict[tuple, dict], columns: dict[str, tuple[str, str]], a: str, b: str, numbers: dict) -> str:
-    """A table of each metric's mean in each column and of column a minus column b. A column is a part and a model."""
+def verdicts(checks: dict[str, dict], name: str) -> str:
+    """The verdict on a claim with and without guidance, in one if they agree."""
+    found = {scale: checks[scale][name]["verdict"] for scale in reversed(BOTH) if name in checks[scale]}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ", ".join(f"{said} {SPOKEN[scale]}" for scale, said in found.items())
+
+
+def numbers_of(checks: dict[str, dict], name: str) -> list[str]:
+    """The columns of a claim's two numbers, the one with guidance first."""
+    return [plus_minus(checks[scale][name]) if name in checks[scale] else "" for scale in reversed(BOTH)]
+
+
+def check_table(checks: dict[str, dict]) -> str:
+    """A table of a claim's checks. checks: {guidance scale: {name: what `checked` gives}}."""
+    names = dict.fromkeys([name for of_scale in checks.values() for name in of_scale])
+    rows = [[name, *numbers_of(checks, name), verdicts(checks, name)] for name in names]
+    return markdown(["the claim", "with guidance", "without", "verdict"], rows)
+
+
+def change(results: dict[tuple, dict], part: str, a: str, b: str, metric: str) -> dict:
+    """A metric's difference between two models of a part."""
+    return paired(results, mean_of(part, a, metric), mean_of(part, b, metric))
+
+
+def level_table(results: dict[tuple, dict], parts: dict[str, str], models: tuple[str, ...]) -> str:
+    """A table of each metric's mean. A column is a part, given with its name in the header, and a model."""
+    columns = [(name, part, who) for name, part in parts.items() for who in models]
     rows = []
     for metric, (label, digits) in METRICS.items():
-        d = numbers[f"{a} - {b}: {label}"] = change(results, columns[a], columns[b], metric)
-        means = [f"{paired(results, scaled(*column, metric))['a']:.{digits}f}" for column in columns.values()]
-        rows.append([label, *means, plus_minus(d, digits), f"{d['cells larger']} of {d['cells']}"])
-    return markdown(["metric", *columns, f"{a} - {b}", "cells above 0"], rows)
+        means = [paired(results, mean_of(part, who, metric))["a"] for _, part, who in columns]
+        rows.append([label, *(f"{mean:.{digits}f}" for mean in means)])
+    return markdown(["metric", *(f"{who}, {name}" for name, _, who in columns)], rows)
 
 
-def change(results: dict[tuple, dict], a: tuple[str, str], b: tuple[str, str], metric: str, read=scaled) -> dict:
-    """A metric's difference between two models, each given as a part and a name."""
-    return paired(results, read(*a, metric), read(*b, metric))
-
-
-def each(runs: dict[tuple, dict], read: Callable[[dict], float], plus: float = 0.0) -> str:
-    """A number of each run."""
-    return " ".join(f"{plus + read(r):.3f}" for r in runs.values())
-
-
-def arrows(runs: dict[tuple, dict], a: str, b: str, digits: dict[str, int]) -> list[str]:
-    """Means over runs of several metrics, "model a → model b"."""
-    cells = []
-    for metric, k in digits.items():
-        before, after = (np.mean([mean_of("main", who, metric)(r) for r in runs.values()]) for who in (a, b))
-        cells.append(f"{before:.{k}f} → {after:.{k}f}")
-    return cells
+def cell_table(results: dict[tuple, dict], columns: dict[str, Callable[[dict], float]], plus: float = 0.0) -> str:
+    """A table of numbers of each run: a row a cell, a column a reader."""
+    rows = []
+    for cell, runs in grouped(results, "cell").items():
+        rows.append([cell, *(" ".join(f"{plus + read(r):.3f}" for r in runs.values()) for read in columns.values())])
+    return markdown(["cell", *columns], rows)
 
 
 # ---------------------------------------------------------------- claims 1 to 8
+# Each function takes a guidance scale of BOTH and returns checks.
 
-def claim_1(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
+def claim_1(results: dict[tuple, dict], scale: str) -> dict:
     """Inflation of the norm, and damage to pictures."""
-    whole, highest = ratio("unguarded", "overall"), ratio("unguarded", "highest")
-    claims = [("the norm exceeds the reference's", paired(results, whole), 1)]
-    for text, metric, sign in (
-        ("colours oversaturate: judged so", "judge/oversaturation", 1),
-        ("saturation", "saturation", 1),
-        ("pictures over-sharpen: judged so", "judge/over-sharpening", 1),
-        ("sharpness", "sharpness", 1),
-        ("light is unnatural: judged so", "judge/unnatural lighting", 1),
+    part = f"main/{scale}"
+    claims = [("the norm exceeds the reference's", paired(results, ratio("unguarded", "overall", part)), 1),
+              ("at the highest step", paired(results, ratio("unguarded", "highest", part)), 1)]
+    for name, metric, sign in (
         ("judged good", "judge/overall", -1),
+        ("judged oversaturated", "judge/oversaturation", 1),
+        ("judged over-sharpened", "judge/over-sharpening", 1),
+        ("judged unnaturally lit", "judge/unnatural lighting", 1),
         ("Fréchet distance", "FD", 1),
     ):
-        claims.append((text, change(results, ("main", "unguarded"), ("main", "base"), metric, mean_of), sign))
-    table = checks(numbers, claims)
-    numbers["cells"], rows = {}, []
-    digits = {"reward": 2, "saturation": 2, "sharpness": 4, "FD": 1, "judge/overall": 2}
-    for cell, runs in grouped(results, "cell").items():
-        numbers["cells"][cell] = {"ratio": [1 + whole(r) for r in runs.values()],
-                                  "highest step": [1 + highest(r) for r in runs.values()]}
-        rows.append([cell, each(runs, whole, 1), each(runs, highest, 1), *arrows(runs, "base", "unguarded", digits)])
-    excesses = [whole(r) for r in results.values()]
-    within, above = sum(0.05 <= x <= 0.15 for x in excesses), sum(x > 0.15 for x in excesses)
-    renders = next(iter(bases.values()))["colours"]["renders"]
-    return {"within": within, "runs": len(excesses), "beyond": above, "checks": table, **renders,
-            "rows": lines(rows)}
+        claims.append((name, change(results, part, "unguarded", "base", metric), sign))
+    return checked(claims)
 
 
-def claim_2(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
+def claim_2(results: dict[tuple, dict], scale: str) -> dict:
     """Renormalization at inference."""
-    match, unguarded = ("renorm", "match"), ("renorm", "unguarded")
-    table = checks(numbers, [
-        ("it does not raise the reward (fraction of the gain)", change(results, match, unguarded, "reward"), 0),
-        ("nor is the picture judged good more often", change(results, match, unguarded, "judge/overall"), 0),
-        ("nor preferred (less one half)", paired(results, preference("renorm", "match vs unguarded")), 0),
-        ("the guarded model is preferred to it (less one half)",
-         paired(results, preference("renorm", "guarded vs match")), 1),
-    ])
-    columns = {"base": ("main", "base"), "unguarded": unguarded, "match": match, "guarded": ("renorm", "guarded")}
-    same = sum(r["renorm"]["means"]["match"] == r["renorm"]["means"]["cap"] for r in results.values())
-    return {"checks": table, "table": levels(results, columns, "match", "unguarded", numbers), "same": same,
-            "runs": len(results)}
+    part = f"renorm/{scale}"
+    claims = [
+        ("it raises the reward by no part of the gain", paired(
+            results, gain_of(part, "match"), gain_of(part, "unguarded")), 0),
+        ("nor is the picture judged good more often", change(results, part, "match", "unguarded", "judge/overall"), 0),
+        ("nor preferred (less one half)", paired(results, preference(part, "match vs unguarded")), 0),
+    ]
+    for who in ("guarded", "guided"):
+        preferred = paired(results, preference(part, f"{who} vs match"))
+        claims.append((f"the {who} model is preferred to it (less one half)", preferred, 1))
+    return checked(claims)
 
+
+def claim_4(results: dict[tuple, dict], scale: str) -> dict:
+    """The norm with the guards."""
+    part, claims = f"main/{scale}", []
+    for who in ("guarded", "guided"):
+        claims += [(f"{who}: not above the reference over the trajectory",
+                    paired(results, ratio(who, "overall", part)), 0),
+                   (f"{who}: nor at the highest step", paired(results, ratio(who, "highest", part)), 0)]
+    if with_auto := having(results, "auto"):
+        part = f"auto/{scale}"
+        claims += [("auto: the highest step, by not more than 1 %", paired(
+                        with_auto, ratio("auto", "excess", part)), 0, 0.01),
+                   ("auto: of the gain in reward it keeps what the guarded model keeps", paired(
+                        with_auto, gain_of(part, "auto"), gain_of(part, "guarded")), 1)]
+    return checked(claims)
+
+
+def claim_5_and_6(results: dict[tuple, dict], scale: str) -> dict:
+    """Reward, judge and detector."""
+    part, claims = f"main/{scale}", []
+    for who in ("guarded", "guided"):
+        claims += [
+            (f"{who}: of the gain in reward, no more than 5 % is lost",
+             paired(results, gain_of(part, "unguarded"), gain_of(part, who)), 0, 0.05),
+            (f"{who}: preferred to the unguarded picture (less one half)",
+             paired(results, preference(part, f"{who} vs unguarded")), 1),
+            (f"{who}: judged good", change(results, part, who, "unguarded", "judge/overall"), 1),
+            (f"{who}: Fréchet distance", change(results, part, who, "unguarded", "FD"), -1),
+            (f"{who}: the detector's P(real)", change(results, part, who, "unguarded", "P(real)"), 1),
+            (f"{who}: preferred to the base's picture (less one half; no claim)",
+             paired(results, preference(part, f"{who} vs base")), None),
+        ]
+    claims.append(("guided preferred to guarded (less one half; no claim)",
+                   paired(results, preference(part, "guided vs guarded")), None))
+    return checked(claims)
+
+
+def claim_7(results: dict[tuple, dict], scale: str) -> dict:
+    """Few steps."""
+    claims, all_steps = [], f"main/{scale}"
+    for who, steps in product(("guarded", "guided"), next(iter(results.values()))["few"]):
+        if steps.isdigit():
+            pair, few = f"{who} vs unguarded", f"few/{steps}/{scale}"
+            claims.append((f"{who}: preferred to unguarded at {steps} steps, less that at all",
+                           paired(results, preference(few, pair), preference(all_steps, pair)), 1))
+    return checked(claims)
+
+
+def claim_8(results: dict[tuple, dict], scale: str) -> dict:
+    """Early stopping."""
+    part, claims = f"early/{scale}", []
+    for who, how in (("guarded", "equal to guarded"), ("guided", "equal to guided"),
+                     ("guarded", f"best judged, {scale}"), ("guided", f"best judged, {scale}")):
+        preferred = paired(results, preference(part, f"{who} vs early, {how}"))
+        claims.append((f"{who}: preferred to the checkpoint that is {how.split(',')[0]} (less one half)", preferred, 1))
+    return checked(claims)
+
+
+# ---------------------------------------------------------------- tables of claims 1 to 8
+
+def tables_1(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
+    """Norms of each run, and the untrained measures against the renders."""
+    columns = {}
+    for scale, who, norm in product(BOTH, MODELS[1:], ("overall", "highest")):
+        columns[f"{who}, {norm}, {scale}"] = ratio(who, norm, f"main/{scale}")
+    tables = {"Norm ratio over the trajectory and at its highest step, each seed": cell_table(results, columns, 1.0)}
+    parts = {scale: f"main/{scale}" for scale in BOTH}
+    tables["Means over cells, without guidance and with it"] = level_table(results, parts, MODELS)
+    return tables
+
+
+def untrained_table(results: dict[tuple, dict], bases: dict[str, dict]) -> str:
+    """Measures that no model learned, as deviations from the renders' mean, in standard deviations of the renders; and
+    the judge beside them."""
+    rows, renders = [], next(iter(bases.values()))["renders"]
+    columns = list(product(BOTH, MODELS))
+    for metric, (label, digits) in METRICS.items():
+        means = [paired(results, mean_of(f"main/{scale}", who, metric))["a"] for scale, who in columns]
+        if metric in renders:
+            mean, std = renders[metric]["mean"], renders[metric]["std"]
+            rows.append([label, *(f"{(x - mean) / std:+.2f}" for x in means)])
+        elif metric in ("judge/oversaturation", "judge/over-sharpening"):
+            rows.append([label, *(f"{x:.{digits}f}" for x in means)])
+    return markdown(["", *(f"{who}, {scale}" for scale, who in columns)], rows)
+
+
+def tables_2(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
+    """Means with renormalization."""
+    parts = {scale: f"renorm/{scale}" for scale in BOTH}
+    return {"Means over cells": level_table(results, parts, ("unguarded", "match", "guarded", "guided"))}
+
+
+def tables_5_and_6(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
+    """Reward and judge of each run, and what FLUX's embedding is told."""
+    tables = {}
+    for metric, label in (("reward", "Reward"), ("judge/overall", "Judged good")):
+        columns = {f"{who}, {scale}": mean_of(f"main/{scale}", who, metric) for scale in BOTH for who in MODELS}
+        tables[f"{label}, each seed"] = cell_table(results, columns)
+    if told := having(results, "told"):
+        parts = {f"told {value}": f"told/{value}" for value in next(iter(told.values()))["told"] if value.isdigit()}
+        parts = {"told 3.5": "main/none", **parts}
+        tables["What the embedding of flux is told"] = level_table(told, parts, MODELS)
+    return tables
+
+
+def tables_7(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
+    """Preference and verdict at few steps."""
+    steps = [steps for steps in next(iter(results.values()))["few"] if steps.isdigit()]
+    rows = []
+    for scale, who in product(reversed(BOTH), MODELS):
+        parts = [f"main/{scale}", *(f"few/{k}/{scale}" for k in steps)]
+        good = [f"{paired(results, mean_of(part, who, 'judge/overall'))['a']:.3f}" for part in parts]
+        liked = [""] * len(parts)
+        if who in ("guarded", "guided"):
+            rates = [paired(results, preference(part, f"{who} vs unguarded")) for part in parts]
+            liked = [f"{0.5 + rate['difference']:.2f}" for rate in rates]
+        rows.append([f"{who}, {scale}", *good, *liked])
+    counts = ["all", *steps]
+    header = ["", *(f"judged good, {k} steps" for k in counts), *(f"preferred to unguarded, {k}" for k in counts)]
+    return {"At few steps": markdown(header, rows)}
+
+
+def tables_8(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
+    """The chosen checkpoints."""
+    early, rows = [r["early"] for r in results.values()], []
+    for how in early[0]["chosen"]:
+        epochs = Counter(int(e["chosen"][how]) for e in early)
+        gains = [paired(results, gain_of(f"early/{scale}", how))["a"] for scale in BOTH]
+        rows.append([how, ", ".join(f"{epoch} ({n} runs)" for epoch, n in sorted(epochs.items())),
+                     *(f"{gain:.2f}" for gain in gains)])
+    header = ["checkpoint", "its epoch", "its gain in reward without guidance", "with guidance"]
+    return {"The chosen checkpoints": markdown(header, rows)}
+
+
+# ---------------------------------------------------------------- claim 3
 
 def coherent(beyond: int, steps: int) -> str:
     """The verdict on "no coherent signal", from how many steps are beyond chance."""
@@ -145,8 +275,8 @@ def coherent(beyond: int, steps: int) -> str:
     return "holds" if beyond <= 0.1 * steps else "mixed"
 
 
-def claim_3(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
-    """Adjoint sensitivity."""
+def claim_3(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
+    """Adjoint sensitivity: a table."""
     adjoints = {"base": [], "unguarded": [(run.reward, r["adjoint"]) for run, r in results.items()]}
     for b in bases.values():
         adjoints["base"] += [(part.split()[1], b[part]) for part in b if part.startswith("adjoint")]
@@ -156,369 +286,216 @@ def claim_3(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         for what in ("reward", "energy") if found else ():
             t = np.array([adjoint[what]["t_statistic"] for adjoint in found])  # (models, steps)
             beyond = int((np.abs(t) > limit).sum())
-            row = numbers[f"{models}, {reward}, {what}"] = {
-                "steps": t.size,
-                "beyond": beyond,
-                "limit": limit,
-                "largest t": np.abs(t).max(1).tolist(),
-                "mean t": t.mean(0).tolist(),
-                "cosine": [adjoint[what]["half_batch_cosine"] for adjoint in found],
-                "same sign": [float(np.mean(adjoint[what]["same_sign"])) for adjoint in found],
-            }
             label, conclusion = reward, coherent(beyond, t.size)
             if what == "energy":
                 label = f"energy (control for {reward})"
                 conclusion = "a signal, as it must" if beyond > t.size / 2 else "**the control fails**"
-            digits = {"largest t": 1, "same sign": 2, "cosine": 2}
-            medians = [f"{np.median(row[name]):.{k}f}" for name, k in digits.items()]
-            rows.append([f"{models} models ({len(found)})", label, f"{beyond} of {t.size}", *medians, conclusion])
-    return {"limit": limit, "rows": lines(rows)}
+            medians = [np.median(np.abs(t).max(1)), np.median([np.mean(a[what]["same_sign"]) for a in found]),
+                       np.median([a[what]["half_batch_cosine"] for a in found])]
+            numbers[f"{models}, {label}"] = {"steps": t.size, "beyond": beyond, "verdict": conclusion}
+            rows.append([f"{models} models ({len(found)})", label, f"{beyond} of {t.size}",
+                         *(f"{x:.2f}" for x in medians), conclusion])
+    header = ["models", "dR/ds of", "steps beyond", "largest |t|", "same sign", "cosine of half batches", "no signal?"]
+    return markdown([name.replace("|", "\\|") for name in header], rows)
 
 
-def claim_4(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
-    """The norm with the guard."""
-    whole, highest = ratio("guarded", "overall"), ratio("guarded", "highest")
-    auto_whole, auto_highest = ratio("auto", "overall", "auto"), ratio("auto", "highest", "auto")
-    claims = [
-        ("lower than unguarded", paired(results, whole, ratio("unguarded", "overall")), -1),
-        ("not above the reference, over the trajectory", paired(results, whole), 0),
-        ("nor at any step (the highest)", paired(results, highest), 0),
-    ]
-    with_auto = having(results, "auto")
-    if with_auto:
-        auto, guarded = ("auto", "auto"), ("auto", "guarded")
-        claims += [
-            ("with --lam auto: not by more than 1 % at any step (excess at the highest)",
-             paired(with_auto, ratio("auto", "excess", "auto")), 0, 0.01),
-            (f"with --lam auto: reward, less that with lam {LAM}",
-             change(with_auto, auto, guarded, "reward", mean_of), 1),
-            (f"with --lam auto: judged good, less that with lam {LAM}",
-             change(with_auto, auto, guarded, "judge/overall", mean_of), 1),
-        ]
-    table, rows = checks(numbers, claims), []
-    for cell, runs in grouped(results, "cell").items():
-        autos = having(runs, "auto")
-        rows.append([cell, each(runs, whole, 1), each(runs, highest, 1), each(runs, ratio("guarded", "lowest"), 1),
-                     each(autos, auto_whole, 1), each(autos, auto_highest, 1)])
+# ---------------------------------------------------------------- claims 9 and 10: other guards, rivals
 
-    def above(runs: dict[tuple, dict], read: Callable[[dict], float], limit: float) -> str:
-        return f"{sum(read(r) > limit for r in runs.values())} of {len(runs)}"
-
-    said = ""
-    if with_auto:
-        said = (f" With `--lam auto` by more than 1 % in {above(with_auto, auto_highest, 0.01)}, by more than 1.5 % in "
-                f"{above(with_auto, auto_highest, 0.015)}.")
-    return {"checks": table, "above_2": above(results, highest, 0.02), "above_5": above(results, highest, 0.05),
-            "auto": said, "rows": lines(rows)}
+POINT = {  # a number of `model_point`: (header, digits)
+    "reward, none": ("reward, no guidance", 3),
+    "good, none": ("judged good, no guidance", 3),
+    f"good, {BOTH[1]}": ("judged good, with guidance", 3),
+    "good at equal reward": ("at the base's reward with guidance", 3),
+    "good over guidance": ("mean over guidance", 3),
+    f"mean, {BOTH[1]}": ("norm ratio, with guidance", 3),
+    f"highest, {BOTH[1]}": ("its highest step", 3),
+    f"guided preferred, {BOTH[1]}": ("guided preferred to it, with guidance, less one half", 3),
+}
 
 
-def claim_5_and_6(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
-    """Reward, judge and detector."""
-    columns = {who: ("main", who) for who in ("base", "unguarded", "guarded")}
-    lost = change(results, columns["unguarded"], columns["guarded"], "reward")
-    claims = [
-        ("5: of the reward's gain, no more than 5 % is lost", lost, 0, 0.05),
-        ("6: the judge prefers the guarded picture (less one half)",
-         paired(results, preference("main", "guarded vs unguarded")), 1),
-    ]
-    for text, metric, sign in (
-        ("6: judged good", "judge/overall", 1),
-        ("6: judged oversaturated", "judge/oversaturation", -1),
-        ("6: judged over-sharpened", "judge/over-sharpening", -1),
-        ("6: judged unnaturally lit", "judge/unnatural lighting", -1),
-        ("6: detector's P(real)", "P(real)", 1),
-        ("6: Fréchet distance", "FD", -1),
-    ):
-        claims.append((text, change(results, columns["guarded"], columns["unguarded"], metric), sign))
-    claims.append(("(no claim: the guarded picture is preferred to the base's)",
-                   paired(results, preference("main", "guarded vs base")), None))
-    table, rows = checks(numbers, claims), []
-    digits = {"reward": 3, "judge/overall": 2, "judge/oversaturation": 2, "P(real)": 2, "FD": 1}
-    for cell, runs in grouped(results, "cell").items():
-        numbers[cell] = {}
-        for metric in METRICS:
-            numbers[cell][metric] = {who: [mean_of("main", who, metric)(r) for r in runs.values()] for who in columns}
-        counts = [r["main"]["verdicts"]["unguarded vs guarded"] for r in runs.values()]
-        loss, tie, win, _ = np.sum(counts, axis=0).tolist()
-        numbers[cell]["guarded preferred, tie, unguarded preferred"] = [win, tie, loss]
-        rows.append([cell, *arrows(runs, "unguarded", "guarded", digits), f"{win} / {tie} / {loss}"])
-    return {"checks": table, "levels": levels(results, columns, "guarded", "unguarded", numbers),
-            "rows": lines(rows)}
+def point_row(name: str, points: dict[tuple, dict], against: dict[tuple, dict] | None = None) -> list[str]:
+    """A row of numbers of `model_point`, means over cells; with `against`, of differences with intervals."""
+    cells = []
+    for number, (_, digits) in POINT.items():
+        if any(number not in point for point in points.values()):
+            cells.append("")
+        elif against is None:
+            cells.append(f"{paired(points, lambda p, k=number: p[k])['a']:.{digits}f}")
+        elif number.startswith("guided preferred"):
+            cells.append(plus_minus(paired(points, lambda p, k=number: p[k]), digits))
+        else:
+            both = {run: (point, against[run]) for run, point in points.items()}
+            cells.append(plus_minus(paired(both, lambda p, k=number: p[0][k], lambda p, k=number: p[1][k]), digits))
+    return [name, *cells, str(len(points))]
 
 
-def claim_7(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
-    """Few steps."""
-    few = [steps for steps in next(iter(results.values()))["few"] if steps.isdigit()]
-    parts = {"all": "main", **{steps: f"few/{steps}" for steps in few}}
-    liked = {steps: preference(part, "guarded vs unguarded") for steps, part in parts.items()}
-
-    def gain(steps: str, metric: str) -> Callable[[dict], float]:
-        return lambda r: scaled(parts[steps], "guarded", metric)(r) - scaled(parts[steps], "unguarded", metric)(r)
-
-    claims = []
-    for steps, (metric, sign) in product(few, {"judge/overall": 1, "FD": -1}.items()):
-        text = f"{METRICS[metric][0]}: guarded - unguarded at {steps} steps, less that at all"
-        claims.append((text, paired(results, gain(steps, metric), gain("all", metric)), sign))
-    for steps in few:
-        text = f"preference for the guarded picture at {steps} steps, less that at all"
-        claims.append((text, paired(results, liked[steps], liked["all"]), 1))
-        with_auto = {run: r for run, r in having(results, "auto").items() if "auto" in r["few"][steps]["means"]}
-        if with_auto:
-            at_few, at_all = (preference(part, "auto vs unguarded") for part in (f"few/{steps}", "auto"))
-            text = f"preference for the picture of --lam auto at {steps} steps, less that at all"
-            claims.append((text, paired(with_auto, at_few, at_all), 1))
-    table, rows = checks(numbers, claims), []
-    for metric, (label, digits) in METRICS.items():
-        cells = []
-        for steps, part in parts.items():
-            d = numbers[f"{label}, {steps} steps"] = change(results, (part, "guarded"), (part, "unguarded"), metric)
-            base = paired(results, scaled(part, "base", metric))["a"]
-            means = f"{base:.{digits}f}: {d['b']:.{digits}f} → {d['a']:.{digits}f}"
-            cells += [means, plus_minus(d, digits)]
-        rows.append([label, *cells])
-    row, header = ["guarded preferred, less one half"], ["metric"]
-    for steps in parts:
-        d = numbers[f"guarded preferred, {steps} steps"] = paired(results, liked[steps])
-        row += ["", plus_minus(d)]
-        header += [f"{steps} steps", "difference"]
-    return {"checks": table, "table": markdown(header, [*rows, row])}
+def point_table(rows: list[list[str]]) -> str:
+    """A table of rows that `point_row` makes."""
+    return markdown(["", *(header for header, _ in POINT.values()), "runs"], rows)
 
 
-def claim_8(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
-    """Early stopping."""
-    early, guarded = [r["early"] for r in results.values()], ("early", "guarded")
-    claims, tables = [], []
-    for how in ("early, equal reward", "early, best judged"):
-        epochs = [int(e["chosen"][how]) for e in early]
-        numbers[how] = {"epochs": epochs}
-        claims += [
-            (f"{how}: the guarded picture is preferred (less one half)",
-             paired(results, preference("early", f"guarded vs {how}")), 1),
-            (f"{how}: judged good", change(results, guarded, ("early", how), "judge/overall"), 1),
-            (f"{how}: reward (fraction of the gain)", change(results, guarded, ("early", how), "reward"), 1),
-        ]
-        counts = ", ".join(f"{epoch} ({epochs.count(epoch)} runs)" for epoch in sorted(set(epochs)))
-        table = levels(results, {"early": ("early", how), "guarded": guarded}, "guarded", "early", numbers[how])
-        tables.append(f"**{how}**, epochs: {counts}.\n\n{table}")
-    last = max(name for e in early for name in e["found"] if name != "guarded")
-    at_end = sum(e["chosen"]["early, equal reward"] == last for e in early)
-    missed = sum(not e["reached"] for e in early)
-    return {"missed": missed, "runs": len(results), "at_end": at_end, "checks": checks(numbers, claims),
-            "tables": "\n\n".join(tables)}
+def guards_of(runs: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
+    """Each guard's numbers on training prompts, {guard: {run: model_point}}: first those that each run has."""
+    found = {}
+    for run, r in runs.items():
+        parts = [f"guard: {name}" for name in GUARDS if f"guard: {name}" in r]
+        for who in MODELS[:3] + MODELS[3:] if parts else ():
+            name = {"guarded": f"plain, lam {LAM}", "guided": f"guided, lam {LAM}"}.get(who, who)
+            found.setdefault(name, {})[run] = model_point(r, parts[0], who)
+        for part in parts:
+            found.setdefault(part.removeprefix("guard: "), {})[run] = model_point(r, part, "variant")
+    return found
 
 
-# ---------------------------------------------------------------- claim 9: other guards
-
-def guards_by_corner(results: dict[tuple, dict]) -> dict[str, dict[str, dict[tuple, dict]]]:
-    """{corner: {guard: {run: metrics, norm ratio, and how often it is preferred to the default}}}; lam's values first.
-    """
-    corners = {}
-    for corner, runs in grouped(having(results, "guard: "), "corner").items():
-        found = {}
-        for run, r in runs.items():
-            for name in (name for name in r if name.startswith("guard: ")):
-                part = r[name]
-                default = {**part["means"]["guarded"], "highest": NORMS["highest"](part["ratio"]["guarded"])}
-                shown = {"lam 0": "unguarded", f"lam {LAM}": "guarded", name.removeprefix("guard: "): "variant"}
-                for guard, who in shown.items():
-                    found.setdefault(guard, {})[run] = {
-                        **part["means"][who],
-                        "ratio": part["ratio"][who]["overall"],
-                        "highest": NORMS["highest"](part["ratio"][who]),
-                        "default": default,
-                        "preferred": 0.0 if who == "guarded" else preference(name, f"{who} vs guarded")(r),
-                    }
-        lams = sorted((name for name in found if name.startswith("lam")), key=lambda name: float(name.split()[1]))
-        corners[corner] = {name: found[name] for name in dict.fromkeys((*lams, *GUARDS)) if name in found}
-    return corners
-
-
-def claim_9(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
-    """Other guards."""
-    tables, methods = [], list(grouped(results, "method"))
-    digits = {"highest": 3, "reward": 3, "judge/overall": 3, "FD": 2}
-    header = ["guard", *(f"norm ratio, {m}" for m in methods), "highest step", "reward", "judged good",
-              "Fréchet distance", "preferred to the default, less one half", "runs"]
-    for corner, by_guard in guards_by_corner(results).items():
-        rows, numbers[corner] = [], {}
-        for name, runs in by_guard.items():
-            row = {m: paired(runs, lambda r, m=m: r[m], lambda r, m=m: r["default"][m]) for m in digits}
-            row["ratio"] = {m: [r["ratio"] for run, r in runs.items() if run.method == m] for m in methods}
-            row["preferred"] = paired(runs, lambda r: r["preferred"])
-            cells = [f"{np.mean(x):.3f}" if x else "-" for x in row["ratio"].values()]
-            if name == f"lam {LAM}":
-                cells += [f"**{row[m]['a']:.{k}f}**" for m, k in digits.items()] + [""]
-            else:
-                cells += [f"{row[m]['a']:.{k}f} ({plus_minus(row[m], k)})" for m, k in digits.items()]
-                cells.append(plus_minus(row["preferred"]))
-            numbers[corner][name] = row
-            rows.append([name, *cells, str(len(runs))])
-        tables.append(f"**{corner}**\n\n{markdown(header, rows)}")
-    return {"tables": "\n\n".join(tables)}
-
-
-# ---------------------------------------------------------------- claim 10: rivals
-
-BESIDE = {"judge/overall": 3, "FD": 2, "saturation": 3}  # metrics in the table of rivals, and their digits
-KEPT = {1.0: "at equal reward", 0.95: "with 5 % less"}  # the fraction of the guard's gain that a rival keeps
-AUTO = "(--lam auto)"  # is listed with the rivals at their weakest
-TOO_WEAK = "its strengths end before the reward falls"
-
-
-def rivals_of(runs: dict[tuple, dict], keep: float | None) -> dict[str, dict]:
-    """Each rival's numbers in a corner's runs, at the strength that keeps this fraction of the gain. With None, at its
-    weakest, and those of --lam auto."""
-    known = {}
-    for rival in (rival for rival in RIVALS if keep is None or len(RIVALS[rival].strengths) > 1):
-        strengths, compared = {}, {}
-        for method, of_method in grouped(runs, "method").items():
-            found = equal_reward(of_method, rival, keep)
-            if found is not None:
-                compared |= found[0]
-                strengths[method] = found[1]
-        if strengths:
-            known[rival] = {"strengths": strengths, **(against_guard(compared) if compared else {"verdict": TOO_WEAK})}
-    with_auto = having(runs, "auto")
-    if keep is None and with_auto:
-        compared = {run: {"rival": point_of(r, "auto", "auto"), **r["main"]["means"]} for run, r in with_auto.items()}
-        known[AUTO] = {"strengths": {}, **against_guard(compared)}
-        known[AUTO]["verdict"] = known[AUTO]["verdict"].replace("the rival", "auto")
-    return known
-
-
-def against_guard(compared: dict[tuple, dict]) -> dict:
-    """A rival's numbers beside the guard's, from {run: metrics of "rival", "guarded", "unguarded" and "base"}."""
-    def reward_change(m: dict) -> float:  # as a fraction of the gain
-        return (m["rival"]["reward"] - m["guarded"]["reward"]) / (m["unguarded"]["reward"] - m["base"]["reward"])
-
-    numbers = {
-        "preferred": paired(compared, lambda m: m["rival"]["preferred"]),
-        "reward": paired(compared, reward_change),
-        "highest step": paired(compared, lambda m: m["rival"]["highest"])["a"],
-    }
-    for metric in BESIDE:
-        numbers[metric] = paired(compared, lambda m, k=metric: m["rival"][k], lambda m, k=metric: m["guarded"][k])
-    return {**numbers, "verdict": preferred_side(numbers["preferred"])}
-
-
-def preferred_side(preferred: dict) -> str:
-    """Whose pictures the judge prefers, from how often it prefers the guarded picture, less one half."""
-    if math.isnan(preferred["half"]):
-        return "one seed: no interval"
-    if abs(preferred["difference"]) <= preferred["half"]:
-        return "not resolved"
-    return "the guard" if preferred["difference"] > 0 else "**the rival**"
-
-
-def rival_row(rival: str, known: dict) -> list[str]:
-    """A rival's row of the table."""
-    strengths = []
-    for method, strength in known["strengths"].items():
-        text = "-" if strength is None else "none" if strength == RIVALS[rival].none else f"{strength:.2g}"
-        strengths.append(f"{method} {text}")
-    strengths = ", ".join(strengths)
-    if known["verdict"] == TOO_WEAK:
-        return [rival, strengths, *["-"] * (3 + len(BESIDE)), TOO_WEAK]
-    metrics = [plus_minus(known[metric], digits) for metric, digits in BESIDE.items()]
-    step = "-" if rival == "projected" else f"{known['highest step']:.3f}"  # its norms are from before the projection
-    return [rival, strengths, plus_minus(known["preferred"]), plus_minus(known["reward"]), *metrics, step,
-            known["verdict"]]
-
-
-def claim_10(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
-    """Rivals of the guard at equal reward, and where they may lose a little more."""
-    header = ["rival", "its strength", "guarded preferred to it, less one half", "reward (fraction of the gain)",
-              *(METRICS[metric][0] for metric in BESIDE), "highest step", "the judge prefers"]
+def claim_9(results: dict[tuple, dict], numbers: dict) -> str:
+    """Which velocity to guard, and how strongly: a table for all methods, and one for each."""
     tables = []
+    for title, runs in {"all methods": results, **grouped(results, "method")}.items():
+        found = guards_of(runs)
+        default = found[f"guided, lam {LAM}"]
+        numbers[title] = {name: {k: paired(points, lambda p, k=k: p.get(k, math.nan)) for k in POINT}
+                          for name, points in found.items()}
+        rows = [point_row(name, points) for name, points in found.items()]
+        tables.append(f"**{title}**\n\n{point_table(rows)}")
+        if title == "all methods":
+            rows = [point_row(name, points, default) for name, points in found.items()]
+            tables.append(f"**{title}**, less the guided guard with lam {LAM}\n\n{point_table(rows)}")
+    return "\n\n".join(tables)
+
+
+def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, str]]:
+    """Rivals: a table at equal reward without guidance for each corner, and all strengths as they are."""
+    near, tables = [], {}
     for corner, runs in grouped(results, "corner").items():
-        for keep, how in (*KEPT.items(), (None, "at their weakest")):
-            known = numbers[f"{corner}, {how}"] = rivals_of(runs, keep)
-            rows = [rival_row(rival, row) for rival, row in known.items()]
-            tables.append(f"**{corner}, {how}**\n\n{markdown(header, rows)}")
-    return {"tables": "\n\n".join(tables)}
+        rows = [point_row(who, {run: model_point(r, "main", who) for run, r in runs.items()}) for who in MODELS]
+        strengths_rows = list(rows)
+        for guard, rival in product(("guarded", "guided"), RIVALS):
+            strengths, compared = [], {}
+            for method, of_method in grouped(runs, "method").items():
+                found = equal_reward(of_method, rival, guard)
+                if found is not None and len(RIVALS[rival].strengths) > 1:
+                    compared |= found[0]
+                    strengths.append(f"{method} " + ("-" if found[1] is None else f"{found[1]:.2g}"))
+            if compared:
+                numbers[f"{corner}, {rival}, reward of {guard}"] = against = {
+                    k: paired(compared, lambda p, k=k: p.get(k, math.nan)) for k in POINT}
+                against["strengths"] = strengths
+                rows.append(point_row(f"{rival} at the reward of {guard} ({', '.join(strengths)})", compared))
+        near.append(f"**{corner}**\n\n{point_table(rows)}")
+        for rival in RIVALS:
+            for strength in dict.fromkeys(RIVALS[rival].strengths + RIVALS[rival].dpo):
+                part = f"rival: {rival} {strength:g}"
+                points = {run: model_point(r, part, "rival") for run, r in runs.items() if part in r}
+                if points:
+                    methods = ", ".join(dict.fromkeys(run.method for run in points))
+                    strengths_rows.append(point_row(f"{rival} {strength:g} ({methods})", points))
+        tables[f"{corner}: each strength"] = point_table(strengths_rows)
+    return "\n\n".join(near), tables
 
 
 # ---------------------------------------------------------------- the report
 
-CLAIMS = {  # the part that a claim's runs must have, and its function
-    "1": ("main", claim_1),
-    "2": ("renorm", claim_2),
-    "3": ("adjoint", claim_3),
-    "4": ("main", claim_4),
-    "5 and 6": ("main", claim_5_and_6),
-    "7": ("few", claim_7),
-    "8": ("early", claim_8),
-    "9": ("guard", claim_9),
-    "10": ("rival", claim_10),
+CHECKS = {  # claim: (the part that its runs must have, its checks, its tables)
+    "1": ("main", claim_1, tables_1),
+    "2": ("renorm", claim_2, tables_2),
+    "4": ("main", claim_4, None),
+    "5 and 6": ("main", claim_5_and_6, tables_5_and_6),
+    "7": ("few", claim_7, tables_7),
+    "8": ("early", claim_8, tables_8),
 }
+
+
+def measured_claims(results: dict[tuple, dict], bases: dict[str, dict]) -> tuple[dict, dict, dict]:
+    """All that is filled in: {claim: values for its section}, {claim: its tables by title}, and {claim: numbers}."""
+    values, tables, numbers = {}, {}, {}
+    done = having(results, "main")
+    for claim, (part, check, more) in CHECKS.items():
+        if runs := having(done, part):
+            numbers[claim] = {scale: check(runs, scale) for scale in BOTH}
+            values[claim] = {"runs": len(runs), "checks": check_table(numbers[claim])}
+            tables[claim] = more(runs, bases) if more else {}
+    if done:
+        values["1"]["untrained"] = untrained_table(done, bases)
+    if runs := having(done, "adjoint"):
+        values["3"] = {"runs": len(runs), "table": claim_3(runs, bases, numbers.setdefault("3", {}))}
+    if runs := having(done, "guard: "):
+        values["9"] = {"runs": len(runs), "tables": claim_9(runs, numbers.setdefault("9", {}))}
+    if runs := having(done, "rival: "):
+        near, tables["10"] = claim_10(runs, numbers.setdefault("10", {}))
+        values["10"] = {"runs": len(runs), "tables": near}
+    return values, tables, numbers
 
 
 def summary(lines: list[str], numbers: dict) -> str:
     """The table of claims. A line of the template names a claim, what it says, and the check that shows it."""
     rows = []
-    for claim, text, check in (line.strip("| ").split(" | ") for line in lines):
-        if found := numbers.get(claim, {}).get("checks", {}).get(check):
-            rows.append([claim, text, plus_minus(found), found["verdict"]])
-    for name, row in numbers.get("3", {}).items():
-        if name.startswith("unguarded") and name.endswith("reward"):
-            line = f"‖v‖ carries no first-order signal of {name.split(', ')[1]} (steps beyond chance, trained models)"
-            rows.append(["3", line, f"{row['beyond']} of {row['steps']}", coherent(row["beyond"], row["steps"])])
-    for how in KEPT.values():
-        known = [rivals for where, rivals in numbers.get("10", {}).items() if where.endswith(how)]
-        verdicts = [row["verdict"] for rivals in known for row in rivals.values()]
-        if verdicts:
-            worse = verdicts.count("the guard")
-            conclusion = "holds" if worse == len(verdicts) else "not resolved"
-            if "**the rival**" in verdicts:
-                conclusion = "**contradicted**"
-            line = f"the judge prefers the guard to every rival {how}"
-            rows.append(["10", line, f"to {worse} of {len(verdicts)}", conclusion])
-    rows.sort(key=lambda row: int(row[0].split()[0]))
-    return markdown(["claim", "what it says", "measured", "verdict"], rows)
+    for claim, text, name in (line.strip("| ").split(" | ") for line in lines):
+        if claim == "3" and (found := numbers.get("3", {}).get(name)):
+            rows.append([claim, text, "", f"{found['beyond']} of {found['steps']}", found["verdict"]])
+        elif name in (checks := numbers.get(claim, {})).get(BOTH[0], {}):
+            rows.append([claim, text, *numbers_of(checks, name), verdicts(checks, name)])
+    return markdown(["claim", "what it says", "with guidance", "without", "verdict"], rows)
 
 
-def introduction(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> dict:
-    """What is filled in before the claims."""
-    parts = [part for numbers in (*results.values(), *bases.values()) for part in numbers.values()]
-    commits = sorted({part.get("of", {}).get("commit") or "unknown" for part in parts})
-    ahead = []
-    for where, rivals in numbers.get("10", {}).items():
-        if names := [rival for rival, row in rivals.items() if row["verdict"] == "**the rival**"]:
-            ahead.append(f"{where}: {', '.join(names)}")
-    ahead = f"**Rivals whose pictures the judge prefers to the guard's.** {'; '.join(ahead)}." if ahead else ""
-    done = having(results, "main")
-    return {"commits": ", ".join(commits), "rivals_ahead": ahead, "runs": len(done),
-            "cells": len(grouped(done, "cell"))}
+def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
+    """The numbers that a comment may name: {levels[judged good, base, 3]}, a mean over cells, and {checks[4, 3,
+    guarded: nor at the highest step]}, a claim's number with guidance 3. A reward is of all cells."""
+    levels, checks, done = {}, {}, having(results, "main")
+    for scale, who, (metric, (label, digits)) in product(BOTH if done else (), MODELS, METRICS.items()):
+        mean = paired(done, mean_of(f"main/{scale}", who, metric))["a"]
+        levels[f"{label}, {who}, {scale}"] = f"{mean:.{min(digits, 2)}f}"
+    for claim, scale in product(CHECKS, BOTH):
+        for name, d in numbers.get(claim, {}).get(scale, {}).items():
+            checks[f"{claim}, {scale}, {name}"] = plus_minus(d)
+            checks[f"{claim}, {scale}, {name}, %"] = f"{100 * d['difference']:.0f}"
+            checks[f"{claim}, {scale}, {name}, rate"] = f"{50 + 100 * d['difference']:.0f}"
+    return {"levels": levels, "checks": checks}
+
+
+def comment(paragraph: str, values: dict) -> str:
+    """A paragraph with its numbers filled in. One that begins with "[36 runs]" was written about that many runs; for
+    another number, or if a number is missing, it is left out."""
+    about = re.match(r"\[(\d+) runs\] ", paragraph)
+    if not about:
+        return paragraph.format_map(values)
+    try:
+        return paragraph[about.end():].format_map(values) if int(about[1]) == values["runs"] else ""
+    except KeyError:
+        return ""
 
 
 def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home: Path, assets: Path):
-    """Write home/RESULTS.md and home/results.json."""
-    top, *sections = TEMPLATE.read_text().split("\n## ")
-    numbers, text = {}, []
-    for section in sections:
-        title, command, *paragraphs = section.strip().split("\n\n")
-        text += [f"## {title}", command]
+    """Write home/RESULTS.md, home/TABLES.md and home/results.json."""
+    values, tables, numbers = measured_claims(results, bases)
+    parts = [part for numbers in (*results.values(), *bases.values()) for part in numbers.values()]
+    commits = sorted({part.get("of", {}).get("commit") or "unknown" for part in parts})
+    seconds = sum(part.get("seconds", 0) for part in parts)
+    done = having(results, "main")
+    common = {"home": home, "lam": LAM, "guidance": BOTH[1], "pictures": size.n, "steps": size.steps,
+              "commits": ", ".join(commits), "hours": round(seconds / 3600), "runs": len(done),
+              "cells": len(grouped(done, "cell")), **quoted(results, numbers)}
+    text = []
+    for section in ("\n" + TEMPLATE.read_text()).split("\n## "):
+        title, *paragraphs = section.strip().split("\n\n")
         claim = title.partition(".")[0]
-        part, fill = CLAIMS[claim]
-        measured = having(results if part == "guard" else having(results, "main"), part)
-        if not measured:
+        text.append(f"## {title}" if text else title)
+        is_claim = claim[0].isdigit()
+        if is_claim and claim not in values:
             text.append("Not measured yet.")
             continue
-        numbers[claim] = {}
-        values = {"lam": LAM, **fill(measured, bases, numbers[claim])}
         for paragraph in paragraphs:
-            if not paragraph.startswith("["):
-                text.append(paragraph.format_map(values))
-            elif assets == Path("assets"):  # what we made of the committed numbers
-                text.append(reading(claim, paragraph, measured, numbers))
-    values = {"home": home, "lam": LAM, "pictures": size.n, "steps": size.steps}
-    values |= introduction(results, bases, numbers)
-    start = []
-    for paragraph in top.strip().split("\n\n"):
-        is_table = paragraph.startswith("|")
-        start.append(summary(paragraph.splitlines(), numbers) if is_table else paragraph.format_map(values))
-    text = "\n\n".join(paragraph for paragraph in (*start, *text) if paragraph)
-    write_text(home / "RESULTS.md", text.replace("ASSETS", os.path.relpath(assets, home)) + "\n")
+            if paragraph.startswith("| "):
+                text.append(summary(paragraph.splitlines(), numbers))
+            elif not paragraph.startswith("[") or assets == Path("assets"):  # else: what we made of committed numbers
+                text.append(comment(paragraph, {**common, **values.get(claim, {})}))
+    appendix = ["# Tables to RESULTS.md", "Written by `python tiny/reproduce.py`. \"none\" is without guidance."]
+    for claim, by_title in tables.items():
+        appendix += [f"## Claim {claim}"] * bool(by_title)
+        for title, table in by_title.items():
+            appendix += [f"**{title}**", table]
+    text = "\n\n".join(filter(None, text)).replace("ASSETS", os.path.relpath(assets, home))
+    write_text(home / "RESULTS.md", text + "\n")
+    write_text(home / "TABLES.md", "\n\n".join(appendix) + "\n")
     write_text(home / "results.json", json.dumps(rounded(numbers), indent=1) + "\n")
 
 

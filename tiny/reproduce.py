@@ -14,7 +14,8 @@ guards.py, true_guidance.
 What is measured on a run comes in parts (`PARTS`). Each part is saved in RESULTS/<run>.json as soon as it is measured,
 with its commit and with hashes of the weights, code and flags that it depends on, and is not measured again. The last
 lines say how many parts have other hashes than today's; to measure a part anew, delete it. An interrupted reproduction
-continues with the same command. RESULTS.md and results.json are written beside RESULTS, and the figures to assets/.
+continues with the same command. RESULTS.md, TABLES.md and results.json are written beside RESULTS, and the figures to
+assets/.
 
 On several cores, start the command several times, on one thread each. What another process works on is left to it:
 
@@ -52,6 +53,7 @@ import tyro
 from figures import draw_all, draw_front
 from guards import (
     AUTO,
+    BOTH,
     GUARDS,
     GUIDANCE,
     GUIDED,
@@ -133,7 +135,6 @@ class Size(NamedTuple):
 SMOKE = Size("--epochs 2 --group 2 --groups 2 --steps 4 --eval-n 2 --save-every 2", 4, (2,), ("none", "3"), 1, 1, 1, 32,
              "tiny/smoke_prompts.txt", only=("main", "auto", "renorm", "adjoint", "few", "early",
                                              "guard: both, guided times 1", "rival: EMA-KL 0.3"))
-BOTH = "none", str(GUIDANCE)  # the scales at which norms are measured and most claims are tested
 
 
 # ---------------------------------------------------------------- what numbers depend on
@@ -621,7 +622,7 @@ def main(args: Args):
     if args.smoke:
         root = "runs/smoke" if args.runs == Args.runs else args.runs
         args = Args(("sd3",), ("awm",), ("pickscore",), (0,), args.only, True, root, f"{root}/results")
-    check_place(Path(args.results).parent, "--results", ("RESULTS.md", "results.json"))
+    check_place(Path(args.results).parent, "--results", ("RESULTS.md", "TABLES.md", "results.json"))
     make_dir(args.runs, "--runs")
     make_dir(args.results, "--results")
     measure_all(args, size)
@@ -670,9 +671,9 @@ def report_all(args: Args, size: Size):
     draw_all(runs, bases, assets)
     front = next((run for run in runs if run.method == "awm"), None)
     if front:
-        home = home_of(root, front.base, front)
-        folders = {"base": home_of(root, front.base) / "base"}
-        folders |= {"unguarded": home / "awm", "guarded": home / "awm+normguard"}
+        drawn, name = home_of(root, front.base, front) / "drawn", f"@{GUIDANCE}-{size.steps}"
+        folders = {"base": home_of(root, front.base) / "drawn" / f"base{name}"}
+        folders |= {who: drawn / f"{who}{name}" for who in ("unguarded", "guarded", "guided")}
         if all(map(Path.exists, folders.values())):
             draw_front(runs[front], folders, assets / "front.png")
     for what, parts in stale_parts(runs, bases, size).items():
