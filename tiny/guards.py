@@ -145,7 +145,7 @@ def velocity_with(values: list[Tensor], pipe, batch: dict, guidance: float | Non
 
 class Variant(NamedTuple):
     """How a training differs from the unguarded one."""
-    flags: str  # {s}: the strength; {lr}: the script's learning rate times that; {reward}, {other}: both rewards
+    flags: str  # {s}: the strength; {reward}, {other}: both rewards
     rival: Callable | None = None  # instead of NormGuard's hinge
 
 
@@ -193,6 +193,7 @@ RIVALS = {
     "CRD": Rival((0.05, 0.15), Variant("--lam {s}", crd), dpo=(0.15, 0.5)),
     "guided CRD": Rival((0.01, 0.03), Variant("--lam {s}" + OF_GUIDED, crd), dpo=(0.02, 0.05), corners=SD3),
     "GARDO": Rival((0.1, 0.3), Variant("--lam {s}" + TWO_REWARDS, gardo)),
-    "guided GARDO": Rival((0.015, 0.05), Variant("--lam {s}" + OF_GUIDED + TWO_REWARDS, gardo), corners=SD3),
+    "guided GARDO": Rival((0.015, 0.05), Variant("--lam {s}" + OF_GUIDED + TWO_REWARDS, partial(gardo, max_kl=0.6)),
+                          corners=SD3),
     "LoRA scaled": Rival((0.8, 0.65), sampling="--lora-scale {s}", none=1),
 }

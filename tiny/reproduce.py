@@ -174,9 +174,10 @@ def rival_code(variant: Variant) -> str:
     """A hash of the code of a variant's rival; "" with NormGuard's own hinge."""
     if not variant.rival:
         return ""
-    rival = getattr(variant.rival, "func", variant.rival)  # without the arguments of a partial
+    rival = getattr(variant.rival, "func", variant.rival)  # of a partial
+    arguments = getattr(variant.rival, "keywords", {})
     functions = rival, of_rows, squared_error, velocity_with, velocities, true_guidance
-    return source_hash(*map(inspect.getsource, functions))
+    return source_hash(*map(inspect.getsource, functions), repr(arguments))
 
 
 @functools.cache
@@ -194,8 +195,8 @@ def made_with(base: str, *scripts: str) -> dict[str, str]:
 
 def depends(run: Run, size: Size, part: str) -> dict[str, str]:
     """Hashes of what a part's numbers depend on."""
-    variant = PARTS[part].variant
-    flags = zlib.crc32(f"{part} {LAM} {size._replace(only=None)} {variant.flags} {rival_code(variant)}".encode())
+    variants = [f"{variant.flags} {rival_code(variant)}" for variant in (PARTS[part].variant, GUIDED[run.base])]
+    flags = zlib.crc32(f"{part} {LAM} {GUIDANCE} {size._replace(only=None)} {variants}".encode())
     return {**made_with(run.base, f"train_{run.method}.py"), "flags": f"{flags:08x}"}
 
 
@@ -264,9 +265,9 @@ def train_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
 
 def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant, strength: float = 1.0) -> Path:
     """The folder home/name of another training, without evaluations."""
-    out, script = home / name, importlib.import_module(f"train_{run.method}")
+    out = home / name
     other = next(reward for reward in Args.rewards if reward != run.reward)
-    flags = variant.flags.format(s=strength, lr=script.Args.lr * strength, reward=run.reward, other=other)
+    flags = variant.flags.format(s=strength, reward=run.reward, other=other)
     line = training_line(run, size, out, f"{flags} --eval-every 0")
     if variant.rival:
         state = {"guidance": GUIDANCE if "--guard-guidance" in flags else None}
@@ -291,10 +292,12 @@ def slug(name: str) -> str:
     return name.replace(", ", "-").replace(" ", "-")
 
 
-def sample(home: Path, base: str, out: Path, flags: str) -> Path:
-    """Draw pictures into the folder `out`, with these flags of sample.py."""
-    with true_guidance():
-        command(home, f"sample.py --model tiny/{base} --out {out} {flags}", out)
+def sample(home: Path, base: str, out: Path, flags: str, lora: Path | None = None, told: bool = False) -> Path:
+    """Draw pictures into the folder `out`, with these flags of sample.py. `told`: a guidance scale is what the
+    embedding of flux is told, not its true_guidance."""
+    lora_flag, note = (f" --lora {lora}", f"# of {fingerprint(str(lora))}") if lora else ("", "")
+    with contextlib.nullcontext() if told else true_guidance():
+        command(home, f"sample.py --model tiny/{base} --out {out} {flags}{lora_flag}", out, note)
     return out
 
 
@@ -306,14 +309,15 @@ def draw(home: Path, base: str, size: Size, name: str, lora: Path | None = None,
     name = f"{slug(name)}@{scale}-{steps}" + "-training" * training
     prompts = f" --prompts {size.prompts}" if training or size.only else ""  # the smoke test has one list of prompts
     numbers = f"--n {size.n_choose} --seed 5000" if training else f"--n {size.n} --seed 1000"
-    flags = f"{numbers} --steps {steps}{prompts} {flags}" + f" --lora {lora}" * bool(lora)
-    return sample(home, base, home / "drawn" / name, flags + f" --guidance {scale}" * (scale != "none"))
+    flags = f"{numbers} --steps {steps}{prompts} {flags}" + f" --guidance {scale}" * (scale != "none")
+    return sample(home, base, home / "drawn" / name, flags, lora)
 
 
-def training_rewards(home: Path, run: Run, size: Size, name: str, flags: str) -> tuple[Path, np.ndarray]:
+def training_rewards(home: Path, run: Run, size: Size, name: str, lora: Path | None = None,
+                     flags: str = "") -> tuple[Path, np.ndarray]:
     """Draw pictures of training prompts in 8 steps, as in rollouts: their folder, and each prompt's mean reward."""
     flags = f"--prompts {size.prompts} --n {size.n_choose} --steps 8 --seed 5000 --reward tiny/{run.reward} {flags}"
-    folder = sample(home, run.base, home / "choose" / name, flags)
+    folder = sample(home, run.base, home / "choose" / name, flags, lora)
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     return folder, np.reshape([row["reward"] for row in rows], (-1, size.n_choose)).mean(1)
 
@@ -387,14 +391,14 @@ def main_part(home: Path, run: Run, size: Size) -> dict:
     """Claims 1, 4, 5 and 6, without guidance and with each scale of it: norm ratios, reward, judge, detector."""
     keys = ("eval_reward", "eval_reward_se", "eval_norm_ratio", "eval_norm_ratio_steps", "eval_saturation")
     loras, curves = train_all(home, run, size), {}
-    _, rewards = training_rewards(home, run, size, "base", "")
+    _, rewards = training_rewards(home, run, size, "base")
     training = {"base": rewards.mean()}
     for name, lora in loras.items():
         lines = [json.loads(line) for line in (lora.parent / "metrics.jsonl").read_text().splitlines()]
         evals = [line for line in lines if "eval_reward" in line]
         if evals:
             curves[name] = [{k.removeprefix("eval_"): line[k] for k in ("epoch", *keys)} for line in evals]
-        _, rewards = training_rewards(home, run, size, name, f"--lora {lora}")
+        _, rewards = training_rewards(home, run, size, name, lora)
         training[name] = rewards.mean()
     judged = {scale: compare(home, run, size, loras, scale) for scale in size.scales}
     return {"curves": curves, "training reward": training, **judged}
@@ -417,20 +421,21 @@ def renorm_part(home: Path, run: Run, size: Size) -> dict:
 
 def told_part(home: Path, run: Run, size: Size) -> dict:
     """What the guidance embedding of tiny/flux is told, instead of 3.5."""
-    loras, numbers = {"base": None, **train_all(home, run, size)}, {}
+    loras, numbers = train_all(home, run, size), {}
     for told in ("2", "6"):
-        folders = {}
+        flags = f"--n {size.n} --seed 1000 --steps {size.steps} --guidance {told}"
+        base_home = home_of(home.parent, run.base)
+        with locked(base_home):
+            folders = {"base": sample(base_home, run.base, base_home / "drawn" / f"base@told-{told}", flags, told=True)}
         for name, lora in loras.items():
-            flags = f"--n {size.n} --seed 1000 --steps {size.steps} --guidance {told}" + f" --lora {lora}" * bool(lora)
-            folders[name] = home / "drawn" / f"{name}@told-{told}"
-            command(home, f"sample.py --model tiny/{run.base} --out {folders[name]} {flags}", folders[name])
+            folders[name] = sample(home, run.base, home / "drawn" / f"{name}@told-{told}", flags, lora, told=True)
         numbers[told] = judge(home, run, folders)
     return numbers
 
 
-def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: str = "") -> dict:
+def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, lora: Path | None = None) -> dict:
     """Claim 3: sample.py --adjoint on held-out prompts, in 8 steps as in rollouts."""
-    sample(home, base, out, f"--adjoint --reward tiny/{reward} --n {size.n_adjoint} --steps 8 --seed 3000 {flags}")
+    sample(home, base, out, f"--adjoint --reward tiny/{reward} --n {size.n_adjoint} --steps 8 --seed 3000", lora)
     rows = json.loads((out / "adjoint.json").read_text())
     return {"t": rows["t"], "units": rows["units"], "reward": rows[f"tiny/{reward}"],
             "energy": rows["energy (control)"]}
@@ -439,7 +444,7 @@ def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, flags: st
 def adjoint_part(home: Path, run: Run, size: Size) -> dict:
     """Claim 3 on the unguarded model."""
     lora = train_unguarded(home, run, size) / "lora"
-    return adjoint(home, run.base, run.reward, size, home / "adjoint", f"--lora {lora}")
+    return adjoint(home, run.base, run.reward, size, home / "adjoint", lora)
 
 
 def few_part(home: Path, run: Run, size: Size) -> dict:
@@ -458,7 +463,7 @@ def early_part(home: Path, run: Run, size: Size) -> dict:
     ask = local_judge("tiny/judge", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found, rewards = {}, {}
     for name, lora in models.items():
-        folder, rewards[name] = training_rewards(home, run, size, name, f"--lora {lora}")
+        folder, rewards[name] = training_rewards(home, run, size, name, lora)
         found[name] = {"reward": rewards[name].mean(), "none": judged_good(ask, folder)}
         guided = draw(home, run.base, size, name, lora, BOTH[1], steps=8, training=True)
         found[name][BOTH[1]] = judged_good(ask, guided)
@@ -488,8 +493,7 @@ def guard_part(home: Path, run: Run, size: Size, name: str) -> dict:
     """Claim 9: another guard. On training prompts, because a guard is a matter of choice."""
     loras = train_all(home, run, size)
     loras["variant"] = train_variant(home, run, size, f"guards/{slug(name)}", GUARDS[name]) / "lora"
-    scales = [scale for scale in size.scales if scale != "1.5"]
-    return {scale: compare(home, run, size, loras, scale, training=True) for scale in scales}
+    return {scale: compare(home, run, size, loras, scale, training=True) for scale in size.scales}
 
 
 def rival_part(home: Path, run: Run, size: Size, name: str, strength: float) -> dict:
@@ -498,7 +502,7 @@ def rival_part(home: Path, run: Run, size: Size, name: str, strength: float) -> 
     loras["rival"], flags = loras["unguarded"], rival.sampling.format(s=strength)
     if rival.training:
         loras["rival"] = train_variant(home, run, size, f"rivals/{label}", rival.training, strength) / "lora"
-    _, rewards = training_rewards(home, run, size, label, f"--lora {loras['rival']} {flags}")
+    _, rewards = training_rewards(home, run, size, label, loras["rival"], flags)
     judged = {scale: compare(home, run, size, loras, scale, flags={"rival": flags}) for scale in size.scales}
     return {"training reward": {"rival": rewards.mean()}, **judged}
 
@@ -644,9 +648,7 @@ def locked(folder: Path, wait: bool = True):
 
 def measure_all(args: Args, size: Size):
     """Measure all missing parts: first of the bases, whose pictures the runs need, then of the runs."""
-    root, missing = Path(args.runs), missing_parts(args, size)
-    if not missing:
-        return
+    root = Path(args.runs)
     renderer = source_hash(Path("tiny/world.py").read_text())
     with locked(root):
         for name, prompts in (("renders", "eval_prompts"), ("renders-training", "prompts")):
@@ -654,12 +656,18 @@ def measure_all(args: Args, size: Size):
             command(root, f"tiny/world.py {flags}", root / name, f"# {renderer}")
         for base in dict.fromkeys(args.bases):
             measure_base(base, args, size)
-    for run, name in tqdm(missing, desc="reproduce", unit="part"):
-        home = home_of(root, run.base, run)
-        with locked(home, wait=False) as free:
-            if free:
-                measure = functools.partial(PARTS[name].measure, home, run, size)
-                add_part(Path(args.results) / f"{run.name}.json", name, depends(run, size, name), measure)
+    while missing := missing_parts(args, size):
+        measured = 0
+        for run, name in tqdm(missing, desc="reproduce", unit="part"):
+            home = home_of(root, run.base, run)
+            with locked(home, wait=False) as free:
+                if free:
+                    measure = functools.partial(PARTS[name].measure, home, run, size)
+                    add_part(Path(args.results) / f"{run.name}.json", name, depends(run, size, name), measure)
+                    measured += 1
+        if not measured:
+            print(f"note: {len(missing)} parts are left to other processes, which work on their runs")
+            return
 
 
 def report_all(args: Args, size: Size):
@@ -669,7 +677,7 @@ def report_all(args: Args, size: Size):
     assets = Path("assets") if args.results == Args.results else results.parent
     write_report(runs, bases, size, results.parent, assets)
     draw_all(runs, bases, assets)
-    front = next((run for run in runs if run.method == "awm"), None)
+    front = next((run for run, numbers in runs.items() if run.method == "awm" and "main" in numbers), None)
     if front:
         drawn, name = home_of(root, front.base, front) / "drawn", f"@{GUIDANCE}-{size.steps}"
         folders = {"base": home_of(root, front.base) / "drawn" / f"base{name}"}
