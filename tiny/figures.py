@@ -11,12 +11,11 @@ matplotlib.rcParams |= {"text.parse_math": False, "axes.grid": True, "grid.alpha
 import matplotlib.pyplot as plt
 from guards import BOTH, RIVALS
 from paired import grouped, having, over_guidance
-from report import MODELS, guards_of
+from report import GUARD, MODELS, guards_of
 
 from flow.pictures import load_pictures, read_folder
 
 COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb", "guided": "#2a8c4a"}
-NAME = {"guarded": "guarded", "guided": "guided velocity guarded"}
 
 
 def save(figure, path: Path, dpi: int = 110):
@@ -46,7 +45,7 @@ def draw_inflation(results: dict[tuple, dict], path: Path):
             axis.axhline(1, color="black", linewidth=0.8)
     for axis in axes[:, 0]:
         axis.set_ylabel("norm ratio to the reference")
-    handles = [plt.Line2D([], [], color=COLOUR[who], label=NAME.get(who, who)) for who in MODELS[1:]]
+    handles = [plt.Line2D([], [], color=COLOUR[who], label=GUARD.get(who, who)) for who in MODELS[1:]]
     for base, linestyle in (("sd3", "-"), ("flux", ":")):
         handles.append(plt.Line2D([], [], color="gray", linestyle=linestyle, label=base))
     axes[0, 0].legend(handles=handles, fontsize=8)
@@ -55,10 +54,8 @@ def draw_inflation(results: dict[tuple, dict], path: Path):
 
 def draw_fronts(results: dict[tuple, dict], path: Path):
     """Reward against how often a picture is judged good, for each model at each guidance scale; the lowest scale has a
-    large mark. Means over runs; a panel a base and method."""
-    panels = {}
-    for run, r in results.items():
-        panels.setdefault(f"{run.base}, {run.method.upper()}", {})[run] = r
+    large mark. Means over runs; a panel a cell."""
+    panels = grouped(results, "cell")
     wide = min(3, len(panels))
     high = math.ceil(len(panels) / wide)
     figure, axes = plt.subplots(high, wide, figsize=(4 * wide, 3.3 * high), layout="constrained", squeeze=False,
@@ -66,7 +63,7 @@ def draw_fronts(results: dict[tuple, dict], path: Path):
     for axis, (title, runs) in zip(axes.flat, panels.items()):
         for who in MODELS:
             x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
-            axis.plot(x, y, "o-", color=COLOUR[who], markersize=4, label=NAME.get(who, who))
+            axis.plot(x, y, "o-", color=COLOUR[who], markersize=4, label=GUARD.get(who, who))
             axis.plot(x[0], y[0], "s", color=COLOUR[who], markersize=8)
         axis.set(title=title, xlabel="reward")
     for axis in axes[:, 0]:
@@ -86,9 +83,9 @@ def draw_early(results: dict[tuple, dict], path: Path):
     line = {"color": COLOUR["unguarded"], "markersize": 2.5, "linewidth": 0.9, "label": "unguarded, its checkpoints"}
     for axis, (cell, runs) in zip(axes.flat, cells.items()):
         for found in (r["early"]["found"] for r in runs.values()):
-            checkpoints = [found[name] for name in found if name not in NAME]
+            checkpoints = [found[name] for name in found if name not in GUARD]
             axis.plot([f["reward"] for f in checkpoints], [f[BOTH[1]] for f in checkpoints], "o-", **line)
-            for who, name in NAME.items():
+            for who, name in GUARD.items():
                 axis.plot(found[who]["reward"], found[who][BOTH[1]], "*", color=COLOUR[who], label=name, markersize=9)
         axis.set_title(cell, fontsize=9)
         axis.tick_params(labelsize=8)
@@ -124,7 +121,7 @@ def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path)
         column[1].set(xlabel="t (1 is noise)", xlim=(1.02, -0.02))
     axes[0, 0].set_ylabel("the reward: t statistic")
     axes[1, 0].set_ylabel("energy (control): t statistic")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 1].legend(fontsize=8)
     save(figure, path)
 
 
@@ -173,7 +170,7 @@ def draw_rivals(results: dict[tuple, dict], path: Path):
                     axis.plot(x, y, style, marker=".", color=plt.cm.tab10.colors[i // 2], linewidth=1, label=label)
             for who in MODELS:
                 x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
-                axis.plot(x, y, "o-", color=COLOUR[who], linewidth=2, label=NAME.get(who, who))
+                axis.plot(x, y, "o-", color=COLOUR[who], linewidth=2, label=GUARD.get(who, who))
             axis.set(title=corner, xlabel="reward", ylabel="judged good")
             axis.legend(fontsize=6)
     save(figure, path)
@@ -192,7 +189,7 @@ def draw_front(r: dict, folders: dict[str, Path], path: Path, columns: int = 5):
             axis = figure.add_subplot(grid[i, j], xticks=[], yticks=[])
             axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="lanczos")
             if j == 0:
-                name = "guided\nguard" if who == "guided" else who
+                name = GUARD.get(who, who).replace(" ", "\n")
                 axis.set_ylabel(name, fontsize=14, color=COLOUR[who], fontweight="bold")
     axis = figure.add_axes((0.71, 0.15, 0.27, 0.71))
     axis.axhline(1, color="black", linewidth=1.5)
@@ -217,7 +214,7 @@ def draw_all(results: dict[tuple, dict], bases: dict[str, dict], assets: Path):
         draw_early(measured, assets / "early.png")
     if measured := having(done, "adjoint"):
         draw_adjoint(measured, bases, assets / "adjoint.png")
-    if measured := having(done, "guard: "):
-        draw_guards(measured, assets / "guards.png")
+    if guards_of(done):
+        draw_guards(done, assets / "guards.png")
     if measured := having(done, "rival: "):
         draw_rivals(measured, assets / "rivals.png")

@@ -97,17 +97,17 @@ def ratio(who: str, norm: str, part: str) -> Callable[[dict], float]:
 # ---------------------------------------------------------------- a model over guidance
 
 def over_guidance(part: dict, who: str) -> tuple[list[float], list[float]]:
-    """A model's reward and how often it is judged good, at each guidance scale, from none to the highest."""
+    """A model's reward and how good it is judged, at each guidance scale, from none to the highest."""
     means = [x["means"][who] for x in part.values() if isinstance(x, dict) and "means" in x]
     return [m["reward"] for m in means], [m["judge/overall"] for m in means]
 
 
 def good_at(target: float, rewards: list[float], good: list[float]) -> float:
-    """How often a model is judged good at the lowest guidance at which its reward reaches a target, interpolated
-    between two scales; at its highest reward, if it never does."""
+    """How good a model is judged at the lowest guidance at which its reward reaches a target, interpolated between two
+    scales; NaN if it never does."""
     i = next((i for i, reward in enumerate(rewards) if reward >= target), None)
     if i is None:
-        return good[int(np.argmax(rewards))]
+        return math.nan
     if i == 0:
         return good[0]
     share = (target - rewards[i - 1]) / (rewards[i] - rewards[i - 1])
@@ -115,8 +115,8 @@ def good_at(target: float, rewards: list[float], good: list[float]) -> float:
 
 
 def model_point(r: dict, part: str, who: str, guards: tuple[str, ...] = ("guarded", "guided")) -> dict[str, float]:
-    """A model's numbers, some for each scale of BOTH: its reward, how often it is judged good (where its reward reaches
-    the base's with guidance: "good at equal reward"), its distance, its norm ratio, how often a guard is preferred."""
+    """A model's numbers, some for each scale of BOTH: its reward, how good it is judged (where its reward reaches the
+    base's with guidance: "good at equal reward"), its distance, its norm ratio, how often a guard is preferred."""
     numbers = {}
     for scale in BOTH:
         means = r[part][scale]["means"][who]
@@ -148,35 +148,22 @@ def quantile(df: float) -> float:
 
 def paired(results: dict[tuple, dict], a: Callable[[dict], float],
            b: Callable[[dict], float] = lambda r: 0.0) -> dict:
-    """The mean of a - b over cells, and half its 95 % interval ("half"; NaN if a cell has only one seed).
+    """The mean of a - b over cells, and half its 95 % interval ("half"; NaN with only one seed).
 
     Cells are fixed; seeds are the sample. The runs of a seed share their LoRA's start, prompts and noise in all cells,
-    so their errors are correlated. Therefore each seed counts once: Student's t of the seeds' means over cells. It is
-    computed as a cluster-robust variance, which also covers cells that lack a seed and otherwise gives the same."""
-    means, differences = [], []  # of each cell
-    deviations = {run.seed: 0.0 for run in results}  # how far each seed moves the mean
-    for runs in grouped(results, "cell").values():
-        values = np.array([(a(r), b(r)) for r in runs.values()])
-        difference = values[:, 0] - values[:, 1]
-        means.append(values.mean(0))
-        differences.append(difference)
-        for run, deviation in zip(runs, difference - difference.mean()):
-            deviations[run.seed] += deviation / len(runs)
-    half, cells, seeds = math.nan, len(means), len(deviations)
-    if min(map(len, differences)) > 1:
-        variance = sum((x / cells) ** 2 for x in deviations.values()) * seeds / (seeds - 1)
-        half = quantile(seeds - 1) * math.sqrt(variance)
-    mean_a, mean_b = np.mean(means, axis=0)
-    return {
-        "a": float(mean_a),
-        "b": float(mean_b),
-        "difference": float(mean_a - mean_b),
-        "half": half,
-        "cells": cells,
-        "cells larger": sum(bool(d.mean() > 0) for d in differences),
-        "runs": len(results),
-        "runs larger": int(sum((d > 0).sum() for d in differences)),
-    }
+    so their errors are correlated. Therefore each seed counts once: Student's t of the seeds' means over cells. Only
+    seeds that all cells have are used."""
+    cells = grouped(results, "cell")
+    seeds = sorted(set.intersection(*({run.seed for run in runs} for runs in cells.values())))
+    by_seed = [{run.seed: (a(r), b(r)) for run, r in runs.items()} for runs in cells.values()]
+    values = np.array([[of_cell[seed] for seed in seeds] for of_cell in by_seed])  # (cells, seeds, 2)
+    differences = values[..., 0] - values[..., 1]
+    half = math.nan
+    if len(seeds) > 1:
+        half = quantile(len(seeds) - 1) * differences.mean(0).std(ddof=1) / math.sqrt(len(seeds))
+    mean_a, mean_b = values.mean((0, 1)) if seeds else (math.nan, math.nan)
+    return {"a": float(mean_a), "b": float(mean_b), "difference": float(mean_a - mean_b), "half": float(half),
+            "cells": len(cells), "seeds": len(seeds)}
 
 
 def verdict(d: dict, sign: int, at_most: float = 0.0) -> str:
@@ -221,17 +208,21 @@ def crossing(rewards: np.ndarray, target: float) -> tuple[int, float] | None:
     return last, max(0.0, (rewards[last] - target) / (rewards[last] - rewards[last + 1]))
 
 
-def equal_reward(runs: dict[tuple, dict], rival: str, guard: str) -> tuple[dict, float | None] | None:
-    """A rival at the strength at which its reward without guidance is that of a guard ("guarded" or "guided"), in the
-    runs of one cell.
+KEEP = 0.95  # of a guard's gain in reward, a rival at equal reward keeps this much
+
+
+def equal_reward(runs: dict[tuple, dict], rival: str, target: Callable[[tuple], tuple[str, str]]) -> tuple | None:
+    """A rival at the strength at which its reward without guidance is nearly that of a target, in the runs of one cell.
+    target(run) is a part and a model in it.
 
     Returns ({run: its numbers, as points_of gives them}, the strength); ({}, None) if even the greatest strength has
     more reward; None if not every strength was measured.
 
-    All seeds of the cell get the same strength, chosen on training prompts, by the seeds' mean reward: that of the
-    guarded or of the unguarded model, whichever is less. Numbers are interpolated between two strengths. Few seeds make
-    the choice uncertain. So each run's numbers are moved along the rival's curve as far as its reward is from its own
-    target. This leaves their mean, and adds the choice's error to their spread (delta method)."""
+    All seeds of the cell get the same strength, chosen on training prompts: there the seeds' mean reward keeps KEEP of
+    the gain of the target, or of the unguarded model, whichever is less. Numbers are interpolated between two
+    strengths. Few seeds make the choice uncertain. So each run's numbers are moved along the rival's curve as far as
+    its reward is from its own target. This leaves their mean, and adds the choice's error to their spread (delta
+    method)."""
     points = {run: points_of(run, r, rival) for run, r in runs.items()}
     points = {run: of_run for run, of_run in points.items() if of_run}
     if not points:
@@ -241,9 +232,11 @@ def equal_reward(runs: dict[tuple, dict], rival: str, guard: str) -> tuple[dict,
     curves = {}  # {number: (runs, strengths)}
     for name in first_points[-1]:
         curves[name] = np.array([[point[name] for point in of_run] for of_run in points.values()])
-    measured = [runs[run]["main"]["training reward"] for run in points]
-    unguarded, guarded = (np.array([r[who] for r in measured]) for who in ("unguarded", guard))
-    targets = min(unguarded, guarded, key=np.mean)  # (runs,)
+    base, unguarded = (np.array([runs[run]["main"]["training reward"][who] for run in points])
+                       for who in ("base", "unguarded"))
+    aims = [(run, *target(run)) for run in points]
+    aimed = np.array([runs[run][part]["training reward"][who] for run, part, who in aims])
+    targets = base + KEEP * (min(unguarded, aimed, key=np.mean) - base)  # (runs,)
     rewards = curves["training reward"]
     found = crossing(rewards.mean(0), targets.mean())
     if found is None:

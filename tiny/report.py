@@ -33,6 +33,7 @@ from flow.cli import write_files
 
 TEMPLATE = Path(__file__).with_name("RESULTS.template.md")
 MODELS = "base", "unguarded", "guarded", "guided"
+GUARD = {"guarded": "plain guard", "guided": "guided guard"}  # what they are called
 SPOKEN = {"none": "without guidance", BOTH[1]: "with guidance"}
 
 # ---------------------------------------------------------------- tables
@@ -88,7 +89,7 @@ def level_table(results: dict[tuple, dict], parts: dict[str, str], models: tuple
     for metric, (label, digits) in METRICS.items():
         means = [paired(results, mean_of(part, who, metric))["a"] for _, part, who in columns]
         rows.append([label, *(f"{mean:.{digits}f}" for mean in means)])
-    return markdown(["metric", *(f"{who}, {name}" for name, _, who in columns)], rows)
+    return markdown(["metric", *(f"{GUARD.get(who, who)}, {name}" for name, _, who in columns)], rows)
 
 
 def cell_table(results: dict[tuple, dict], columns: dict[str, Callable[[dict], float]], plus: float = 0.0) -> str:
@@ -122,49 +123,52 @@ def claim_2(results: dict[tuple, dict], scale: str) -> dict:
     """Renormalization at inference."""
     part = f"renorm/{scale}"
     claims = [
-        ("it raises the reward by no part of the gain", paired(
+        ("it does not raise the reward (by a part of the gain)", paired(
             results, gain_of(part, "match"), gain_of(part, "unguarded")), 0),
-        ("nor is the picture judged good more often", change(results, part, "match", "unguarded", "judge/overall"), 0),
+        ("the picture is not judged better", change(results, part, "match", "unguarded", "judge/overall"), 0),
         ("nor preferred (less one half)", paired(results, preference(part, "match vs unguarded")), 0),
     ]
-    for who in ("guarded", "guided"):
+    for who, guard in GUARD.items():
         preferred = paired(results, preference(part, f"{who} vs match"))
-        claims.append((f"the {who} model is preferred to it (less one half)", preferred, 1))
+        claims.append((f"{guard}: preferred to it (less one half)", preferred, 1))
     return checked(claims)
 
 
 def claim_4(results: dict[tuple, dict], scale: str) -> dict:
     """The norm with the guards."""
     part, claims = f"main/{scale}", []
-    for who in ("guarded", "guided"):
-        claims += [(f"{who}: not above the reference over the trajectory",
+    for who, guard in GUARD.items():
+        claims += [(f"{guard}: not above the reference over the trajectory",
                     paired(results, ratio(who, "overall", part)), 0),
-                   (f"{who}: nor at the highest step", paired(results, ratio(who, "highest", part)), 0)]
+                   (f"{guard}: nor at the highest step", paired(results, ratio(who, "highest", part)), 0)]
     if with_auto := having(results, "auto"):
         part = f"auto/{scale}"
-        claims += [("auto: the highest step, by not more than 1 %", paired(
-                        with_auto, ratio("auto", "excess", part)), 0, 0.01),
-                   ("auto: of the gain in reward it keeps what the guarded model keeps", paired(
-                        with_auto, gain_of(part, "auto"), gain_of(part, "guarded")), 1)]
+        claims.append(("auto: the highest step at most 1 % above",
+                       paired(with_auto, ratio("auto", "excess", part)), 0, 0.01))
+        if scale == BOTH[0]:
+            claims.append(("auto: loses no more than 5 % of the gain in reward against the plain guard",
+                           paired(with_auto, gain_of(part, "guarded"), gain_of(part, "auto")), 0, 0.05))
     return checked(claims)
 
 
 def claim_5_and_6(results: dict[tuple, dict], scale: str) -> dict:
     """Reward, judge and detector."""
     part, claims = f"main/{scale}", []
-    for who in ("guarded", "guided"):
+    for who, guard in GUARD.items():
+        if scale == BOTH[0]:  # with guidance all rewards are nearly the same, the base's too
+            claims.append((f"{guard}: of the gain in reward, no more than 5 % is lost",
+                           paired(results, gain_of(part, "unguarded"), gain_of(part, who)), 0, 0.05))
         claims += [
-            (f"{who}: of the gain in reward, no more than 5 % is lost",
-             paired(results, gain_of(part, "unguarded"), gain_of(part, who)), 0, 0.05),
-            (f"{who}: preferred to the unguarded picture (less one half)",
+            (f"{guard}: reward (no claim)", change(results, part, who, "unguarded", "reward"), None),
+            (f"{guard}: preferred to the unguarded picture (less one half)",
              paired(results, preference(part, f"{who} vs unguarded")), 1),
-            (f"{who}: judged good", change(results, part, who, "unguarded", "judge/overall"), 1),
-            (f"{who}: Fréchet distance", change(results, part, who, "unguarded", "FD"), -1),
-            (f"{who}: the detector's P(real)", change(results, part, who, "unguarded", "P(real)"), 1),
-            (f"{who}: preferred to the base's picture (less one half; no claim)",
+            (f"{guard}: judged good", change(results, part, who, "unguarded", "judge/overall"), 1),
+            (f"{guard}: Fréchet distance", change(results, part, who, "unguarded", "FD"), -1),
+            (f"{guard}: the detector's P(real)", change(results, part, who, "unguarded", "P(real)"), 1),
+            (f"{guard}: preferred to the base's picture (less one half; no claim)",
              paired(results, preference(part, f"{who} vs base")), None),
         ]
-    claims.append(("guided preferred to guarded (less one half; no claim)",
+    claims.append(("guided guard: preferred to the plain guard (less one half; no claim)",
                    paired(results, preference(part, "guided vs guarded")), None))
     return checked(claims)
 
@@ -172,10 +176,10 @@ def claim_5_and_6(results: dict[tuple, dict], scale: str) -> dict:
 def claim_7(results: dict[tuple, dict], scale: str) -> dict:
     """Few steps."""
     claims, all_steps = [], f"main/{scale}"
-    for who, steps in product(("guarded", "guided"), next(iter(results.values()))["few"]):
+    for (who, guard), steps in product(GUARD.items(), next(iter(results.values()))["few"]):
         if steps.isdigit():
             pair, few = f"{who} vs unguarded", f"few/{steps}/{scale}"
-            claims.append((f"{who}: preferred to unguarded at {steps} steps, less that at all",
+            claims.append((f"{guard}: preferred to unguarded at {steps} steps, less that at all",
                            paired(results, preference(few, pair), preference(all_steps, pair)), 1))
     return checked(claims)
 
@@ -183,10 +187,10 @@ def claim_7(results: dict[tuple, dict], scale: str) -> dict:
 def claim_8(results: dict[tuple, dict], scale: str) -> dict:
     """Early stopping."""
     part, claims = f"early/{scale}", []
-    for who, how in (("guarded", "equal to guarded"), ("guided", "equal to guided"),
-                     ("guarded", f"best judged, {scale}"), ("guided", f"best judged, {scale}")):
-        preferred = paired(results, preference(part, f"{who} vs early, {how}"))
-        claims.append((f"{who}: preferred to the checkpoint that is {how.split(',')[0]} (less one half)", preferred, 1))
+    for who, guard in GUARD.items():
+        for how, name in ((f"equal to {who}", "of equal reward"), (f"best judged, {scale}", "best judged")):
+            preferred = paired(results, preference(part, f"{who} vs early, {how}"))
+            claims.append((f"{guard}: preferred to the checkpoint {name} (less one half)", preferred, 1))
     return checked(claims)
 
 
@@ -196,7 +200,7 @@ def tables_1(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, st
     """Norms of each run, and the untrained measures against the renders."""
     columns = {}
     for scale, who, norm in product(BOTH, MODELS[1:], ("overall", "highest")):
-        columns[f"{who}, {norm}, {scale}"] = ratio(who, norm, f"main/{scale}")
+        columns[f"{GUARD.get(who, who)}, {norm}, {scale}"] = ratio(who, norm, f"main/{scale}")
     tables = {"Norm ratio over the trajectory and at its highest step, each seed": cell_table(results, columns, 1.0)}
     parts = {scale: f"main/{scale}" for scale in BOTH}
     tables["Means over cells, without guidance and with it"] = level_table(results, parts, MODELS)
@@ -215,7 +219,7 @@ def untrained_table(results: dict[tuple, dict], bases: dict[str, dict]) -> str:
             rows.append([label, *(f"{(x - mean) / std:+.2f}" for x in means)])
         elif metric in ("judge/oversaturation", "judge/over-sharpening"):
             rows.append([label, *(f"{x:.{digits}f}" for x in means)])
-    return markdown(["", *(f"{who}, {scale}" for scale, who in columns)], rows)
+    return markdown(["", *(f"{GUARD.get(who, who)}, {scale}" for scale, who in columns)], rows)
 
 
 def tables_2(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
@@ -228,7 +232,8 @@ def tables_5_and_6(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[s
     """Reward and judge of each run, and what FLUX's embedding is told."""
     tables = {}
     for metric, label in (("reward", "Reward"), ("judge/overall", "Judged good")):
-        columns = {f"{who}, {scale}": mean_of(f"main/{scale}", who, metric) for scale in BOTH for who in MODELS}
+        columns = {f"{GUARD.get(who, who)}, {scale}": mean_of(f"main/{scale}", who, metric)
+                   for scale, who in product(BOTH, MODELS)}
         tables[f"{label}, each seed"] = cell_table(results, columns)
     if told := having(results, "told"):
         parts = {f"told {value}": f"told/{value}" for value in next(iter(told.values()))["told"] if value.isdigit()}
@@ -245,10 +250,10 @@ def tables_7(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, st
         parts = [f"main/{scale}", *(f"few/{k}/{scale}" for k in steps)]
         good = [f"{paired(results, mean_of(part, who, 'judge/overall'))['a']:.3f}" for part in parts]
         liked = [""] * len(parts)
-        if who in ("guarded", "guided"):
+        if who in GUARD:
             rates = [paired(results, preference(part, f"{who} vs unguarded")) for part in parts]
             liked = [f"{0.5 + rate['difference']:.2f}" for rate in rates]
-        rows.append([f"{who}, {scale}", *good, *liked])
+        rows.append([f"{GUARD.get(who, who)}, {scale}", *good, *liked])
     counts = ["all", *steps]
     header = ["", *(f"judged good, {k} steps" for k in counts), *(f"preferred to unguarded, {k}" for k in counts)]
     return {"At few steps": markdown(header, rows)}
@@ -259,10 +264,14 @@ def tables_8(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, st
     early, rows = [r["early"] for r in results.values()], []
     for how in early[0]["chosen"]:
         epochs = Counter(int(e["chosen"][how]) for e in early)
-        gains = [paired(results, gain_of(f"early/{scale}", how))["a"] for scale in BOTH]
+        gain = paired(results, gain_of(f"early/{BOTH[0]}", how))["a"]
+        good = [paired(results, mean_of(f"early/{scale}", how, "judge/overall"))["a"] for scale in BOTH]
         rows.append([how, ", ".join(f"{epoch} ({n} runs)" for epoch, n in sorted(epochs.items())),
-                     *(f"{gain:.2f}" for gain in gains)])
-    header = ["checkpoint", "its epoch", "its gain in reward without guidance", "with guidance"]
+                     *(f"{x:.2f}" for x in (gain, *good))])
+    for who, guard in GUARD.items():
+        missed = sum(not e["reached"][who] for e in early)
+        rows.append([f"(none has the reward of the {guard}: {missed} of {len(early)} runs)", "", "", "", ""])
+    header = ["checkpoint", "its epoch", "its part of the gain in reward", *(f"judged good, {scale}" for scale in BOTH)]
     return {"The chosen checkpoints": markdown(header, rows)}
 
 
@@ -309,88 +318,120 @@ POINT = {  # a number of `model_point`: (header, digits)
     "good over guidance": ("mean over guidance", 3),
     f"mean, {BOTH[1]}": ("norm ratio, with guidance", 3),
     f"highest, {BOTH[1]}": ("its highest step", 3),
-    f"guided preferred, {BOTH[1]}": ("guided preferred to it, with guidance, less one half", 3),
+    f"guarded preferred, {BOTH[1]}": ("plain guard preferred, with guidance (less one half)", 3),
+    f"guided preferred, {BOTH[1]}": ("guided guard preferred, with guidance (less one half)", 3),
 }
+Points = dict[tuple, dict[str, float]]  # {run: numbers of `model_point`}
 
 
-def point_row(name: str, points: dict[tuple, dict], against: dict[tuple, dict] | None = None) -> list[str]:
-    """A row of numbers of `model_point`, means over cells; with `against`, of differences with intervals."""
-    cells = []
+def point_row(name: str, points: Points) -> list[str]:
+    """A row of means over cells; "-" where a number is missing in a run."""
+    row = [name]
     for number, (_, digits) in POINT.items():
-        if any(number not in point for point in points.values()):
-            cells.append("")
-        elif against is None:
-            cells.append(f"{paired(points, lambda p, k=number: p[k])['a']:.{digits}f}")
-        elif number.startswith("guided preferred"):
-            cells.append(plus_minus(paired(points, lambda p, k=number: p[k]), digits))
-        else:
-            both = {run: (point, against[run]) for run, point in points.items()}
-            cells.append(plus_minus(paired(both, lambda p, k=number: p[0][k], lambda p, k=number: p[1][k]), digits))
-    return [name, *cells, str(len(points))]
+        mean = paired(points, lambda p, k=number: p.get(k, math.nan))["a"]
+        row.append("-" if math.isnan(mean) else f"{mean:.{digits}f}")
+    return [*row, str(len(points))]
+
+
+def difference_row(name: str, points: Points, against: Points) -> list[str]:
+    """A row of differences to a guard's numbers in the same runs, with intervals; preferences as they are."""
+    row, both = [name], {run: (point, against[run]) for run, point in points.items()}
+    for number, (_, digits) in POINT.items():
+        d = paired(both, lambda p, k=number: p[0].get(k, math.nan),
+                   lambda p, k=number: 0.0 if "preferred" in k else p[1].get(k, math.nan))
+        row.append("-" if math.isnan(d["difference"]) else plus_minus(d, digits))
+    return [*row, str(len(points))]
 
 
 def point_table(rows: list[list[str]]) -> str:
-    """A table of rows that `point_row` makes."""
+    """A table of rows that `point_row` or `difference_row` makes."""
     return markdown(["", *(header for header, _ in POINT.values()), "runs"], rows)
 
 
-def guards_of(runs: dict[tuple, dict]) -> dict[str, dict[tuple, dict]]:
-    """Each guard's numbers on training prompts, {guard: {run: model_point}}: first those that each run has."""
-    found = {}
-    for run, r in runs.items():
-        parts = [f"guard: {name}" for name in GUARDS if f"guard: {name}" in r]
-        for who in MODELS[:3] + MODELS[3:] if parts else ():
+def numbers_in(points: Points) -> dict:
+    """What goes to results.json of a row."""
+    return {k: paired(points, lambda p, k=k: p.get(k, math.nan)) for k in POINT}
+
+
+def guards_of(results: dict[tuple, dict]) -> dict[str, Points]:
+    """Each guard's numbers on training prompts, in the runs in which all guards were measured."""
+    found, parts = {}, {name: f"guard: {name}" for name in GUARDS}
+    for run, r in results.items():
+        if not all(part in r for part in parts.values()):
+            continue
+        for who in MODELS:
             name = {"guarded": f"plain, lam {LAM}", "guided": f"guided, lam {LAM}"}.get(who, who)
-            found.setdefault(name, {})[run] = model_point(r, parts[0], who)
-        for part in parts:
-            found.setdefault(part.removeprefix("guard: "), {})[run] = model_point(r, part, "variant")
+            found.setdefault(name, {})[run] = model_point(r, next(iter(parts.values())), who)
+        for name, part in parts.items():
+            found.setdefault(name, {})[run] = model_point(r, part, "variant")
     return found
 
 
-def claim_9(results: dict[tuple, dict], numbers: dict) -> str:
-    """Which velocity to guard, and how strongly: a table for all methods, and one for each."""
-    tables = []
-    for title, runs in {"all methods": results, **grouped(results, "method")}.items():
-        found = guards_of(runs)
-        default = found[f"guided, lam {LAM}"]
-        numbers[title] = {name: {k: paired(points, lambda p, k=k: p.get(k, math.nan)) for k in POINT}
-                          for name, points in found.items()}
-        rows = [point_row(name, points) for name, points in found.items()]
-        tables.append(f"**{title}**\n\n{point_table(rows)}")
-        if title == "all methods":
-            rows = [point_row(name, points, default) for name, points in found.items()]
-            tables.append(f"**{title}**, less the guided guard with lam {LAM}\n\n{point_table(rows)}")
-    return "\n\n".join(tables)
+def claim_9(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, str]]:
+    """Which velocity to guard, and how strongly: a table, and one for each method."""
+    found, tables = guards_of(results), {}
+    numbers |= {name: numbers_in(points) for name, points in found.items()}
+    default = found[f"guided, lam {LAM}"]
+    tables["Less the guided guard with its default lam"] = point_table(
+        [difference_row(name, points, default) for name, points in found.items()])
+    for method, runs in grouped(results, "method").items():
+        rows = [point_row(name, points) for name, points in guards_of(runs).items()]
+        tables[method] = point_table(rows)
+    return point_table([point_row(name, points) for name, points in found.items()]), tables
+
+
+def target_of(name: str) -> Callable[[tuple], tuple[str, str]]:
+    """A target for `equal_reward`: a guard, or a rival that has only one strength."""
+    if name in GUARD:
+        return lambda run: ("main", name)
+    return lambda run: (f"rival: {name} {RIVALS[name].strengths_of(run.method)[0]:g}", "rival")
+
+
+def preferred_side(points: Points, guard: str) -> str:
+    """Whose pictures the judge prefers with guidance: a guard's or the rival's."""
+    d = paired(points, lambda p: p[f"{guard} preferred, {BOTH[1]}"])
+    if math.isnan(d["half"]) or abs(d["difference"]) <= d["half"]:
+        return "not resolved"
+    return f"the {GUARD[guard]}" if d["difference"] > 0 else "**the rival**"
 
 
 def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, str]]:
-    """Rivals: a table at equal reward without guidance for each corner, and all strengths as they are."""
-    near, tables = [], {}
+    """Rivals at equal reward without guidance, less the guard whose reward they have; and all strengths as they are."""
+    equal, tables = [], {}
     for corner, runs in grouped(results, "corner").items():
-        rows = [point_row(who, {run: model_point(r, "main", who) for run, r in runs.items()}) for who in MODELS]
-        strengths_rows = list(rows)
-        for guard, rival in product(("guarded", "guided"), RIVALS):
-            strengths, compared = [], {}
-            for method, of_method in grouped(runs, "method").items():
-                found = equal_reward(of_method, rival, guard)
-                if found is not None and len(RIVALS[rival].strengths) > 1:
-                    compared |= found[0]
-                    strengths.append(f"{method} " + ("-" if found[1] is None else f"{found[1]:.2g}"))
-            if compared:
-                numbers[f"{corner}, {rival}, reward of {guard}"] = against = {
-                    k: paired(compared, lambda p, k=k: p.get(k, math.nan)) for k in POINT}
-                against["strengths"] = strengths
-                rows.append(point_row(f"{rival} at the reward of {guard} ({', '.join(strengths)})", compared))
-        near.append(f"**{corner}**\n\n{point_table(rows)}")
+        single = [name for name in RIVALS if len(RIVALS[name].strengths) == 1]
+        for target in (*GUARD, *single):
+            rows = []
+            for rival in (name for name in RIVALS if name not in single):
+                strengths, compared = [], {}
+                for method, of_method in grouped(runs, "method").items():
+                    having_target = {run: r for run, r in of_method.items() if target_of(target)(run)[0] in r}
+                    found = equal_reward(having_target, rival, target_of(target))
+                    if found is not None:
+                        compared |= found[0]
+                        said = "none" if found[1] == RIVALS[rival].none else f"{found[1] or 0:.2g}"
+                        strengths.append(f"{method} {said if found[0] else 'too weak'}")
+                if compared:
+                    against = {run: model_point(runs[run], *target_of(target)(run)) for run in compared}
+                    name = f"{rival} ({', '.join(strengths)})"
+                    verdict = preferred_side(compared, target) if target in GUARD else ""
+                    rows.append([*difference_row(name, compared, against), verdict])
+                    numbers[f"{corner}, {rival}, reward of {target}"] = {
+                        **numbers_in(compared), "strengths": strengths, "verdict": verdict}
+            if rows:
+                header = ["", *(header for header, _ in POINT.values()), "runs", "the judge prefers"]
+                equal.append(f"**{corner}, less the {GUARD.get(target, target)}**\n\n{markdown(header, rows)}")
+        rows = [point_row(GUARD.get(who, who), {run: model_point(r, "main", who) for run, r in runs.items()})
+                for who in MODELS]
         for rival in RIVALS:
             for strength in dict.fromkeys(RIVALS[rival].strengths + RIVALS[rival].dpo):
                 part = f"rival: {rival} {strength:g}"
                 points = {run: model_point(r, part, "rival") for run, r in runs.items() if part in r}
                 if points:
                     methods = ", ".join(dict.fromkeys(run.method for run in points))
-                    strengths_rows.append(point_row(f"{rival} {strength:g} ({methods})", points))
-        tables[f"{corner}: each strength"] = point_table(strengths_rows)
-    return "\n\n".join(near), tables
+                    rows.append(point_row(f"{rival} {strength:g} ({methods})", points))
+        tables[f"{corner}: each strength, as it is"] = point_table(rows)
+    return "\n\n".join(equal), tables
 
 
 # ---------------------------------------------------------------- the report
@@ -415,41 +456,50 @@ def measured_claims(results: dict[tuple, dict], bases: dict[str, dict]) -> tuple
             values[claim] = {"runs": len(runs), "checks": check_table(numbers[claim])}
             tables[claim] = more(runs, bases) if more else {}
     if done:
-        values["1"]["untrained"] = untrained_table(done, bases)
+        values["1"]["untrained"] = untrained_table(done, bases) if bases else ""
     if runs := having(done, "adjoint"):
         values["3"] = {"runs": len(runs), "table": claim_3(runs, bases, numbers.setdefault("3", {}))}
-    if runs := having(done, "guard: "):
-        values["9"] = {"runs": len(runs), "tables": claim_9(runs, numbers.setdefault("9", {}))}
+    if runs := guards_of(done):
+        table, tables["9"] = claim_9(done, numbers.setdefault("9", {}))
+        values["9"] = {"runs": len(runs["base"]), "table": table}
     if runs := having(done, "rival: "):
-        near, tables["10"] = claim_10(runs, numbers.setdefault("10", {}))
-        values["10"] = {"runs": len(runs), "tables": near}
+        equal, tables["10"] = claim_10(runs, numbers.setdefault("10", {}))
+        values["10"] = {"runs": len(runs), "tables": equal}
     return values, tables, numbers
 
 
 def summary(lines: list[str], numbers: dict) -> str:
     """The table of claims. A line of the template names a claim, what it says, and the check that shows it."""
-    rows = []
+    rows, key = [], {"5": "5 and 6", "6": "5 and 6"}
     for claim, text, name in (line.strip("| ").split(" | ") for line in lines):
-        if claim == "3" and (found := numbers.get("3", {}).get(name)):
+        of_claim = numbers.get(key.get(claim, claim), {})
+        if claim == "3" and name in of_claim:
+            found = of_claim[name]
             rows.append([claim, text, "", f"{found['beyond']} of {found['steps']}", found["verdict"]])
-        elif name in (checks := numbers.get(claim, {})).get(BOTH[0], {}):
-            rows.append([claim, text, *numbers_of(checks, name), verdicts(checks, name)])
+        elif any(name in of_claim.get(scale, {}) for scale in BOTH):
+            rows.append([claim, text, *numbers_of(of_claim, name), verdicts(of_claim, name)])
     return markdown(["claim", "what it says", "with guidance", "without", "verdict"], rows)
 
 
 def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
-    """The numbers that a comment may name: {levels[judged good, base, 3]}, a mean over cells, and {checks[4, 3,
-    guarded: nor at the highest step]}, a claim's number with guidance 3. A reward is of all cells."""
-    levels, checks, done = {}, {}, having(results, "main")
+    """The numbers that a comment may name: {levels[judged good, base, 3]}, a mean over cells with guidance 3, and
+    {found[4, 3, plain guard: nor at the highest step]}, a claim's number; with ", %" or ", rate" behind, in per cent
+    or as a rate of preference. Rewards are named with their corner, because their units differ."""
+    levels, found, done = {}, {}, having(results, "main")
     for scale, who, (metric, (label, digits)) in product(BOTH if done else (), MODELS, METRICS.items()):
-        mean = paired(done, mean_of(f"main/{scale}", who, metric))["a"]
-        levels[f"{label}, {who}, {scale}"] = f"{mean:.{min(digits, 2)}f}"
+        for corner, runs in {"": done, **grouped(done, "corner")}.items():
+            mean = paired(runs, mean_of(f"main/{scale}", who, metric))["a"]
+            levels[f"{label}, {who}, {scale}{corner and f', {corner}'}"] = f"{mean:.{min(digits, 2)}f}"
     for claim, scale in product(CHECKS, BOTH):
         for name, d in numbers.get(claim, {}).get(scale, {}).items():
-            checks[f"{claim}, {scale}, {name}"] = plus_minus(d)
-            checks[f"{claim}, {scale}, {name}, %"] = f"{100 * d['difference']:.0f}"
-            checks[f"{claim}, {scale}, {name}, rate"] = f"{50 + 100 * d['difference']:.0f}"
-    return {"levels": levels, "checks": checks}
+            found[f"{claim}, {scale}, {name}"] = plus_minus(d)
+            found[f"{claim}, {scale}, {name}, %"] = f"{100 * d['difference']:.0f}"
+            found[f"{claim}, {scale}, {name}, rate"] = f"{50 + 100 * d['difference']:.0f}"
+    for who in MODELS if done else ():
+        points = {run: model_point(r, "main", who) for run, r in done.items()}
+        for number in ("good at equal reward", "good over guidance"):
+            levels[f"{number}, {who}"] = f"{paired(points, lambda p, k=number: p[k])['a']:.2f}"
+    return {"levels": levels, "found": found}
 
 
 def comment(paragraph: str, values: dict) -> str:
@@ -469,11 +519,11 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
     values, tables, numbers = measured_claims(results, bases)
     parts = [part for numbers in (*results.values(), *bases.values()) for part in numbers.values()]
     commits = sorted({part.get("of", {}).get("commit") or "unknown" for part in parts})
-    seconds = sum(part.get("seconds", 0) for part in parts)
     done = having(results, "main")
     common = {"home": home, "lam": LAM, "guidance": BOTH[1], "pictures": size.n, "steps": size.steps,
-              "commits": ", ".join(commits), "hours": round(seconds / 3600), "runs": len(done),
-              "cells": len(grouped(done, "cell")), **quoted(results, numbers)}
+              "commits": ", ".join(commits), "runs": len(done),
+              "cells": len(grouped(done, "cell")), "renders": size.renders, "intervals": "INTERVALS",
+              **quoted(results, numbers)}
     text = []
     for section in ("\n" + TEMPLATE.read_text()).split("\n## "):
         title, *paragraphs = section.strip().split("\n\n")
@@ -494,6 +544,7 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
         for title, table in by_title.items():
             appendix += [f"**{title}**", table]
     text = "\n\n".join(filter(None, text)).replace("ASSETS", os.path.relpath(assets, home))
+    text = text.replace("INTERVALS", str(text.count(" ± ")))
     write_text(home / "RESULTS.md", text + "\n")
     write_text(home / "TABLES.md", "\n\n".join(appendix) + "\n")
     write_text(home / "results.json", json.dumps(rounded(numbers), indent=1) + "\n")
