@@ -119,21 +119,25 @@ def test_the_function_that_asks_a_server(tmp_path, monkeypatch):
     assert scores.tolist() == [0, 2, 6]
 
 
-@pytest.mark.parametrize("guard", ["hinge", "oppose"])
+@pytest.mark.parametrize("guard", ["hinge", "oppose", "guided"])
 def test_the_loop_of_the_readme(guard):
-    """With a toy model; `oppose` takes the hinge's place as the comment says. Without a guard the ratio is above 2."""
+    """With a toy model; other guards take the hinge's place as the comments say. Without one the ratio is above 2."""
     from peft import LoraConfig, get_peft_model
 
     loop = block("README.md", "from normguard")
-    if guard == "oppose":
-        loop = re.sub(r"\n    loss = loss \+ .*", "", loop).replace("# oppose(v, v_ref)", "oppose(v, v_ref)")
-        assert "norm_hinge(" not in loop and "\n    oppose(" in loop
+    if guard != "hinge":
+        loop = re.sub(r"\n    loss = loss \+ .*", "", loop)
+        for line in {"oppose": ["oppose("], "guided": ["with reference", "u = ", "loss = loss"]}[guard]:
+            assert loop.count(f"\n    # {line}") == 1
+            loop = loop.replace(f"\n    # {line}", f"\n    {line}")
+    active = [line for line in loop.splitlines() if not line.lstrip().startswith("#")]
+    assert sum("norm_hinge(" in line for line in active) == (guard != "oppose")
     torch.manual_seed(0)
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(r=4, target_modules=["0"]))
     call = model.forward
     model.forward = lambda x, t, cond: call(x)  # a velocity that hears neither time nor prompt
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    names = dict(model=model, optimizer=optimizer, your_loss=lambda v: -0.01 * v.norm(dim=1).mean(),
+    names = dict(model=model, optimizer=optimizer, w=3.0, empty=None, your_loss=lambda v: -0.01 * v.norm(dim=1).mean(),
                  batches=[(torch.randn(16, 8), 0.5, None) for _ in range(200)])
     exec(loop, names)
     assert 0.8 < norm_ratio(names["v"].detach(), names["v_ref"]).mean() < 1.2
