@@ -154,9 +154,9 @@ GUIDED = {  # the guard of the guided velocity, by base
     "sd3": Variant(f"--lam {LAM}" + OF_GUIDED),
     "flux": Variant(f"--lam {LAM}", guided_hinge),
 }
-GUARDS = {f"guided, lam {lam}": Variant(f"--lam {lam}" + OF_GUIDED) for lam in (0.0125, 0.025, 0.1, 0.2)}
+GUARDS = {f"plain, lam {lam}": Variant(f"--lam {lam}") for lam in (0.2, 0.5)}
+GUARDS |= {f"guided, lam {lam}": Variant(f"--lam {lam}" + OF_GUIDED) for lam in (0.0125, 0.025, 0.1, 0.2)}
 GUARDS |= {f"guided {scale}": Variant(f"--lam {LAM} --guard-guidance {scale}") for scale in (2, 4.5)}
-GUARDS |= {f"plain, lam {lam}": Variant(f"--lam {lam}") for lam in (0.2, 0.5)}
 GUARDS |= {f"both, guided times {weight}": Variant(f"--lam {LAM}" + OF_GUIDED, partial(both, weight=weight))
            for weight in (0.25, 1)}
 GUARDS |= {"guided, margin 0.1": Variant(f"--lam {LAM} --margin 0.1" + OF_GUIDED)}
