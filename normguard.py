@@ -17,7 +17,7 @@ In your own training loop, with any loss that is computed from the velocity:
 
 lam = 0.05 suits the losses of this repository. For a loss of unknown scale, call oppose(v, v_ref) before
 base_loss.backward() instead: it scales the guard to the loss's own gradient (guard_gradient). Where people sample with
-guidance G, give norm_hinge the guided velocities: w + G (v - w) with w = model(x_t, t, empty), and the reference's.
+guidance G, give norm_hinge the guided velocities: u + G (v - u) with u = model(x_t, t, empty), and the reference's.
 
 The idea: "NormGuard: Reward-Preserving Norm Constraints in Flow-Matching Reinforcement Learning" (arXiv 2606.27771).
 We had only its abstract. The hinge's form is our choice: linear, and relative.

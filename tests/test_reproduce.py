@@ -266,7 +266,8 @@ def all_parts(main: dict, run: reproduce.Run) -> dict:
         "told": {"2": models_of(main, {})["none"]},
     }
     for name in guards.GUARDS:
-        parts[f"guard: {name}"] = models_of(main, {"variant": "guarded"}, scales)
+        who = "base" if name == "plain, lam 0.5" else "guarded"
+        parts[f"guard: {name}"] = models_of(main, {"variant": who}, scales)
     for name, rival in guards.RIVALS.items():
         for strength in rival.strengths_of(run.method):
             who = "base" if strength == rival.strengths_of(run.method)[-1] and len(rival.strengths) > 1 else "unguarded"
@@ -291,7 +292,7 @@ def test_the_report_of_all_claims(tmp_path, complete):
     assert "Not measured" not in text and "nan" not in text + tables
     asked = re.findall(r"^\| (\d+) \| (.*?) \|", report.TEMPLATE.read_text(), re.MULTILINE)
     shown = re.findall(r"^\| (\d+) \| (.*?) \|", text, re.MULTILINE)
-    assert shown == [row for row in asked if not row[1].endswith("of hps")]  # there is no run with hps
+    assert shown == [row for row in asked if "hps" not in row[1]]  # there is no run with hps
     drawn = {"inflation", "fronts", "early", "adjoint", "guards", "rivals"}
     assert {file.stem for file in tmp_path.glob("*.png")} == drawn
 
@@ -305,18 +306,24 @@ def test_the_report_of_all_claims(tmp_path, complete):
         found = numbers["10"]["sd3, pickscore, velocity KL, reward of guided"]
         assert found["reward, none"]["a"] == pytest.approx(aim, abs=0.03)
     assert numbers["9"]["plain, lam 0.2"] == numbers["9"]["plain, lam 0.05"]
+    stronger, guided = (numbers["9"][name]["reward, none"] for name in ("plain, at the guided guard's reward",
+                                                                         "guided, lam 0.05"))
+    assert stronger["a"] == pytest.approx(guided["a"], abs=1e-3) and stronger["seeds"] == (3 if complete else 2)
 
 
 def test_what_a_claim_says():
     """One verdict where both agree, else two. A comment about other runs, or without a number, is left out."""
     d = {"difference": 0.25, "half": 0.05}
-    checks = {"none": {"a": {**d, "verdict": "holds"}, "b": {**d, "verdict": "holds"}},
-              "3": {"a": {**d, "verdict": "holds"}, "b": {**d, "verdict": "not resolved"}}}
+    checks = {scale: report.checked([("a", d, 1), ("b", {**d, "half": half}, 1)])
+              for scale, half in (("none", 0.05), ("3", 0.5))}
+    checks["3"]["a"] = checks["none"]["a"]
     assert report.verdicts(checks, "a") == "holds"
     assert report.verdicts(checks, "b") == "not resolved with guidance, holds without guidance"
     table = report.summary(["| 1 | text | b |", "| 2 | not measured | b |"], {"1": checks})
-    row = "| 1 | text | +0.250 ± 0.050 | +0.250 ± 0.050 | not resolved with guidance, holds without guidance |"
+    row = "| 1 | text | +0.250 ± 0.500 | +0.250 ± 0.050 | not resolved with guidance, holds without guidance |"
     assert table.splitlines()[2:] == [row]
+    rate, lost = report.checked([("preferred to it", d, 1), ("gain lost", d, 0)]).values()
+    assert rate["shown"] == "in 75 ± 5 % of pairs" and lost["shown"] == "+25.0 ± 5.0 %"
     values = {"runs": 2, "found": {"1, 3, a": "x"}}
     assert report.comment("[2 runs] It is {found[1, 3, a]}.", values) == "It is x."
     assert report.comment("[3 runs] It is {found[1, 3, a]}.", values) == ""

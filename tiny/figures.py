@@ -38,15 +38,15 @@ def draw_inflation(results: dict[tuple, dict], path: Path):
             for axis, scale in zip(column[1:], BOTH):
                 norms = r["main"][scale]["ratio"][who]
                 axis.plot(norms["t"], norms["mean"], **style)
-        column[0].set(title=method.upper(), xlabel="epoch, without guidance")
-        column[1].set(xlabel="t (1 is noise), without guidance", xlim=(1.02, -0.02))
-        column[2].set(xlabel=f"t (1 is noise), guidance {BOTH[1]}", xlim=(1.02, -0.02))
+        column[0].set(title=method.upper(), xlabel="epoch of training; drawn without guidance")
+        column[1].set(xlabel="t (1 is noise); drawn without guidance", xlim=(1.02, -0.02))
+        column[2].set(xlabel=f"t (1 is noise); drawn with guidance {BOTH[1]}", xlim=(1.02, -0.02))
         for axis in column:
             axis.axhline(1, color="black", linewidth=0.8)
     for axis in axes[:, 0]:
         axis.set_ylabel("norm ratio to the reference")
     handles = [plt.Line2D([], [], color=COLOUR[who], label=GUARD.get(who, who)) for who in MODELS[1:]]
-    for base, linestyle in (("sd3", "-"), ("flux", ":")):
+    for base, linestyle in (("sd3", "-"), ("flux", ":")) if len(grouped(results, "base")) > 1 else ():
         handles.append(plt.Line2D([], [], color="gray", linestyle=linestyle, label=base))
     axes[0, 0].legend(handles=handles, fontsize=8)
     save(figure, path)
@@ -65,6 +65,8 @@ def draw_fronts(results: dict[tuple, dict], path: Path):
             x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
             axis.plot(x, y, "o-", color=COLOUR[who], markersize=4, label=GUARD.get(who, who))
             axis.plot(x[0], y[0], "s", color=COLOUR[who], markersize=8)
+            for scale, place in zip(("none", "1.5", "2", "3", "4.5"), zip(x, y)) if who == "base" else ():
+                axis.annotate(scale, place, (-4, -11), textcoords="offset points", fontsize=7, color=COLOUR[who])
         axis.set(title=title, xlabel="reward")
     for axis in axes[:, 0]:
         axis.set_ylabel("judged good")

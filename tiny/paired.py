@@ -208,6 +208,31 @@ def crossing(rewards: np.ndarray, target: float) -> tuple[int, float] | None:
     return last, max(0.0, (rewards[last] - target) / (rewards[last] - rewards[last + 1]))
 
 
+def at_reward(points: dict[tuple, list[dict]], key: str, targets: dict[tuple, float]) -> tuple | None:
+    """Models of growing strength where their reward is that of a target: ({run: numbers}, i, the fraction of the way
+    from strength i to the next). None if even the last has more reward. points: {run: numbers at each strength}, of the
+    runs of one cell; key: which number is the reward; targets: {run: reward}.
+
+    All seeds of the cell get the same strength, by their mean reward. Numbers are interpolated between two strengths.
+    Few seeds make the choice uncertain. So each run's numbers are moved along the curve as far as its reward is from
+    its own target. This leaves their mean, and adds the choice's error to their spread (delta method)."""
+    curves = {name: np.array([[point[name] for point in of_run] for of_run in points.values()])
+              for name in next(iter(points.values()))[-1]}  # {number: (runs, strengths)}
+    rewards, aims = curves[key], np.array([targets[run] for run in points])
+    found = crossing(rewards.mean(0), aims.mean())
+    if found is None:
+        return None
+    i, fraction = found
+    reward_step = rewards[:, i + 1] - rewards[:, i]
+    missed = (aims - (rewards[:, i] + fraction * reward_step)) / reward_step.mean()
+    chosen = {}
+    for name, curve in curves.items():
+        step = curve[:, i + 1] - curve[:, i]
+        chosen[name] = curve[:, i] + fraction * step + missed * step.mean()
+    numbers = {run: {name: float(x[k]) for name, x in chosen.items()} for k, run in enumerate(points)}
+    return numbers, i, fraction
+
+
 KEEP = 0.95  # of a guard's gain in reward, a rival at equal reward keeps this much
 
 
@@ -218,35 +243,20 @@ def equal_reward(runs: dict[tuple, dict], rival: str, target: Callable[[tuple], 
     Returns ({run: its numbers, as points_of gives them}, the strength); ({}, None) if even the greatest strength has
     more reward; None if not every strength was measured.
 
-    All seeds of the cell get the same strength, chosen on training prompts: there the seeds' mean reward keeps KEEP of
-    the gain of the target, or of the unguarded model, whichever is less. Numbers are interpolated between two
-    strengths. Few seeds make the choice uncertain. So each run's numbers are moved along the rival's curve as far as
-    its reward is from its own target. This leaves their mean, and adds the choice's error to their spread (delta
-    method)."""
+    It is chosen on training prompts (`at_reward`): there the seeds' mean reward keeps KEEP of the gain of the target,
+    or of the unguarded model, whichever is less."""
     points = {run: points_of(run, r, rival) for run, r in runs.items()}
     points = {run: of_run for run, of_run in points.items() if of_run}
     if not points:
         return None
-    first_run, first_points = next(iter(points.items()))
-    strengths = RIVALS[rival].none, *RIVALS[rival].strengths_of(first_run.method)
-    curves = {}  # {number: (runs, strengths)}
-    for name in first_points[-1]:
-        curves[name] = np.array([[point[name] for point in of_run] for of_run in points.values()])
-    base, unguarded = (np.array([runs[run]["main"]["training reward"][who] for run in points])
-                       for who in ("base", "unguarded"))
-    aims = [(run, *target(run)) for run in points]
-    aimed = np.array([runs[run][part]["training reward"][who] for run, part, who in aims])
-    targets = base + KEEP * (min(unguarded, aimed, key=np.mean) - base)  # (runs,)
-    rewards = curves["training reward"]
-    found = crossing(rewards.mean(0), targets.mean())
+    strengths = RIVALS[rival].none, *RIVALS[rival].strengths_of(next(iter(points)).method)
+    rewards = {run: runs[run]["main"]["training reward"] for run in points}
+    aimed = {run: runs[run][part]["training reward"][who] for run, (part, who) in zip(points, map(target, points))}
+    unguarded = {run: reward["unguarded"] for run, reward in rewards.items()}
+    lesser = min(unguarded, aimed, key=lambda of_run: sum(of_run.values()))
+    targets = {run: reward["base"] + KEEP * (lesser[run] - reward["base"]) for run, reward in rewards.items()}
+    found = at_reward(points, "training reward", targets)
     if found is None:
         return {}, None
-    i, fraction = found
-    reward_step = rewards[:, i + 1] - rewards[:, i]
-    missed = (targets - (rewards[:, i] + fraction * reward_step)) / reward_step.mean()
-    chosen = {}
-    for name, curve in curves.items():
-        step = curve[:, i + 1] - curve[:, i]
-        chosen[name] = curve[:, i] + fraction * step + missed * step.mean()
-    compared = {run: {name: float(values[k]) for name, values in chosen.items()} for k, run in enumerate(points)}
+    compared, i, fraction = found
     return compared, strengths[i] + fraction * (strengths[i + 1] - strengths[i])

@@ -16,6 +16,7 @@ import numpy as np
 from guards import BOTH, GUARDS, LAM, RIVALS
 from paired import (
     METRICS,
+    at_reward,
     equal_reward,
     gain_of,
     grouped,
@@ -40,7 +41,8 @@ SPOKEN = {"none": "without guidance", BOTH[1]: "with guidance"}
 
 def plus_minus(d: dict, digits: int | None = None) -> str:
     """A difference and half its interval."""
-    digits = digits or (3 if abs(d["difference"]) > 0.01 else 4)
+    if digits is None:
+        digits = 3 if abs(d["difference"]) > 0.01 else 4
     mean = round(d["difference"], digits) + 0.0  # no -0.000
     return f"{mean:+.{digits}f}" + ("" if math.isnan(d["half"]) else f" ± {d['half']:.{digits}f}")
 
@@ -52,9 +54,18 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def checked(claims: list[tuple]) -> dict[str, dict]:
     """Claims with their verdicts. A claim is (its name, difference, sign[, at_most]), as `verdict` takes them. With the
-    sign None it has no verdict."""
-    return {name: {**d, "verdict": "" if sign is None else verdict(d, sign, *at_most)}
-            for name, d, sign, *at_most in claims}
+    sign None it has no verdict. `shown` is how the number is written. A rate of preference is tested against one half.
+    """
+    checks = {}
+    for name, d, sign, *at_most in claims:
+        if "preferred" in name and "less that" not in name:
+            shown = f"in {plus_minus({k: 100 * d[k] + 50 * (k == 'difference') for k in d}, 0)[1:]} % of pairs"
+        elif "norm" in name or "lost" in name:
+            shown = f"{plus_minus({k: 100 * d[k] for k in d}, 1)} %"
+        else:
+            shown = plus_minus(d)
+        checks[name] = {**d, "verdict": "" if sign is None else verdict(d, sign, *at_most), "shown": shown}
+    return checks
 
 
 def verdicts(checks: dict[str, dict], name: str) -> str:
@@ -67,14 +78,14 @@ def verdicts(checks: dict[str, dict], name: str) -> str:
 
 def numbers_of(checks: dict[str, dict], name: str) -> list[str]:
     """The columns of a claim's two numbers, the one with guidance first."""
-    return [plus_minus(checks[scale][name]) if name in checks[scale] else "" for scale in reversed(BOTH)]
+    return [checks[scale][name]["shown"] if name in checks[scale] else "" for scale in reversed(BOTH)]
 
 
 def check_table(checks: dict[str, dict]) -> str:
     """A table of a claim's checks. checks: {guidance scale: {name: what `checked` gives}}."""
     names = dict.fromkeys([name for of_scale in checks.values() for name in of_scale])
     rows = [[name, *numbers_of(checks, name), verdicts(checks, name)] for name in names]
-    return markdown(["the claim", "with guidance", "without", "verdict"], rows)
+    return markdown(["", "with guidance", "without", "the paper's claim"], rows)
 
 
 def change(results: dict[tuple, dict], part: str, a: str, b: str, metric: str) -> dict:
@@ -106,8 +117,8 @@ def cell_table(results: dict[tuple, dict], columns: dict[str, Callable[[dict], f
 def claim_1(results: dict[tuple, dict], scale: str) -> dict:
     """Inflation of the norm, and damage to pictures."""
     part = f"main/{scale}"
-    claims = [("the norm exceeds the reference's", paired(results, ratio("unguarded", "overall", part)), 1),
-              ("at the highest step", paired(results, ratio("unguarded", "highest", part)), 1)]
+    claims = [("excess of the norm over the reference's", paired(results, ratio("unguarded", "overall", part)), 1),
+              ("excess of the norm at its highest step", paired(results, ratio("unguarded", "highest", part)), 1)]
     for name, metric, sign in (
         ("judged good", "judge/overall", -1),
         ("judged oversaturated", "judge/oversaturation", 1),
@@ -123,14 +134,13 @@ def claim_2(results: dict[tuple, dict], scale: str) -> dict:
     """Renormalization at inference."""
     part = f"renorm/{scale}"
     claims = [
-        ("it does not raise the reward (by a part of the gain)", paired(
-            results, gain_of(part, "match"), gain_of(part, "unguarded")), 0),
-        ("the picture is not judged better", change(results, part, "match", "unguarded", "judge/overall"), 0),
-        ("nor preferred (less one half)", paired(results, preference(part, "match vs unguarded")), 0),
+        ("reward, in parts of the gain", paired(results, gain_of(part, "match"), gain_of(part, "unguarded")), 0),
+        ("judged good", change(results, part, "match", "unguarded", "judge/overall"), 0),
+        ("preferred to the picture that is not rescaled", paired(results, preference(part, "match vs unguarded")), 0),
     ]
     for who, guard in GUARD.items():
         preferred = paired(results, preference(part, f"{who} vs match"))
-        claims.append((f"{guard}: preferred to it (less one half)", preferred, 1))
+        claims.append((f"{guard}: preferred to the rescaled picture", preferred, 1))
     return checked(claims)
 
 
@@ -138,15 +148,16 @@ def claim_4(results: dict[tuple, dict], scale: str) -> dict:
     """The norm with the guards."""
     part, claims = f"main/{scale}", []
     for who, guard in GUARD.items():
-        claims += [(f"{guard}: not above the reference over the trajectory",
+        claims += [(f"{guard}: excess of the norm over the trajectory",
                     paired(results, ratio(who, "overall", part)), 0),
-                   (f"{guard}: nor at the highest step", paired(results, ratio(who, "highest", part)), 0)]
+                   (f"{guard}: excess of the norm at its highest step",
+                    paired(results, ratio(who, "highest", part)), 0)]
     if with_auto := having(results, "auto"):
         part = f"auto/{scale}"
-        claims.append(("auto: the highest step at most 1 % above",
+        claims.append(("auto: excess of the norm at its highest step, at most 1 %",
                        paired(with_auto, ratio("auto", "excess", part)), 0, 0.01))
         if scale == BOTH[0]:
-            claims.append(("auto: loses no more than 5 % of the gain in reward against the plain guard",
+            claims.append(("auto: gain lost against the plain guard, at most 5 %",
                            paired(with_auto, gain_of(part, "guarded"), gain_of(part, "auto")), 0, 0.05))
     return checked(claims)
 
@@ -156,19 +167,19 @@ def claim_5_and_6(results: dict[tuple, dict], scale: str) -> dict:
     part, claims = f"main/{scale}", []
     for who, guard in GUARD.items():
         if scale == BOTH[0]:  # with guidance all rewards are nearly the same, the base's too
-            claims.append((f"{guard}: of the gain in reward, no more than 5 % is lost",
+            claims.append((f"{guard}: gain lost, at most 5 %",
                            paired(results, gain_of(part, "unguarded"), gain_of(part, who)), 0, 0.05))
         claims += [
             (f"{guard}: reward (no claim)", change(results, part, who, "unguarded", "reward"), None),
-            (f"{guard}: preferred to the unguarded picture (less one half)",
+            (f"{guard}: preferred to unguarded",
              paired(results, preference(part, f"{who} vs unguarded")), 1),
             (f"{guard}: judged good", change(results, part, who, "unguarded", "judge/overall"), 1),
             (f"{guard}: Fréchet distance", change(results, part, who, "unguarded", "FD"), -1),
             (f"{guard}: the detector's P(real)", change(results, part, who, "unguarded", "P(real)"), 1),
-            (f"{guard}: preferred to the base's picture (less one half; no claim)",
+            (f"{guard}: preferred to the base (no claim)",
              paired(results, preference(part, f"{who} vs base")), None),
         ]
-    claims.append(("guided guard: preferred to the plain guard (less one half; no claim)",
+    claims.append(("guided guard: preferred to the plain guard (no claim)",
                    paired(results, preference(part, "guided vs guarded")), None))
     return checked(claims)
 
@@ -190,7 +201,7 @@ def claim_8(results: dict[tuple, dict], scale: str) -> dict:
     for who, guard in GUARD.items():
         for how, name in ((f"equal to {who}", "of equal reward"), (f"best judged, {scale}", "best judged")):
             preferred = paired(results, preference(part, f"{who} vs early, {how}"))
-            claims.append((f"{guard}: preferred to the checkpoint {name} (less one half)", preferred, 1))
+            claims.append((f"{guard}: preferred to the checkpoint {name}", preferred, 1))
     return checked(claims)
 
 
@@ -318,8 +329,8 @@ POINT = {  # a number of `model_point`: (header, digits)
     "good over guidance": ("mean over guidance", 3),
     f"mean, {BOTH[1]}": ("norm ratio, with guidance", 3),
     f"highest, {BOTH[1]}": ("its highest step", 3),
-    f"guarded preferred, {BOTH[1]}": ("plain guard preferred, with guidance (less one half)", 3),
-    f"guided preferred, {BOTH[1]}": ("guided guard preferred, with guidance (less one half)", 3),
+    f"guarded preferred, {BOTH[1]}": ("plain guard preferred, with guidance", 3),
+    f"guided preferred, {BOTH[1]}": ("guided guard preferred, with guidance", 3),
 }
 Points = dict[tuple, dict[str, float]]  # {run: numbers of `model_point`}
 
@@ -354,11 +365,10 @@ def numbers_in(points: Points) -> dict:
 
 
 def guards_of(results: dict[tuple, dict]) -> dict[str, Points]:
-    """Each guard's numbers on training prompts, in the runs in which all guards were measured."""
-    found, parts = {}, {name: f"guard: {name}" for name in GUARDS}
-    for run, r in results.items():
-        if not all(part in r for part in parts.values()):
-            continue
+    """Each guard's numbers on training prompts: those guards that were measured in all runs that have some."""
+    runs, found = having(results, "guard: "), {}
+    parts = {name: f"guard: {name}" for name in GUARDS if all(f"guard: {name}" in r for r in runs.values())}
+    for run, r in runs.items() if parts else ():
         for who in MODELS:
             name = {"guarded": f"plain, lam {LAM}", "guided": f"guided, lam {LAM}"}.get(who, who)
             found.setdefault(name, {})[run] = model_point(r, next(iter(parts.values())), who)
@@ -372,12 +382,29 @@ def claim_9(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, s
     found, tables = guards_of(results), {}
     numbers |= {name: numbers_in(points) for name, points in found.items()}
     default = found[f"guided, lam {LAM}"]
-    tables["Less the guided guard with its default lam"] = point_table(
-        [difference_row(name, points, default) for name, points in found.items()])
+    stronger = stronger_plain_guard(results)
+    rows = [difference_row("plain, at its reward without guidance", stronger, default)] if stronger else []
+    rows += [difference_row(name, points, default) for name, points in found.items() if points is not default]
+    numbers["plain, at the guided guard's reward"] = numbers_in(stronger) if stronger else {}
     for method, runs in grouped(results, "method").items():
         rows = [point_row(name, points) for name, points in guards_of(runs).items()]
         tables[method] = point_table(rows)
-    return point_table([point_row(name, points) for name, points in found.items()]), tables
+    levels = point_table([point_row(name, points) for name, points in found.items()])
+    return f"{levels}\n\nLess the guided guard with lam {LAM}:\n\n{point_table(rows)}", tables
+
+
+def stronger_plain_guard(results: dict[tuple, dict]) -> Points:
+    """The plain guard with the lam at which its reward without guidance is that of the guided guard with its default
+    lam, for each method whose plain guards were strong enough."""
+    stronger, key = {}, "reward, none"
+    for runs in grouped(results, "method").values():
+        found = guards_of(runs)
+        names = sorted((name for name in found if name.startswith("plain")), key=lambda name: float(name.split()[-1]))
+        points = {run: [found[name][run] for name in names] for run in found.get(names[0], ())} if names else {}
+        if points:
+            met = at_reward(points, key, {run: found[f"guided, lam {LAM}"][run][key] for run in points})
+            stronger |= met[0] if met else {}
+    return stronger
 
 
 def target_of(name: str) -> Callable[[tuple], tuple[str, str]]:
@@ -482,19 +509,17 @@ def summary(lines: list[str], numbers: dict) -> str:
 
 
 def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
-    """The numbers that a comment may name: {levels[judged good, base, 3]}, a mean over cells with guidance 3, and
-    {found[4, 3, plain guard: nor at the highest step]}, a claim's number; with ", %" or ", rate" behind, in per cent
-    or as a rate of preference. Rewards are named with their corner, because their units differ."""
+    """The numbers that a comment may name: {levels[judged good, base, 3]}, a mean over cells with guidance 3, also of
+    one corner or method ({levels[reward, base, 3, sd3, pickscore]}); and {found[5 and 6, 3, guided guard: preferred to
+    unguarded]}, a claim's number."""
     levels, found, done = {}, {}, having(results, "main")
     for scale, who, (metric, (label, digits)) in product(BOTH if done else (), MODELS, METRICS.items()):
-        for corner, runs in {"": done, **grouped(done, "corner")}.items():
+        for of, runs in {"": done, **grouped(done, "corner"), **grouped(done, "method")}.items():
             mean = paired(runs, mean_of(f"main/{scale}", who, metric))["a"]
-            levels[f"{label}, {who}, {scale}{corner and f', {corner}'}"] = f"{mean:.{min(digits, 2)}f}"
+            levels[f"{label}, {who}, {scale}{of and f', {of}'}"] = f"{mean:.{min(digits, 2)}f}"
     for claim, scale in product(CHECKS, BOTH):
         for name, d in numbers.get(claim, {}).get(scale, {}).items():
-            found[f"{claim}, {scale}, {name}"] = plus_minus(d)
-            found[f"{claim}, {scale}, {name}, %"] = f"{100 * d['difference']:.0f}"
-            found[f"{claim}, {scale}, {name}, rate"] = f"{50 + 100 * d['difference']:.0f}"
+            found[f"{claim}, {scale}, {name}"] = d["shown"]
     for who in MODELS if done else ():
         points = {run: model_point(r, "main", who) for run, r in done.items()}
         for number in ("good at equal reward", "good over guidance"):

@@ -86,8 +86,8 @@ class Args:
     """reward models in tiny/"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """seeds of the trainings"""
-    only: int | None = None
-    """measure what this claim needs, 1 to 10 (None: all claims)"""
+    only: tuple[str, ...] = ()
+    """measure what these claims need, 1 to 10, or the parts whose names begin so ("rival: velocity KL"); (): all"""
     smoke: bool = False
     """one run of two epochs with few pictures"""
     runs: str = "runs/reproduce"
@@ -538,7 +538,8 @@ for _name, _rival in RIVALS.items():
 
 def is_asked(name: str, args: Args, size: Size) -> bool:
     """Do the flags ask for this part?"""
-    return (args.only is None or args.only in PARTS[name].claims) and (size.only is None or name in size.only)
+    asked = any(int(only) in PARTS[name].claims if only.isdigit() else name.startswith(only) for only in args.only)
+    return (asked or not args.only) and (size.only is None or name in size.only)
 
 
 def missing_parts(args: Args, size: Size) -> list[tuple[Run, str]]:
@@ -613,8 +614,9 @@ def stale_parts(runs: dict[Run, dict], bases: dict[str, dict], size: Size) -> di
 def main(args: Args):
     """Measure what is missing, then write the report."""
     check_flags(args, {})
-    if args.only is not None and not 1 <= args.only <= 10:
-        raise InputError(f"--only {args.only}: a claim is a number from 1 to 10")
+    for only in args.only:
+        if not any(is_asked(name, Args(only=(only,)), Size()) for name in PARTS):
+            raise InputError(f"--only '{only}': give claims, 1 to 10, or beginnings of parts: {', '.join(PARTS)}")
     if not all((args.bases, args.methods, args.rewards, args.seeds)):
         raise InputError("--bases, --methods, --rewards and --seeds each take at least one")
     if not 0 <= min(args.seeds) <= max(args.seeds) < 2**63:
