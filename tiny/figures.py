@@ -11,7 +11,7 @@ matplotlib.rcParams |= {"text.parse_math": False, "axes.grid": True, "grid.alpha
 import matplotlib.pyplot as plt
 from guards import BOTH, RIVALS
 from paired import grouped, having, over_guidance
-from report import GUARD, MODELS, guards_of
+from report import GUARD, MODELS, guards_of, lams_of
 
 from flow.pictures import load_pictures, read_folder
 
@@ -130,6 +130,7 @@ def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path)
 def draw_guards(results: dict[tuple, dict], path: Path):
     """Other guards, on training prompts: reward without guidance against judged good with it. Lines join the weights of
     a kind of guard. A panel a method, and one for all."""
+    results = having(results, "guard: ")
     panels = {"all methods": results, **grouped(results, "method")}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4), layout="constrained", squeeze=False,
                                 sharey=True)
@@ -137,9 +138,8 @@ def draw_guards(results: dict[tuple, dict], path: Path):
         points = {}
         for name, by_run in guards_of(runs).items():
             points[name] = [np.mean([p[k] for p in by_run.values()]) for k in ("reward, none", f"good, {BOTH[1]}")]
-        for kind, colour in (("plain, lam", COLOUR["guarded"]), ("guided, lam", COLOUR["guided"])):
-            names = sorted((n for n in points if n.startswith(kind)), key=lambda n: float(n.split()[-1]))
-            line = np.array([points["unguarded"], *(points[n] for n in names)])
+        for kind, colour in (("plain", COLOUR["guarded"]), ("guided", COLOUR["guided"])):
+            line = np.array([points[name] for name in ("unguarded", *lams_of(points, kind))])
             axis.plot(*line.T, "-", color=colour, linewidth=1)
         for name, (x, y) in points.items():
             colour = COLOUR["guarded"] if name.startswith("plain") else COLOUR["guided"]

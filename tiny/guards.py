@@ -181,8 +181,8 @@ class Rival(NamedTuple):
 TWO_REWARDS = " --reward tiny/{reward}:1,tiny/{other}:0"
 SD3 = ("sd3, pickscore",)
 RIVALS = {
-    "velocity KL": Rival((0.03, 0.055, 0.1), Variant("--lam 0 --kl {s}"), dpo=(0.05, 0.1, 0.3)),
-    "guided velocity KL": Rival((0.005, 0.012, 0.03), Variant("--lam {s}" + OF_GUIDED, squared_error),
+    "velocity KL": Rival((0.03, 0.055, 0.1, 0.2, 0.4), Variant("--lam 0 --kl {s}"), dpo=(0.05, 0.1, 0.3)),
+    "guided velocity KL": Rival((0.005, 0.015, 0.05), Variant("--lam {s}" + OF_GUIDED, squared_error),
                                 dpo=(0.008, 0.02, 0.05), corners=SD3),
     "EMA-KL": Rival((0.1, 0.3), Variant("--lam {s}", ema_kl), dpo=(0.1, 1)),
     "guided EMA-KL": Rival((0.015, 0.05), Variant("--lam {s}" + OF_GUIDED, ema_kl), dpo=(0.015, 0.15), corners=SD3),

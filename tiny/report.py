@@ -378,33 +378,43 @@ def guards_of(results: dict[tuple, dict]) -> dict[str, Points]:
 
 
 def claim_9(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, str]]:
-    """Which velocity to guard, and how strongly: a table, and one for each method."""
+    """Which velocity to guard, and how strongly: a table, and more of them."""
     found, tables = guards_of(results), {}
     numbers |= {name: numbers_in(points) for name, points in found.items()}
     default = found[f"guided, lam {LAM}"]
-    stronger = stronger_plain_guard(results)
-    rows = [difference_row("plain, at its reward without guidance", stronger, default)] if stronger else []
-    rows += [difference_row(name, points, default) for name, points in found.items() if points is not default]
-    numbers["plain, at the guided guard's reward"] = numbers_in(stronger) if stronger else {}
-    for method, runs in grouped(results, "method").items():
+    tables[f"Less the guided guard with lam {LAM}"] = point_table(
+        [difference_row(name, points, default) for name, points in found.items() if points is not default])
+    for method, runs in grouped(having(results, "guard: "), "method").items():
         rows = [point_row(name, points) for name, points in guards_of(runs).items()]
         tables[method] = point_table(rows)
-    levels = point_table([point_row(name, points) for name, points in found.items()])
-    return f"{levels}\n\nLess the guided guard with lam {LAM}:\n\n{point_table(rows)}", tables
+    table, plain = point_table([point_row(name, points) for name, points in found.items()]), lams_of(found, "plain")[-1]
+    equal = guided_at_reward_of(results, plain)
+    if equal:
+        against = {run: found[plain][run] for run in equal}
+        both = {run: (point[f"good, {BOTH[1]}"], against[run][f"good, {BOTH[1]}"]) for run, point in equal.items()}
+        numbers["equal"] = {"guard": plain, **paired(both, lambda p: p[0], lambda p: p[1])}
+        row = difference_row(f"guided guard at the reward of {plain}, less that", equal, against)
+        table += f"\n\n{point_table([row])}"
+    return table, tables
 
 
-def stronger_plain_guard(results: dict[tuple, dict]) -> Points:
-    """The plain guard with the lam at which its reward without guidance is that of the guided guard with its default
-    lam, for each method whose plain guards were strong enough."""
-    stronger, key = {}, "reward, none"
-    for runs in grouped(results, "method").values():
+def lams_of(found: dict[str, Points], kind: str) -> list[str]:
+    """The guards of a kind, "plain" or "guided", from the least lam to the greatest."""
+    names = [name for name in found if name.startswith(f"{kind}, lam")]
+    return sorted(names, key=lambda name: float(name.split()[-1]))
+
+
+def guided_at_reward_of(results: dict[tuple, dict], plain: str) -> Points:
+    """The guided guard with the lam at which its reward without guidance is that of a plain guard, in each method."""
+    equal, key = {}, "reward, none"
+    for runs in grouped(having(results, "guard: "), "method").values():
         found = guards_of(runs)
-        names = sorted((name for name in found if name.startswith("plain")), key=lambda name: float(name.split()[-1]))
-        points = {run: [found[name][run] for name in names] for run in found.get(names[0], ())} if names else {}
-        if points:
-            met = at_reward(points, key, {run: found[f"guided, lam {LAM}"][run][key] for run in points})
-            stronger |= met[0] if met else {}
-    return stronger
+        if plain in found:
+            names = ["unguarded", *lams_of(found, "guided")]
+            points = {run: [found[name][run] for name in names] for run in found[plain]}
+            met = at_reward(points, key, {run: point[key] for run, point in found[plain].items()})
+            equal |= met[0] if met else {}
+    return equal
 
 
 def target_of(name: str) -> Callable[[tuple], tuple[str, str]]:
@@ -520,6 +530,11 @@ def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
     for claim, scale in product(CHECKS, BOTH):
         for name, d in numbers.get(claim, {}).get(scale, {}).items():
             found[f"{claim}, {scale}, {name}"] = d["shown"]
+    for name, row in numbers.get("9", {}).items():
+        for number, d in row.items() if name != "equal" else ():
+            found[f"9, {name}, {number}"] = f"{d['a']:.2f}"
+    if "equal" in numbers.get("9", {}):
+        found["9, equal"] = plus_minus(numbers["9"]["equal"], 2)
     for who in MODELS if done else ():
         points = {run: model_point(r, "main", who) for run, r in done.items()}
         for number in ("good at equal reward", "good over guidance"):
