@@ -306,8 +306,7 @@ def test_the_report_of_all_claims(tmp_path, complete):
         found = numbers["10"]["sd3, pickscore, velocity KL, reward of guided"]
         assert found["reward, none"]["a"] == pytest.approx(aim, abs=0.03)
     assert numbers["9"]["plain, lam 0.2"] == numbers["9"]["plain, lam 0.05"]
-    equal = numbers["9"]["equal"]  # the guided guards here are the guided, the plain and the base's numbers
-    assert equal["guard"] == "plain, lam 0.5" and equal["seeds"] == (3 if complete else 2)
+    assert numbers["9"]["base"]["good, 3"]["seeds"] == (3 if complete else 2)
 
 
 def test_what_a_claim_says():
@@ -322,7 +321,7 @@ def test_what_a_claim_says():
     row = "| 1 | text | +0.250 ± 0.500 | +0.250 ± 0.050 | not resolved with guidance, holds without guidance |"
     assert table.splitlines()[2:] == [row]
     rate, lost = report.checked([("preferred to it", d, 1), ("gain lost", d, 0)]).values()
-    assert rate["shown"] == "in 75 ± 5 % of pairs" and lost["shown"] == "+25.0 ± 5.0 %"
+    assert rate["shown"] == "in 75 ± 5 % of pairs" and lost["shown"] == "25.0 ± 5.0 %"
     values = {"runs": 2, "found": {"1, 3, a": "x"}}
     assert report.comment("[2 runs] It is {found[1, 3, a]}.", values) == "It is x."
     assert report.comment("[3 runs] It is {found[1, 3, a]}.", values) == ""

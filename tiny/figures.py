@@ -144,7 +144,7 @@ def draw_guards(results: dict[tuple, dict], path: Path):
         for name, (x, y) in points.items():
             colour = COLOUR["guarded"] if name.startswith("plain") else COLOUR["guided"]
             axis.plot(x, y, "o", color=COLOUR.get(name, colour if "lam" in name else "purple"), markersize=4)
-            axis.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+            axis.annotate(name.replace("lam ", ""), (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points")
         axis.set(title=title, xlabel="reward without guidance")
     axes[0, 0].set_ylabel(f"judged good, guidance {BOTH[1]}")
     save(figure, path)

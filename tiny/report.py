@@ -16,7 +16,6 @@ import numpy as np
 from guards import BOTH, GUARDS, LAM, RIVALS
 from paired import (
     METRICS,
-    at_reward,
     equal_reward,
     gain_of,
     grouped,
@@ -61,7 +60,7 @@ def checked(claims: list[tuple]) -> dict[str, dict]:
         if "preferred" in name and "less that" not in name:
             shown = f"in {plus_minus({k: 100 * d[k] + 50 * (k == 'difference') for k in d}, 0)[1:]} % of pairs"
         elif "norm" in name or "lost" in name:
-            shown = f"{plus_minus({k: 100 * d[k] for k in d}, 1)} %"
+            shown = f"{plus_minus({k: 100 * d[k] for k in d}, 1)} %".lstrip("+" * ("lost" in name))
         else:
             shown = plus_minus(d)
         checks[name] = {**d, "verdict": "" if sign is None else verdict(d, sign, *at_most), "shown": shown}
@@ -387,34 +386,13 @@ def claim_9(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, s
     for method, runs in grouped(having(results, "guard: "), "method").items():
         rows = [point_row(name, points) for name, points in guards_of(runs).items()]
         tables[method] = point_table(rows)
-    table, plain = point_table([point_row(name, points) for name, points in found.items()]), lams_of(found, "plain")[-1]
-    equal = guided_at_reward_of(results, plain)
-    if equal:
-        against = {run: found[plain][run] for run in equal}
-        both = {run: (point[f"good, {BOTH[1]}"], against[run][f"good, {BOTH[1]}"]) for run, point in equal.items()}
-        numbers["equal"] = {"guard": plain, **paired(both, lambda p: p[0], lambda p: p[1])}
-        row = difference_row(f"guided guard at the reward of {plain}, less that", equal, against)
-        table += f"\n\n{point_table([row])}"
-    return table, tables
+    return point_table([point_row(name, points) for name, points in found.items()]), tables
 
 
 def lams_of(found: dict[str, Points], kind: str) -> list[str]:
     """The guards of a kind, "plain" or "guided", from the least lam to the greatest."""
     names = [name for name in found if name.startswith(f"{kind}, lam")]
     return sorted(names, key=lambda name: float(name.split()[-1]))
-
-
-def guided_at_reward_of(results: dict[tuple, dict], plain: str) -> Points:
-    """The guided guard with the lam at which its reward without guidance is that of a plain guard, in each method."""
-    equal, key = {}, "reward, none"
-    for runs in grouped(having(results, "guard: "), "method").values():
-        found = guards_of(runs)
-        if plain in found:
-            names = ["unguarded", *lams_of(found, "guided")]
-            points = {run: [found[name][run] for name in names] for run in found[plain]}
-            met = at_reward(points, key, {run: point[key] for run, point in found[plain].items()})
-            equal |= met[0] if met else {}
-    return equal
 
 
 def target_of(name: str) -> Callable[[tuple], tuple[str, str]]:
@@ -454,7 +432,8 @@ def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, 
                     verdict = preferred_side(compared, target) if target in GUARD else ""
                     rows.append([*difference_row(name, compared, against), verdict])
                     numbers[f"{corner}, {rival}, reward of {target}"] = {
-                        **numbers_in(compared), "strengths": strengths, "verdict": verdict}
+                        **numbers_in(compared), "strengths": strengths, "verdict": verdict,
+                        "shown": dict(zip(POINT, rows[-1][1:]))}
             if rows:
                 header = ["", *(header for header, _ in POINT.values()), "runs", "the judge prefers"]
                 equal.append(f"**{corner}, less the {GUARD.get(target, target)}**\n\n{markdown(header, rows)}")
@@ -531,10 +510,9 @@ def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
         for name, d in numbers.get(claim, {}).get(scale, {}).items():
             found[f"{claim}, {scale}, {name}"] = d["shown"]
     for name, row in numbers.get("9", {}).items():
-        for number, d in row.items() if name != "equal" else ():
-            found[f"9, {name}, {number}"] = f"{d['a']:.2f}"
-    if "equal" in numbers.get("9", {}):
-        found["9, equal"] = plus_minus(numbers["9"]["equal"], 2)
+        found |= {f"9, {name}, {number}": f"{d['a']:.2f}" for number, d in row.items()}
+    for name, row in numbers.get("10", {}).items():
+        found |= {f"10, {name}, {number}": d for number, d in row["shown"].items()}
     for who in MODELS if done else ():
         points = {run: model_point(r, "main", who) for run, r in done.items()}
         for number in ("good at equal reward", "good over guidance"):
