@@ -212,9 +212,10 @@ def test_rivals_at_equal_reward(monkeypatch):
     assert paired.equal_reward(runs, "velocity KL", guarded) is None  # a strength is missing
     for r in runs.values():
         r["rival: velocity KL 0.4"] = part(0.4, "rival")
-    # 95 % of the unguarded reward of 1; 95 % of each run's own guided reward
-    for target, strength, own in ((guarded, 0.05, (0.05, 0.05)), (guided, 0.24, (0.2875, 0.1925))):
-        met, chosen = paired.equal_reward(runs, "velocity KL", target)
+    # of the unguarded reward of 1, or of each run's own guided reward
+    for target, keep, strength, own in ((guarded, 1, 0, (0, 0)), (guarded, 0.95, 0.05, (0.05, 0.05)),
+                                        (guided, 0.95, 0.24, (0.2875, 0.1925)), (guided, 1, 0.2, (0.25, 0.15))):
+        met, chosen = paired.equal_reward(runs, "velocity KL", target, keep)
         assert list(met) == list(runs) and chosen == pytest.approx(strength)
         for s, found in zip(own, met.values()):
             assert found["reward, none"] == found["training reward"] == pytest.approx(1 - s)
@@ -286,7 +287,7 @@ def test_the_report_of_all_claims(tmp_path, complete):
     if not complete:
         runs[last] = {"main": runs[last]["main"]}
         bases = {}
-    report.write_report(runs, bases, reproduce.Size(), tmp_path, tmp_path)
+    report.write_report(runs, bases, reproduce.Size(), tmp_path, tmp_path, comments=False)
     figures.draw_all(runs, bases, tmp_path)
     text, tables = (tmp_path / "RESULTS.md").read_text(), (tmp_path / "TABLES.md").read_text()
     assert "Not measured" not in text and "nan" not in text + tables
@@ -296,15 +297,17 @@ def test_the_report_of_all_claims(tmp_path, complete):
     drawn = {"inflation", "fronts", "early", "adjoint", "guards", "rivals"}
     assert {file.stem for file in tmp_path.glob("*.png")} == drawn
 
-    rows = {line.split(" |")[0].lstrip("| "): line for line in text.splitlines() if line.startswith("| velocity KL (")}
-    (name, row), = [item for item in rows.items()][:1]
-    assert name.count(",") == 2 and row.split(" | ")[-2] == str(len(runs) - (not complete))
+    table = text.partition("**sd3, pickscore, less the guided guard at its reward without guidance**")[2]
+    row = next(line for line in table.splitlines() if line.startswith("| velocity KL (")).split(" | ")
+    assert row[0].count(",") == 2 and row[-2] == str(len(runs) - (not complete))
     numbers = json.loads((tmp_path / "results.json").read_text())
-    if complete:  # about the reward at which it is compared; not quite, as the prompts are others
-        rewards = [r["main"]["training reward"] for r in runs.values()]
-        aim = np.mean([r["base"] + paired.KEEP * (r["guided"] - r["base"]) for r in rewards])
-        found = numbers["10"]["sd3, pickscore, velocity KL, reward of guided"]
-        assert found["reward, none"]["a"] == pytest.approx(aim, abs=0.03)
+    for keep, how in report.KEPT.items():
+        found = numbers["10"][f"sd3, pickscore, less the guided guard {how}, velocity KL"]
+        assert found["verdict"] == "the guided guard"
+        if complete:  # about the reward at which it is compared; not quite, as the prompts are others
+            rewards = [r["main"]["training reward"] for r in runs.values()]
+            aim = np.mean([r["base"] + keep * (r["guided"] - r["base"]) for r in rewards])
+            assert found["reward, none"]["a"] == pytest.approx(aim, abs=0.03)
     assert numbers["9"]["plain, lam 0.2"] == numbers["9"]["plain, lam 0.05"]
     assert numbers["9"]["base"]["good, 3"]["seeds"] == (3 if complete else 2)
 
@@ -347,7 +350,8 @@ def test_measures_that_nobody_trained(tmp_path):
 
 def test_results_are_what_the_report_says(tmp_path):
     """RESULTS.md, TABLES.md and results.json are what report.py makes of tiny/results; nobody has edited them."""
-    report.write_report(*reproduce.gathered(Path("tiny/results")), reproduce.Size(), tmp_path, Path("assets"))
+    measured = reproduce.gathered(Path("tiny/results"))
+    report.write_report(*measured, reproduce.Size(), tmp_path, Path("assets"), comments=True)
     text = (tmp_path / "RESULTS.md").read_text().replace(os.path.relpath("assets", tmp_path), "../assets")
     assert text.replace(str(tmp_path), "tiny") == Path("tiny/RESULTS.md").read_text()
     for file in ("TABLES.md", "results.json"):
@@ -357,8 +361,8 @@ def test_results_are_what_the_report_says(tmp_path):
 def test_the_texts_hold_no_numbers():
     """The numbers in the texts are filled in from the results, and each text is in RESULTS.md."""
     names = (r"\{[^}]+\}|sd3|claim \d|sections? \d+( and \d+)?|[Gg]uidance (3|1\.5|2|4\.5)|lam 0\.\d+|"
-             r"--guard-guidance \d|commit 511f751")
-    comments = re.findall(r"^\[\d+ runs\] (.*)", report.TEMPLATE.read_text(), re.MULTILINE)
+             r"--guard-guidance \d|95 %|commit 511f751")
+    comments = re.findall(r"^\[[\d, ]+ runs\] (.*)", report.TEMPLATE.read_text(), re.MULTILINE)
     assert comments
     for text in comments:
         assert not re.search(r"\d", re.sub(names, "", text)), text

@@ -154,10 +154,13 @@ def draw_rivals(results: dict[tuple, dict], path: Path):
     """Fronts over guidance of the guards and of each rival at its weakest and strongest. A column a corner, a row the
     rivals of the conditional velocity, then those of the guided one. Means over methods and seeds."""
     corners = grouped(results, "corner")
-    figure, axes = plt.subplots(2, len(corners), figsize=(7 * len(corners), 9), layout="constrained", squeeze=False)
+    kinds = [[name for name in RIVALS if ("guided" in name) == guided] for guided in (False, True)]
+    kinds = [names for names in kinds if any(part.startswith(f"rival: {name}") for part in next(iter(results.values()))
+                                             for name in names)]
+    size = (7 * len(corners), 4.5 * len(kinds))
+    figure, axes = plt.subplots(len(kinds), len(corners), figsize=size, layout="constrained", squeeze=False)
     for column, (corner, runs) in zip(axes.T, corners.items()):
-        for axis, guided in zip(column, (False, True)):
-            names = [name for name in RIVALS if ("guided" in name) == guided]
+        for axis, names in zip(column, kinds):
             for i, (name, last) in enumerate(product(names, (False, True))):
                 curves = []
                 for run, r in runs.items():

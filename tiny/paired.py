@@ -233,17 +233,15 @@ def at_reward(points: dict[tuple, list[dict]], key: str, targets: dict[tuple, fl
     return numbers, i, fraction
 
 
-KEEP = 0.95  # of a guard's gain in reward, a rival at equal reward keeps this much
-
-
-def equal_reward(runs: dict[tuple, dict], rival: str, target: Callable[[tuple], tuple[str, str]]) -> tuple | None:
-    """A rival at the strength at which its reward without guidance is nearly that of a target, in the runs of one cell.
-    target(run) is a part and a model in it.
+def equal_reward(runs: dict[tuple, dict], rival: str, target: Callable[[tuple], tuple[str, str]],
+                 keep: float = 1.0) -> tuple | None:
+    """A rival at the strength at which it keeps a fraction of a target's gain in reward without guidance, in the runs
+    of one cell. target(run) is a part and a model in it.
 
     Returns ({run: its numbers, as points_of gives them}, the strength); ({}, None) if even the greatest strength has
     more reward; None if not every strength was measured.
 
-    It is chosen on training prompts (`at_reward`): there the seeds' mean reward keeps KEEP of the gain of the target,
+    It is chosen on training prompts (`at_reward`): there the seeds' mean reward keeps `keep` of the gain of the target,
     or of the unguarded model, whichever is less."""
     points = {run: points_of(run, r, rival) for run, r in runs.items()}
     points = {run: of_run for run, of_run in points.items() if of_run}
@@ -254,7 +252,7 @@ def equal_reward(runs: dict[tuple, dict], rival: str, target: Callable[[tuple], 
     aimed = {run: runs[run][part]["training reward"][who] for run, (part, who) in zip(points, map(target, points))}
     unguarded = {run: reward["unguarded"] for run, reward in rewards.items()}
     lesser = min(unguarded, aimed, key=lambda of_run: sum(of_run.values()))
-    targets = {run: reward["base"] + KEEP * (lesser[run] - reward["base"]) for run, reward in rewards.items()}
+    targets = {run: reward["base"] + keep * (lesser[run] - reward["base"]) for run, reward in rewards.items()}
     found = at_reward(points, "training reward", targets)
     if found is None:
         return {}, None

@@ -31,6 +31,7 @@ from paired import (
 
 from flow.cli import write_files
 
+KEPT = {1.0: "at its reward without guidance", 0.95: "at 95 % of its gain"}  # of a guard, in claim 10
 TEMPLATE = Path(__file__).with_name("RESULTS.template.md")
 MODELS = "base", "unguarded", "guarded", "guided"
 GUARD = {"guarded": "plain guard", "guided": "guided guard"}  # what they are called
@@ -178,8 +179,15 @@ def claim_5_and_6(results: dict[tuple, dict], scale: str) -> dict:
             (f"{guard}: preferred to the base (no claim)",
              paired(results, preference(part, f"{who} vs base")), None),
         ]
-    claims.append(("guided guard: preferred to the plain guard (no claim)",
-                   paired(results, preference(part, "guided vs guarded")), None))
+    claims += [("unguarded: preferred to the base (no claim)",
+                paired(results, preference(part, "unguarded vs base")), None),
+               ("guided guard: preferred to the plain guard (no claim)",
+                paired(results, preference(part, "guided vs guarded")), None)]
+    if scale == BOTH[1]:
+        both = {run: [model_point(r, "main", who) for who in reversed(GUARD)] for run, r in results.items()}
+        for number in ("good at equal reward", "good over guidance"):
+            d = paired(both, lambda p, k=number: p[0][k], lambda p, k=number: p[1][k])
+            claims.append((f"guided guard less plain guard: judged {number} (no claim)", d, None))
     return checked(claims)
 
 
@@ -245,6 +253,13 @@ def tables_5_and_6(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[s
         columns = {f"{GUARD.get(who, who)}, {scale}": mean_of(f"main/{scale}", who, metric)
                    for scale, who in product(BOTH, MODELS)}
         tables[f"{label}, each seed"] = cell_table(results, columns)
+    main = next(iter(results.values()))["main"]
+    scales = [scale for scale, part in main.items() if isinstance(part, dict) and "means" in part]
+    rows = []
+    for (metric, label), who in product({"reward": "reward", "judge/overall": "judged good"}.items(), MODELS):
+        means = [paired(results, mean_of(f"main/{scale}", who, metric))["a"] for scale in scales]
+        rows.append([f"{label}, {GUARD.get(who, who)}", *(f"{mean:.3f}" for mean in means)])
+    tables["Over guidance"] = markdown(["", *scales], rows)
     if told := having(results, "told"):
         parts = {f"told {value}": f"told/{value}" for value in next(iter(told.values()))["told"] if value.isdigit()}
         parts = {"told 3.5": "main/none", **parts}
@@ -410,33 +425,38 @@ def preferred_side(points: Points, guard: str) -> str:
     return f"the {GUARD[guard]}" if d["difference"] > 0 else "**the rival**"
 
 
+def rivals_at(runs: dict[tuple, dict], target: str, keep: float, numbers: dict, name: str) -> list[list[str]]:
+    """Rows of the rivals that keep a fraction of a target's gain without guidance, less that target."""
+    rows = []
+    for rival in (rival for rival in RIVALS if len(RIVALS[rival].strengths) > 1):
+        strengths, compared = [], {}
+        for method, of_method in grouped(runs, "method").items():
+            having_target = {run: r for run, r in of_method.items() if target_of(target)(run)[0] in r}
+            found = equal_reward(having_target, rival, target_of(target), keep)
+            if found is not None:
+                compared |= found[0]
+                said = "none" if found[1] == RIVALS[rival].none else f"{found[1] or 0:.2g}"
+                strengths.append(f"{method} {said if found[0] else 'too weak'}")
+        if compared:
+            against = {run: model_point(runs[run], *target_of(target)(run)) for run in compared}
+            row = difference_row(f"{rival} ({', '.join(strengths)})", compared, against)
+            verdict = preferred_side(compared, target) if target in GUARD else ""
+            numbers[f"{name}, {rival}"] = {**numbers_in(compared), "strengths": strengths, "verdict": verdict,
+                                           "shown": dict(zip(POINT, row[1:]))}
+            rows.append([*row, verdict])
+    return rows
+
+
 def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, str]]:
     """Rivals at equal reward without guidance, less the guard whose reward they have; and all strengths as they are."""
     equal, tables = [], {}
+    header = ["", *(header for header, _ in POINT.values()), "runs", "the judge prefers"]
     for corner, runs in grouped(results, "corner").items():
         single = [name for name in RIVALS if len(RIVALS[name].strengths) == 1]
-        for target in (*GUARD, *single):
-            rows = []
-            for rival in (name for name in RIVALS if name not in single):
-                strengths, compared = [], {}
-                for method, of_method in grouped(runs, "method").items():
-                    having_target = {run: r for run, r in of_method.items() if target_of(target)(run)[0] in r}
-                    found = equal_reward(having_target, rival, target_of(target))
-                    if found is not None:
-                        compared |= found[0]
-                        said = "none" if found[1] == RIVALS[rival].none else f"{found[1] or 0:.2g}"
-                        strengths.append(f"{method} {said if found[0] else 'too weak'}")
-                if compared:
-                    against = {run: model_point(runs[run], *target_of(target)(run)) for run in compared}
-                    name = f"{rival} ({', '.join(strengths)})"
-                    verdict = preferred_side(compared, target) if target in GUARD else ""
-                    rows.append([*difference_row(name, compared, against), verdict])
-                    numbers[f"{corner}, {rival}, reward of {target}"] = {
-                        **numbers_in(compared), "strengths": strengths, "verdict": verdict,
-                        "shown": dict(zip(POINT, rows[-1][1:]))}
-            if rows:
-                header = ["", *(header for header, _ in POINT.values()), "runs", "the judge prefers"]
-                equal.append(f"**{corner}, less the {GUARD.get(target, target)}**\n\n{markdown(header, rows)}")
+        for target, (keep, how) in product((*GUARD, *single), KEPT.items()):
+            name = f"{corner}, less the {GUARD.get(target, target)} {how}"
+            if rows := rivals_at(runs, target, keep, numbers, name):
+                equal.append(f"**{name}**\n\n{markdown(header, rows)}")
         rows = [point_row(GUARD.get(who, who), {run: model_point(r, "main", who) for run, r in runs.items()})
                 for who in MODELS]
         for rival in RIVALS:
@@ -522,18 +542,19 @@ def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
 
 def comment(paragraph: str, values: dict) -> str:
     """A paragraph with its numbers filled in. One that begins with "[36 runs]" was written about that many runs; for
-    another number, or if a number is missing, it is left out."""
-    about = re.match(r"\[(\d+) runs\] ", paragraph)
+    another number, or if a number is missing, it is left out. The first paragraph of all, "[36, 9, 18 runs]", is also
+    about those of claims 9 and 10."""
+    about = re.match(r"\[([\d, ]+) runs\] ", paragraph)
     if not about:
         return paragraph.format_map(values)
     try:
-        return paragraph[about.end():].format_map(values) if int(about[1]) == values["runs"] else ""
+        return paragraph[about.end():].format_map(values) if about[1] == str(values["runs"]) else ""
     except KeyError:
         return ""
 
 
-def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home: Path, assets: Path):
-    """Write home/RESULTS.md, home/TABLES.md and home/results.json."""
+def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home: Path, assets: Path, comments: bool):
+    """Write home/RESULTS.md, home/TABLES.md and home/results.json, with or without our comments on the numbers."""
     values, tables, numbers = measured_claims(results, bases)
     parts = [part for numbers in (*results.values(), *bases.values()) for part in numbers.values()]
     commits = sorted({part.get("of", {}).get("commit") or "unknown" for part in parts})
@@ -554,15 +575,18 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
         for paragraph in paragraphs:
             if paragraph.startswith("| "):
                 text.append(summary(paragraph.splitlines(), numbers))
-            elif not paragraph.startswith("[") or assets == Path("assets"):  # else: what we made of committed numbers
-                text.append(comment(paragraph, {**common, **values.get(claim, {})}))
+            elif comments or not paragraph.startswith("["):
+                about = f"{len(done)}, {values.get('9', {}).get('runs')}, {values.get('10', {}).get('runs')}"
+                first = {"runs": about} if paragraph.startswith("[") and not is_claim else {}
+                text.append(comment(paragraph, {**common, **values.get(claim, {}), **first}))
     appendix = ["# Tables to RESULTS.md", "Written by `python tiny/reproduce.py`. \"none\" is without guidance."]
     for claim, by_title in tables.items():
         appendix += [f"## Claim {claim}"] * bool(by_title)
         for title, table in by_title.items():
             appendix += [f"**{title}**", table]
     text = "\n\n".join(filter(None, text)).replace("ASSETS", os.path.relpath(assets, home))
-    text = text.replace("INTERVALS", str(text.count(" ± ")))
+    cells = [line for line in text.partition("\n## ")[2].splitlines() if line.startswith("|")]
+    text = text.replace("INTERVALS", str(sum(line.count(" ± ") for line in cells)))
     write_text(home / "RESULTS.md", text + "\n")
     write_text(home / "TABLES.md", "\n\n".join(appendix) + "\n")
     write_text(home / "results.json", json.dumps(rounded(numbers), indent=1) + "\n")

@@ -677,7 +677,7 @@ def report_all(args: Args, size: Size):
     root, results = Path(args.runs), Path(args.results)
     runs, bases = gathered(results)
     assets = Path("assets") if args.results == Args.results else results.parent
-    write_report(runs, bases, size, results.parent, assets)
+    write_report(runs, bases, size, results.parent, assets, comments=args.results == Args.results)
     draw_all(runs, bases, assets)
     front = next((run for run, numbers in runs.items() if run.method == "awm" and "main" in numbers), None)
     if front:
