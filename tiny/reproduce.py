@@ -616,7 +616,7 @@ def main(args: Args):
     check_flags(args, {})
     for only in args.only:
         if not any(is_asked(name, Args(only=(only,)), Size()) for name in PARTS):
-            raise InputError(f"--only '{only}': give claims, 1 to 10, or beginnings of parts: {', '.join(PARTS)}")
+            raise InputError(f"--only {only}: give claims, 1 to 10, or parts like few or 'rival: velocity KL'")
     if not all((args.bases, args.methods, args.rewards, args.seeds)):
         raise InputError("--bases, --methods, --rewards and --seeds each take at least one")
     if not 0 <= min(args.seeds) <= max(args.seeds) < 2**63:
