@@ -327,7 +327,7 @@ def test_what_a_claim_says():
     assert table.splitlines()[2:] == [row]
     rate, lost = report.checked([("preferred to it", d, 1), ("gain lost", d, 0)]).values()
     assert rate["shown"] == "in 75 ± 5 % of pairs" and lost["shown"] == "25.0 ± 5.0 %"
-    values = {"runs": 2, "found": {"1, 3, a": "x"}}
+    values = {"about": 2, "found": {"1, 3, a": "x"}}
     assert report.comment("[2 runs] It is {found[1, 3, a]}.", values) == "It is x."
     assert report.comment("[3 runs] It is {found[1, 3, a]}.", values) == ""
     assert report.comment("[2 runs] It is {found[1, 3, b]}.", values) == ""

@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 matplotlib.rcParams |= {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3}  # a $ in a prompt is a $
 import matplotlib.pyplot as plt
 from guards import BOTH, RIVALS
-from paired import grouped, having, over_guidance
-from report import GUARD, MODELS, guards_of, lams_of
+from paired import grouped, having, over_guidance, scales_of
+from report import GUARD, MODELS, guards_of, label, lams_of
 
 from flow.pictures import load_pictures, read_folder
 
@@ -45,7 +45,7 @@ def draw_inflation(results: dict[tuple, dict], path: Path):
             axis.axhline(1, color="black", linewidth=0.8)
     for axis in axes[:, 0]:
         axis.set_ylabel("norm ratio to the reference")
-    handles = [plt.Line2D([], [], color=COLOUR[who], label=GUARD.get(who, who)) for who in MODELS[1:]]
+    handles = [plt.Line2D([], [], color=COLOUR[who], label=label(who)) for who in MODELS[1:]]
     for base, linestyle in (("sd3", "-"), ("flux", ":")) if len(grouped(results, "base")) > 1 else ():
         handles.append(plt.Line2D([], [], color="gray", linestyle=linestyle, label=base))
     axes[0, 0].legend(handles=handles, fontsize=8)
@@ -63,9 +63,10 @@ def draw_fronts(results: dict[tuple, dict], path: Path):
     for axis, (title, runs) in zip(axes.flat, panels.items()):
         for who in MODELS:
             x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
-            axis.plot(x, y, "o-", color=COLOUR[who], markersize=4, label=GUARD.get(who, who))
+            axis.plot(x, y, "o-", color=COLOUR[who], markersize=4, label=label(who))
             axis.plot(x[0], y[0], "s", color=COLOUR[who], markersize=8)
-            for scale, place in zip(("none", "1.5", "2", "3", "4.5"), zip(x, y)) if who == "base" else ():
+            scales = scales_of(next(iter(runs.values()))["main"]) if who == "base" else ()
+            for scale, place in zip(scales, zip(x, y)):
                 axis.annotate(scale, place, (-4, -11), textcoords="offset points", fontsize=7, color=COLOUR[who])
         axis.set(title=title, xlabel="reward")
     for axis in axes[:, 0]:
@@ -171,11 +172,11 @@ def draw_rivals(results: dict[tuple, dict], path: Path):
                 if curves and not (last and len(RIVALS[name].strengths) == 1):
                     x, y = np.mean(curves, axis=0)
                     style = "-" if last else ":"
-                    label = f"{name}, {'strongest' if last else 'weakest'}"
-                    axis.plot(x, y, style, marker=".", color=plt.cm.tab10.colors[i // 2], linewidth=1, label=label)
+                    title = f"{name}, {'strongest' if last else 'weakest'}"
+                    axis.plot(x, y, style, marker=".", color=plt.cm.tab10.colors[i // 2], linewidth=1, label=title)
             for who in MODELS:
                 x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
-                axis.plot(x, y, "o-", color=COLOUR[who], linewidth=2, label=GUARD.get(who, who))
+                axis.plot(x, y, "o-", color=COLOUR[who], linewidth=2, label=label(who))
             axis.set(title=corner, xlabel="reward", ylabel="judged good")
             axis.legend(fontsize=6)
     save(figure, path)
@@ -194,7 +195,7 @@ def draw_front(r: dict, folders: dict[str, Path], path: Path, columns: int = 5):
             axis = figure.add_subplot(grid[i, j], xticks=[], yticks=[])
             axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="lanczos")
             if j == 0:
-                name = GUARD.get(who, who).replace(" ", "\n")
+                name = label(who).replace(" ", "\n")
                 axis.set_ylabel(name, fontsize=14, color=COLOUR[who], fontweight="bold")
     axis = figure.add_axes((0.71, 0.15, 0.27, 0.71))
     axis.axhline(1, color="black", linewidth=1.5)

@@ -96,9 +96,14 @@ def ratio(who: str, norm: str, part: str) -> Callable[[dict], float]:
 
 # ---------------------------------------------------------------- a model over guidance
 
+def scales_of(part: dict) -> list[str]:
+    """The guidance scales of a part, from none to the highest."""
+    return [scale for scale, numbers in part.items() if isinstance(numbers, dict) and "means" in numbers]
+
+
 def over_guidance(part: dict, who: str) -> tuple[list[float], list[float]]:
-    """A model's reward and how good it is judged, at each guidance scale, from none to the highest."""
-    means = [x["means"][who] for x in part.values() if isinstance(x, dict) and "means" in x]
+    """A model's reward and how good it is judged, at each guidance scale."""
+    means = [part[scale]["means"][who] for scale in scales_of(part)]
     return [m["reward"] for m in means], [m["judge/overall"] for m in means]
 
 
@@ -114,18 +119,17 @@ def good_at(target: float, rewards: list[float], good: list[float]) -> float:
     return good[i - 1] + share * (good[i] - good[i - 1])
 
 
-def model_point(r: dict, part: str, who: str, guards: tuple[str, ...] = ("guarded", "guided")) -> dict[str, float]:
+def model_point(r: dict, part: str, who: str) -> dict[str, float]:
     """A model's numbers, some for each scale of BOTH: its reward, how good it is judged (where its reward reaches the
-    base's with guidance: "good at equal reward"), its distance, its norm ratio, how often a guard is preferred."""
+    base's with guidance: "good at equal reward"), its norm ratio, how often a guard is preferred."""
     numbers = {}
     for scale in BOTH:
         means = r[part][scale]["means"][who]
-        numbers |= {f"reward, {scale}": means["reward"], f"good, {scale}": means["judge/overall"],
-                    f"distance, {scale}": means["FD"]}
+        numbers |= {f"reward, {scale}": means["reward"], f"good, {scale}": means["judge/overall"]}
         if who in r[part][scale]["ratio"]:
             numbers[f"highest, {scale}"] = NORMS["highest"](r[part][scale]["ratio"][who])
             numbers[f"mean, {scale}"] = NORMS["overall"](r[part][scale]["ratio"][who])
-        for guard in guards:
+        for guard in ("guarded", "guided"):
             numbers[f"{guard} preferred, {scale}"] = 0.0 if guard == who else preference(
                 f"{part}/{scale}", f"{guard} vs {who}")(r)
     rewards, good = over_guidance(r[part], who)

@@ -26,6 +26,7 @@ from paired import (
     preference,
     quantile,
     ratio,
+    scales_of,
     verdict,
 )
 
@@ -38,6 +39,11 @@ GUARD = {"guarded": "plain guard", "guided": "guided guard"}  # what they are ca
 SPOKEN = {"none": "without guidance", BOTH[1]: "with guidance"}
 
 # ---------------------------------------------------------------- tables
+
+def label(who: str) -> str:
+    """What a model is called."""
+    return GUARD.get(who, who)
+
 
 def plus_minus(d: dict, digits: int | None = None) -> str:
     """A difference and half its interval."""
@@ -97,10 +103,10 @@ def level_table(results: dict[tuple, dict], parts: dict[str, str], models: tuple
     """A table of each metric's mean. A column is a part, given with its name in the header, and a model."""
     columns = [(name, part, who) for name, part in parts.items() for who in models]
     rows = []
-    for metric, (label, digits) in METRICS.items():
+    for metric, (title, digits) in METRICS.items():
         means = [paired(results, mean_of(part, who, metric))["a"] for _, part, who in columns]
-        rows.append([label, *(f"{mean:.{digits}f}" for mean in means)])
-    return markdown(["metric", *(f"{GUARD.get(who, who)}, {name}" for name, _, who in columns)], rows)
+        rows.append([title, *(f"{mean:.{digits}f}" for mean in means)])
+    return markdown(["metric", *(f"{label(who)}, {name}" for name, _, who in columns)], rows)
 
 
 def cell_table(results: dict[tuple, dict], columns: dict[str, Callable[[dict], float]], plus: float = 0.0) -> str:
@@ -214,11 +220,11 @@ def claim_8(results: dict[tuple, dict], scale: str) -> dict:
 
 # ---------------------------------------------------------------- tables of claims 1 to 8
 
-def tables_1(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
-    """Norms of each run, and the untrained measures against the renders."""
+def tables_1(results: dict[tuple, dict]) -> dict[str, str]:
+    """Norms of each run, and means."""
     columns = {}
     for scale, who, norm in product(BOTH, MODELS[1:], ("overall", "highest")):
-        columns[f"{GUARD.get(who, who)}, {norm}, {scale}"] = ratio(who, norm, f"main/{scale}")
+        columns[f"{label(who)}, {norm}, {scale}"] = ratio(who, norm, f"main/{scale}")
     tables = {"Norm ratio over the trajectory and at its highest step, each seed": cell_table(results, columns, 1.0)}
     parts = {scale: f"main/{scale}" for scale in BOTH}
     tables["Means over cells, without guidance and with it"] = level_table(results, parts, MODELS)
@@ -230,35 +236,33 @@ def untrained_table(results: dict[tuple, dict], bases: dict[str, dict]) -> str:
     the judge beside them."""
     rows, renders = [], next(iter(bases.values()))["renders"]
     columns = list(product(BOTH, MODELS))
-    for metric, (label, digits) in METRICS.items():
+    for metric, (title, digits) in METRICS.items():
         means = [paired(results, mean_of(f"main/{scale}", who, metric))["a"] for scale, who in columns]
         if metric in renders:
             mean, std = renders[metric]["mean"], renders[metric]["std"]
-            rows.append([label, *(f"{(x - mean) / std:+.2f}" for x in means)])
+            rows.append([title, *(f"{(x - mean) / std:+.2f}" for x in means)])
         elif metric in ("judge/oversaturation", "judge/over-sharpening"):
-            rows.append([label, *(f"{x:.{digits}f}" for x in means)])
-    return markdown(["", *(f"{GUARD.get(who, who)}, {scale}" for scale, who in columns)], rows)
+            rows.append([title, *(f"{x:.{digits}f}" for x in means)])
+    return markdown(["", *(f"{label(who)}, {scale}" for scale, who in columns)], rows)
 
 
-def tables_2(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
+def tables_2(results: dict[tuple, dict]) -> dict[str, str]:
     """Means with renormalization."""
     parts = {scale: f"renorm/{scale}" for scale in BOTH}
     return {"Means over cells": level_table(results, parts, ("unguarded", "match", "guarded", "guided"))}
 
 
-def tables_5_and_6(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
+def tables_5_and_6(results: dict[tuple, dict]) -> dict[str, str]:
     """Reward and judge of each run, and what FLUX's embedding is told."""
     tables = {}
-    for metric, label in (("reward", "Reward"), ("judge/overall", "Judged good")):
-        columns = {f"{GUARD.get(who, who)}, {scale}": mean_of(f"main/{scale}", who, metric)
+    for metric, title in (("reward", "Reward"), ("judge/overall", "Judged good")):
+        columns = {f"{label(who)}, {scale}": mean_of(f"main/{scale}", who, metric)
                    for scale, who in product(BOTH, MODELS)}
-        tables[f"{label}, each seed"] = cell_table(results, columns)
-    main = next(iter(results.values()))["main"]
-    scales = [scale for scale, part in main.items() if isinstance(part, dict) and "means" in part]
-    rows = []
-    for (metric, label), who in product({"reward": "reward", "judge/overall": "judged good"}.items(), MODELS):
+        tables[f"{title}, each seed"] = cell_table(results, columns)
+    scales, rows = scales_of(next(iter(results.values()))["main"]), []
+    for metric, who in product(("reward", "judge/overall"), MODELS):
         means = [paired(results, mean_of(f"main/{scale}", who, metric))["a"] for scale in scales]
-        rows.append([f"{label}, {GUARD.get(who, who)}", *(f"{mean:.3f}" for mean in means)])
+        rows.append([f"{METRICS[metric][0]}, {label(who)}", *(f"{mean:.3f}" for mean in means)])
     tables["Over guidance"] = markdown(["", *scales], rows)
     if told := having(results, "told"):
         parts = {f"told {value}": f"told/{value}" for value in next(iter(told.values()))["told"] if value.isdigit()}
@@ -267,7 +271,7 @@ def tables_5_and_6(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[s
     return tables
 
 
-def tables_7(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
+def tables_7(results: dict[tuple, dict]) -> dict[str, str]:
     """Preference and verdict at few steps."""
     steps = [steps for steps in next(iter(results.values()))["few"] if steps.isdigit()]
     rows = []
@@ -278,13 +282,13 @@ def tables_7(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, st
         if who in GUARD:
             rates = [paired(results, preference(part, f"{who} vs unguarded")) for part in parts]
             liked = [f"{0.5 + rate['difference']:.2f}" for rate in rates]
-        rows.append([f"{GUARD.get(who, who)}, {scale}", *good, *liked])
+        rows.append([f"{label(who)}, {scale}", *good, *liked])
     counts = ["all", *steps]
     header = ["", *(f"judged good, {k} steps" for k in counts), *(f"preferred to unguarded, {k}" for k in counts)]
     return {"At few steps": markdown(header, rows)}
 
 
-def tables_8(results: dict[tuple, dict], bases: dict[str, dict]) -> dict[str, str]:
+def tables_8(results: dict[tuple, dict]) -> dict[str, str]:
     """The chosen checkpoints."""
     early, rows = [r["early"] for r in results.values()], []
     for how in early[0]["chosen"]:
@@ -320,14 +324,14 @@ def claim_3(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -
         for what in ("reward", "energy") if found else ():
             t = np.array([adjoint[what]["t_statistic"] for adjoint in found])  # (models, steps)
             beyond = int((np.abs(t) > limit).sum())
-            label, conclusion = reward, coherent(beyond, t.size)
+            what_for, conclusion = reward, coherent(beyond, t.size)
             if what == "energy":
-                label = f"energy (control for {reward})"
+                what_for = f"energy (control for {reward})"
                 conclusion = "a signal, as it must" if beyond > t.size / 2 else "**the control fails**"
             medians = [np.median(np.abs(t).max(1)), np.median([np.mean(a[what]["same_sign"]) for a in found]),
                        np.median([a[what]["half_batch_cosine"] for a in found])]
-            numbers[f"{models}, {label}"] = {"steps": t.size, "beyond": beyond, "verdict": conclusion}
-            rows.append([f"{models} models ({len(found)})", label, f"{beyond} of {t.size}",
+            numbers[f"{models}, {what_for}"] = {"steps": t.size, "beyond": beyond, "verdict": conclusion}
+            rows.append([f"{models} models ({len(found)})", what_for, f"{beyond} of {t.size}",
                          *(f"{x:.2f}" for x in medians), conclusion])
     header = ["models", "dR/ds of", "steps beyond", "largest |t|", "same sign", "cosine of half batches", "no signal?"]
     return markdown([name.replace("|", "\\|") for name in header], rows)
@@ -368,9 +372,9 @@ def difference_row(name: str, points: Points, against: Points) -> list[str]:
     return [*row, str(len(points))]
 
 
-def point_table(rows: list[list[str]]) -> str:
-    """A table of rows that `point_row` or `difference_row` makes."""
-    return markdown(["", *(header for header, _ in POINT.values()), "runs"], rows)
+def point_table(rows: list[list[str]], *more: str) -> str:
+    """A table of rows that `point_row` or `difference_row` makes, and perhaps more columns."""
+    return markdown(["", *(header for header, _ in POINT.values()), "runs", *more], rows)
 
 
 def numbers_in(points: Points) -> dict:
@@ -450,14 +454,13 @@ def rivals_at(runs: dict[tuple, dict], target: str, keep: float, numbers: dict, 
 def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, str]]:
     """Rivals at equal reward without guidance, less the guard whose reward they have; and all strengths as they are."""
     equal, tables = [], {}
-    header = ["", *(header for header, _ in POINT.values()), "runs", "the judge prefers"]
     for corner, runs in grouped(results, "corner").items():
         single = [name for name in RIVALS if len(RIVALS[name].strengths) == 1]
         for target, (keep, how) in product((*GUARD, *single), KEPT.items()):
-            name = f"{corner}, less the {GUARD.get(target, target)} {how}"
+            name = f"{corner}, less the {label(target)} {how}"
             if rows := rivals_at(runs, target, keep, numbers, name):
-                equal.append(f"**{name}**\n\n{markdown(header, rows)}")
-        rows = [point_row(GUARD.get(who, who), {run: model_point(r, "main", who) for run, r in runs.items()})
+                equal.append(f"**{name}**\n\n{point_table(rows, 'the judge prefers')}")
+        rows = [point_row(label(who), {run: model_point(r, "main", who) for run, r in runs.items()})
                 for who in MODELS]
         for rival in RIVALS:
             for strength in dict.fromkeys(RIVALS[rival].strengths + RIVALS[rival].dpo):
@@ -489,18 +492,18 @@ def measured_claims(results: dict[tuple, dict], bases: dict[str, dict]) -> tuple
     for claim, (part, check, more) in CHECKS.items():
         if runs := having(done, part):
             numbers[claim] = {scale: check(runs, scale) for scale in BOTH}
-            values[claim] = {"runs": len(runs), "checks": check_table(numbers[claim])}
-            tables[claim] = more(runs, bases) if more else {}
+            values[claim] = {"about": len(runs), "checks": check_table(numbers[claim])}
+            tables[claim] = more(runs) if more else {}
     if done:
         values["1"]["untrained"] = untrained_table(done, bases) if bases else ""
     if runs := having(done, "adjoint"):
-        values["3"] = {"runs": len(runs), "table": claim_3(runs, bases, numbers.setdefault("3", {}))}
+        values["3"] = {"about": len(runs), "table": claim_3(runs, bases, numbers.setdefault("3", {}))}
     if runs := guards_of(done):
         table, tables["9"] = claim_9(done, numbers.setdefault("9", {}))
-        values["9"] = {"runs": len(runs["base"]), "table": table}
+        values["9"] = {"about": len(runs["base"]), "table": table}
     if runs := having(done, "rival: "):
         equal, tables["10"] = claim_10(runs, numbers.setdefault("10", {}))
-        values["10"] = {"runs": len(runs), "tables": equal}
+        values["10"] = {"about": len(runs), "tables": equal}
     return values, tables, numbers
 
 
@@ -522,10 +525,10 @@ def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
     one corner or method ({levels[reward, base, 3, sd3, pickscore]}); and {found[5 and 6, 3, guided guard: preferred to
     unguarded]}, a claim's number."""
     levels, found, done = {}, {}, having(results, "main")
-    for scale, who, (metric, (label, digits)) in product(BOTH if done else (), MODELS, METRICS.items()):
+    for scale, who, (metric, (title, digits)) in product(BOTH if done else (), MODELS, METRICS.items()):
         for of, runs in {"": done, **grouped(done, "corner"), **grouped(done, "method")}.items():
             mean = paired(runs, mean_of(f"main/{scale}", who, metric))["a"]
-            levels[f"{label}, {who}, {scale}{of and f', {of}'}"] = f"{mean:.{min(digits, 2)}f}"
+            levels[f"{title}, {who}, {scale}{of and f', {of}'}"] = f"{mean:.{min(digits, 2)}f}"
     for claim, scale in product(CHECKS, BOTH):
         for name, d in numbers.get(claim, {}).get(scale, {}).items():
             found[f"{claim}, {scale}, {name}"] = d["shown"]
@@ -548,7 +551,7 @@ def comment(paragraph: str, values: dict) -> str:
     if not about:
         return paragraph.format_map(values)
     try:
-        return paragraph[about.end():].format_map(values) if about[1] == str(values["runs"]) else ""
+        return paragraph[about.end():].format_map(values) if about[1] == str(values["about"]) else ""
     except KeyError:
         return ""
 
@@ -559,26 +562,23 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
     parts = [part for numbers in (*results.values(), *bases.values()) for part in numbers.values()]
     commits = sorted({part.get("of", {}).get("commit") or "unknown" for part in parts})
     done = having(results, "main")
-    common = {"home": home, "lam": LAM, "guidance": BOTH[1], "pictures": size.n, "steps": size.steps,
-              "commits": ", ".join(commits), "runs": len(done),
-              "cells": len(grouped(done, "cell")), "renders": size.renders, "intervals": "INTERVALS",
-              **quoted(results, numbers)}
+    about = [str(len(done)), *(str(values.get(claim, {}).get("about")) for claim in ("9", "10"))]
+    common = {"about": ", ".join(about), "home": home, "lam": LAM, "guidance": BOTH[1], "pictures": size.n,
+              "steps": size.steps, "renders": size.renders, "commits": ", ".join(commits), "runs": len(done),
+              "cells": len(grouped(done, "cell")), "intervals": "INTERVALS", **quoted(results, numbers)}
     text = []
     for section in ("\n" + TEMPLATE.read_text()).split("\n## "):
         title, *paragraphs = section.strip().split("\n\n")
         claim = title.partition(".")[0]
         text.append(f"## {title}" if text else title)
-        is_claim = claim[0].isdigit()
-        if is_claim and claim not in values:
+        if claim[0].isdigit() and claim not in values:
             text.append("Not measured yet.")
             continue
         for paragraph in paragraphs:
             if paragraph.startswith("| "):
                 text.append(summary(paragraph.splitlines(), numbers))
             elif comments or not paragraph.startswith("["):
-                about = f"{len(done)}, {values.get('9', {}).get('runs')}, {values.get('10', {}).get('runs')}"
-                first = {"runs": about} if paragraph.startswith("[") and not is_claim else {}
-                text.append(comment(paragraph, {**common, **values.get(claim, {}), **first}))
+                text.append(comment(paragraph, {**common, **values.get(claim, {})}))
     appendix = ["# Tables to RESULTS.md", "Written by `python tiny/reproduce.py`. \"none\" is without guidance."]
     for claim, by_title in tables.items():
         appendix += [f"## Claim {claim}"] * bool(by_title)

@@ -302,15 +302,15 @@ def sample(home: Path, base: str, out: Path, flags: str, lora: Path | None = Non
 
 
 def draw(home: Path, base: str, size: Size, name: str, lora: Path | None = None, scale: str = "none", *,
-         steps: int | None = None, training: bool = False, flags: str = "") -> Path:
+         steps: int | None = None, training: bool = False, told: bool = False, flags: str = "") -> Path:
     """Draw a model's pictures (lora None: the base's) into home/drawn, of held-out or of training prompts, with the
     same noise for every model."""
     steps = steps or size.steps
-    name = f"{slug(name)}@{scale}-{steps}" + "-training" * training
+    name = f"{slug(name)}@{scale}-{steps}" + "-training" * training + "-told" * told
     prompts = f" --prompts {size.prompts}" if training or size.only else ""  # the smoke test has one list of prompts
     numbers = f"--n {size.n_choose} --seed 5000" if training else f"--n {size.n} --seed 1000"
     flags = f"{numbers} --steps {steps}{prompts} {flags}" + f" --guidance {scale}" * (scale != "none")
-    return sample(home, base, home / "drawn" / name, flags, lora)
+    return sample(home, base, home / "drawn" / name, flags, lora, told)
 
 
 def training_rewards(home: Path, run: Run, size: Size, name: str, lora: Path | None = None,
@@ -358,7 +358,7 @@ def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "render
         for path, numbers in by_folder.items():
             means[names[path]][labels.get(metric, metric)] = numbers["mean"]
     verdicts = {}
-    for pair, counts in report["pairs"].get("judge/quality", {}).items():
+    for pair, counts in report["pairs"]["judge/quality"].items():
         first, second = pair.split(" vs ")
         verdicts[f"{names[first]} vs {names[second]}"] = [counts[k] for k in ("win", "tie", "loss", "nan")]
     ratios = {name: ratio_of(path) for name, path in folders.items() if (path / "norms.json").exists()}
@@ -374,10 +374,10 @@ def ratio_of(folder: Path) -> dict:
 # ---------------------------------------------------------------- the parts of a run
 
 def compare(home: Path, run: Run, size: Size, loras: dict[str, Path], scale: str, steps: int | None = None,
-            training: bool = False, flags: dict[str, str] | None = None) -> dict:
+            training: bool = False, told: bool = False, flags: dict[str, str] | None = None) -> dict:
     """Draw the pictures of the base and of models, given by their LoRAs, at a guidance scale, and judge them. `flags`:
     more flags of sample.py for single models."""
-    given = {"steps": steps, "training": training}
+    given = {"steps": steps, "training": training, "told": told}
     home_of_base = home_of(home.parent, run.base)
     with locked(home_of_base):  # all runs of the base need these
         folders = {"base": draw(home_of_base, run.base, size, "base", None, scale, **given)}
@@ -421,16 +421,8 @@ def renorm_part(home: Path, run: Run, size: Size) -> dict:
 
 def told_part(home: Path, run: Run, size: Size) -> dict:
     """What the guidance embedding of tiny/flux is told, instead of 3.5."""
-    loras, numbers = train_all(home, run, size), {}
-    for told in ("2", "6"):
-        flags = f"--n {size.n} --seed 1000 --steps {size.steps} --guidance {told}"
-        base_home = home_of(home.parent, run.base)
-        with locked(base_home):
-            folders = {"base": sample(base_home, run.base, base_home / "drawn" / f"base@told-{told}", flags, told=True)}
-        for name, lora in loras.items():
-            folders[name] = sample(home, run.base, home / "drawn" / f"{name}@told-{told}", flags, lora, told=True)
-        numbers[told] = judge(home, run, folders)
-    return numbers
+    loras = train_all(home, run, size)
+    return {scale: compare(home, run, size, loras, scale, told=True) for scale in ("2", "6")}
 
 
 def adjoint(home: Path, base: str, reward: str, size: Size, out: Path, lora: Path | None = None) -> dict:
@@ -450,7 +442,7 @@ def adjoint_part(home: Path, run: Run, size: Size) -> dict:
 def few_part(home: Path, run: Run, size: Size) -> dict:
     """Claim 7: the same models, sampled in few steps."""
     loras = train_all(home, run, size)
-    return {f"{steps}": {scale: compare(home, run, size, loras, scale, steps) for scale in BOTH} for steps in size.few}
+    return {str(steps): {scale: compare(home, run, size, loras, scale, steps) for scale in BOTH} for steps in size.few}
 
 
 def early_part(home: Path, run: Run, size: Size) -> dict:
