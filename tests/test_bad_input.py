@@ -338,8 +338,6 @@ eval_judge | a b --out evals/picture-folder | --out report.png no file
 eval_judge | a b --out evals/picture | report.png
 eval_judge | a b --out evals/scores-folder | --out scores.jsonl no file
 eval_judge | a b --out evals/scores-garbage | scores.jsonl
-make | --parts vea | --parts vea sd3
-make | --parts sd3 vea | --parts vea
 make | --parts judge --out odd/folder | --parts judge sd3
 make | --divide 0 | --divide 0
 make | --renders 0 | --renders 0

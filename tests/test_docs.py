@@ -261,11 +261,11 @@ def test_a_script_trains_from_the_files_that_are_listed(tmp_path):
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     flags = "--epochs 2 --eval-every 2 --eval-n 2 --group 2 --groups 2 --batch 4 --rank 2 --steps 4 --timesteps 1"
-    run = [sys.executable, "train_awm.py", *flags.split(), "--out", "run"]
-    subprocess.run(run, cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+    code = "import sys, train_nft, train_dpo, train_awm as awm; print(*sys.modules); awm.main(awm.parse(awm.Args, ''))"
+    run = [sys.executable, "-c", code, *flags.split(), "--out", "run"]
+    out = subprocess.check_output(run, cwd=tmp_path, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert (tmp_path / "run/samples/00002.png").is_file() and (tmp_path / "run/checkpoint/state.pt").is_file()
-    twins = "import train_nft, train_dpo, sys; print(*sorted(name for name in sys.modules if name.startswith('flow.')))"
-    modules = subprocess.check_output([sys.executable, "-c", twins], cwd=tmp_path, text=True).split()
+    modules = sorted(name for name in out.splitlines()[0].split() if name.startswith("flow."))
     assert modules == sorted(f"flow.{module}" for module in re.findall(r"`(\w+)`", listed))  # no more and no less
 
 

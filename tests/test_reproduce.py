@@ -393,7 +393,8 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch):
     others = ("train_nft.py", "flow/test_pictures.py", "flow/cost/budget.py")
     text, code = 'class Args:\n    x: int = 1\n    """words"""\n', reproduce.code.__wrapped__
     for file in (*counted, *others):
-        report.write_text(Path(file), text)
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(text)
     for file in (*counted, *others):
         before = code("train_awm.py")
         Path(file).write_text(text.replace("words", "others") + "# and more\n")
@@ -467,8 +468,9 @@ def test_two_processes_share_the_work(tmp_path, monkeypatch, capsys):
 
     notes, lora = [], tmp_path / "lora"
     monkeypatch.setattr(reproduce, "command", lambda log, line, out, note: notes.append((line, note)))
+    lora.mkdir()
     for content in ("a", "b", "b"):
-        report.write_text(lora / "weights", content)
+        (lora / "weights").write_text(content)
         reproduce.draw(tmp_path, "sd3", reproduce.Size(), "guided", lora, "3")
     assert notes[0][0] == notes[1][0] and notes[0] != notes[1] == notes[2]
 

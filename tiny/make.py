@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Literal, get_args
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -47,7 +48,7 @@ from flow.pipeline import add_noise, decode, draw_noise, encode_prompts, integra
 CPU = torch.device("cpu")
 TOKENS = 8  # length of an encoded caption, for CLIP and T5
 WRONG = 0.35  # fraction of sd3's training captions that name another picture
-PARTS = ["vae", "pickscore", "hps", "embed", "sd3", "flux", "judge", "forensic"]
+Part = Literal["vae", "pickscore", "hps", "embed", "sd3", "flux", "judge", "forensic"]
 NEEDS = {"judge": ("sd3", "flux"), "forensic": ("sd3", "flux")}  # parts whose pictures a part is trained on
 STEPS = {  # of each training in WORK/
     "vae": 4_500,  # steps of 8 pictures
@@ -66,7 +67,7 @@ STEPS = {  # of each training in WORK/
 
 @dataclass(frozen=True)
 class Args:
-    parts: tuple[str, ...] = tuple(PARTS)
+    parts: tuple[Part, ...] = get_args(Part)
     """what to make"""
     out: str = str(HERE)
     """where the models' folders go"""
@@ -591,12 +592,10 @@ def main(args: Args):
     if args.seed >= 2**32:
         raise InputError(f"--seed {args.seed}: must be below 2^32")
     for part in args.parts:
-        if part not in PARTS:
-            raise InputError(f"--parts {part}: choose from {', '.join(PARTS)}")
         for needed in NEEDS.get(part, ()):
             if needed not in args.parts and not (Path(args.out) / needed).is_dir():
                 raise InputError(f"--parts {part}: needs {args.out}/{needed}; give --parts {needed} {part}")
-    check_place(args.out, "--out", ("prompts.txt", "eval_prompts.txt"), tuple(PARTS))
+    check_place(args.out, "--out", ("prompts.txt", "eval_prompts.txt"), get_args(Part))
     make_dir(args.out, "--out")
     make_dir(args.work, "--work")
     for part in args.parts:

@@ -587,15 +587,8 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
     text = "\n\n".join(filter(None, text)).replace("ASSETS", os.path.relpath(assets, home))
     cells = [line for line in text.partition("\n## ")[2].splitlines() if line.startswith("|")]
     text = text.replace("INTERVALS", str(sum(line.count(" ± ") for line in cells)))
-    write_text(home / "RESULTS.md", text + "\n")
-    write_text(home / "TABLES.md", "\n\n".join(appendix) + "\n")
-    write_text(home / "results.json", json.dumps(rounded(numbers), indent=1) + "\n")
-
-
-def write_text(path: Path, text: str):
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_files({path: text})
+    write_files({home / "RESULTS.md": text + "\n", home / "TABLES.md": "\n\n".join(appendix) + "\n",
+                 home / "results.json": json.dumps(rounded(numbers), indent=1) + "\n"})
 
 
 def rounded(x):

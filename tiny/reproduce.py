@@ -67,11 +67,11 @@ from guards import (
     velocity_with,
 )
 from paired import read_json
-from report import rounded, write_report, write_text
+from report import rounded, write_report
 from tqdm import tqdm
 
 from eval_judge import SINGLE
-from flow.cli import InputError, check_flags, check_place, fingerprint, make_dir, one_line_errors, parse
+from flow.cli import InputError, check_flags, check_place, fingerprint, make_dir, one_line_errors, parse, write_files
 from flow.judge import local_judge, read_answer
 from flow.pictures import load_pictures, read_folder
 
@@ -231,7 +231,7 @@ def command(log: Path, line: str, out: Path | None = None, note: str = "", **mor
             if end.code:
                 raise RuntimeError(f"python {line}: exit code {end.code}; its output is in {log}/output.txt") from end
     if out:
-        write_text(out / "command.txt", noted)
+        write_files({out / "command.txt": noted})
 
 
 def training_line(run: Run, size: Size, out: Path, flags: str) -> str:
@@ -256,13 +256,6 @@ def train_unguarded(home: Path, run: Run, size: Size) -> Path:
     return out
 
 
-def train_both(home: Path, run: Run, size: Size) -> tuple[Path, Path]:
-    """The folders of the unguarded and of the guarded training."""
-    unguarded, guarded = train_unguarded(home, run, size), home / f"lam{LAM}"
-    command(home, training_line(run, size, guarded, f"--lam {LAM}"), guarded)
-    return unguarded, guarded
-
-
 def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant, strength: float = 1.0) -> Path:
     """The folder home/name of another training, without evaluations."""
     out = home / name
@@ -282,7 +275,8 @@ def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant,
 
 def train_all(home: Path, run: Run, size: Size) -> dict[str, Path]:
     """The LoRAs of the three trainings."""
-    unguarded, guarded = train_both(home, run, size)
+    unguarded, guarded = train_unguarded(home, run, size), home / f"lam{LAM}"
+    command(home, training_line(run, size, guarded, f"--lam {LAM}"), guarded)
     guided = train_variant(home, run, size, "guided", GUIDED[run.base])
     return {"unguarded": unguarded / "lora", "guarded": guarded / "lora", "guided": guided / "lora"}
 
@@ -361,14 +355,9 @@ def judge(home: Path, run: Run, folders: dict[str, Path], renders: str = "render
     for pair, counts in report["pairs"]["judge/quality"].items():
         first, second = pair.split(" vs ")
         verdicts[f"{names[first]} vs {names[second]}"] = [counts[k] for k in ("win", "tie", "loss", "nan")]
-    ratios = {name: ratio_of(path) for name, path in folders.items() if (path / "norms.json").exists()}
+    norms = {name: read_json(path / "norms.json") for name, path in folders.items()}  # {} if it was drawn without
+    ratios = {name: {k: n[k] for k in ("overall", "t", "mean")} for name, n in norms.items() if n}
     return {"means": means, "verdicts": verdicts, "ratio": ratios}
-
-
-def ratio_of(folder: Path) -> dict:
-    """The norm ratio along the sampling trajectory."""
-    norms = json.loads((folder / "norms.json").read_text())
-    return {"overall": norms["overall"], "t": norms["t"], "mean": norms["mean"]}
 
 
 # ---------------------------------------------------------------- the parts of a run
@@ -557,7 +546,7 @@ def add_part(file: Path, name: str, hashes: dict[str, str], measure: Callable[[]
     numbers = {**measure(), "of": {**hashes, "commit": commit()}, "seconds": time.time() - start}
     known = {**read_json(file), name: rounded(numbers)}
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items()]  # one line a part
-    write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
+    write_files({file: "{\n" + ",\n".join(lines) + "\n}\n"})
 
 
 def measure_base(base: str, args: Args, size: Size):
