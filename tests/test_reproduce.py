@@ -299,13 +299,13 @@ def test_the_report_of_all_claims(tmp_path, monkeypatch, complete):
     assert shown == [row for row in asked if "hps" not in row[1]]  # there is no run with hps
     assert set(drawn) == {"inflation", "fronts", "early", "adjoint", "guards", "rivals"}
 
-    table = text.partition("**sd3, pickscore, less the guided guard at its reward without guidance**")[2]
-    row = next(line for line in table.splitlines() if line.startswith("| velocity KL (")).split(" | ")
-    assert row[0].count(",") == 2 and row[-2] == str(len(runs) - (not complete))
+    table = text.partition("**sd3, pickscore, less the guided guard**")[2]
+    row = next(line for line in table.splitlines() if line.startswith("| velocity KL, all (")).strip("| ").split(" | ")
+    assert row[0].count(",") == 3 and row[-2:] == ["the guided guard", str(len(runs) - (not complete))]
     numbers = json.loads((tmp_path / "results.json").read_text())
     for keep, how in report.KEPT.items():
-        found = numbers["10"][f"sd3, pickscore, less the guided guard {how}, velocity KL"]
-        assert found["verdict"] == "the guided guard"
+        found = numbers["10"][f"sd3, pickscore, velocity KL at {how} of the guided guard's gain"]
+        assert found["shown"]["the judge prefers"] == "the guided guard"
         if complete:  # about the reward at which it is compared; not quite, as the prompts are others
             rewards = [r["main"]["training reward"] for r in runs.values()]
             aim = np.mean([r["base"] + keep * (r["guided"] - r["base"]) for r in rewards])

@@ -11,7 +11,7 @@ matplotlib.rcParams |= {"text.parse_math": False, "axes.grid": True, "grid.alpha
 import matplotlib.pyplot as plt
 from guards import BOTH, RIVALS
 from paired import grouped, having, over_guidance, scales_of
-from report import GUARD, MODELS, guards_of, label, lams_of
+from report import GUARD, MODELS, guards_of, label
 
 from flow.pictures import load_pictures, read_folder
 
@@ -140,7 +140,8 @@ def draw_guards(results: dict[tuple, dict], path: Path):
         for name, by_run in guards_of(runs).items():
             points[name] = [np.mean([p[k] for p in by_run.values()]) for k in ("reward, none", f"good, {BOTH[1]}")]
         for kind, colour in (("plain", COLOUR["guarded"]), ("guided", COLOUR["guided"])):
-            line = np.array([points[name] for name in ("unguarded", *lams_of(points, kind))])
+            lams = sorted((float(name.split()[-1]), name) for name in points if name.startswith(f"{kind}, lam"))
+            line = np.array([points["unguarded"], *(points[name] for _, name in lams)])
             axis.plot(*line.T, "-", color=colour, linewidth=1)
         for name, (x, y) in points.items():
             colour = COLOUR["guarded"] if name.startswith("plain") else COLOUR["guided"]

@@ -32,7 +32,7 @@ from paired import (
 
 from flow.cli import write_files
 
-KEPT = {1.0: "at its reward without guidance", 0.95: "at 95 % of its gain"}  # of a guard, in claim 10
+KEPT = {1.0: "all", 0.95: "95 %"}  # of a guard's gain without guidance, that a rival keeps
 TEMPLATE = Path(__file__).with_name("RESULTS.template.md")
 MODELS = "base", "unguarded", "guarded", "guided"
 GUARD = {"guarded": "plain guard", "guided": "guided guard"}  # what they are called
@@ -350,31 +350,27 @@ POINT = {  # a number of `model_point`: (header, digits)
     f"guarded preferred, {BOTH[1]}": ("plain guard preferred, with guidance", 3),
     f"guided preferred, {BOTH[1]}": ("guided guard preferred, with guidance", 3),
 }
+SHORT = f"good, {BOTH[1]}", "good at equal reward", "good over guidance", f"highest, {BOTH[1]}"  # of RESULTS.md
 Points = dict[tuple, dict[str, float]]  # {run: numbers of `model_point`}
 
 
-def point_row(name: str, points: Points) -> list[str]:
-    """A row of means over cells; "-" where a number is missing in a run."""
-    row = [name]
+def point_row(points: Points, against: Points | None = None) -> dict[str, str]:
+    """A row of means over cells, or of differences to another's numbers in the same runs, with intervals (preferences
+    as they are). "-" where a number is missing in a run."""
+    row = {"runs": str(len(points))}
     for number, (_, digits) in POINT.items():
-        mean = paired(points, lambda p, k=number: p.get(k, math.nan))["a"]
-        row.append("-" if math.isnan(mean) else f"{mean:.{digits}f}")
-    return [*row, str(len(points))]
+        less = against if against and "preferred" not in number else {run: {number: 0.0} for run in points}
+        both = {run: (points[run].get(number, math.nan), less[run].get(number, math.nan)) for run in points}
+        d = paired(both, lambda pair: pair[0], lambda pair: pair[1])
+        shown = plus_minus(d, digits) if against else f"{d['a']:.{digits}f}"
+        row[number] = "-" if math.isnan(d["difference"]) else shown
+    return row
 
 
-def difference_row(name: str, points: Points, against: Points) -> list[str]:
-    """A row of differences to a guard's numbers in the same runs, with intervals; preferences as they are."""
-    row, both = [name], {run: (point, against[run]) for run, point in points.items()}
-    for number, (_, digits) in POINT.items():
-        d = paired(both, lambda p, k=number: p[0].get(k, math.nan),
-                   lambda p, k=number: 0.0 if "preferred" in k else p[1].get(k, math.nan))
-        row.append("-" if math.isnan(d["difference"]) else plus_minus(d, digits))
-    return [*row, str(len(points))]
-
-
-def point_table(rows: list[list[str]], *more: str) -> str:
-    """A table of rows that `point_row` or `difference_row` makes, and perhaps more columns."""
-    return markdown(["", *(header for header, _ in POINT.values()), "runs", *more], rows)
+def point_table(rows: dict[str, dict[str, str]], columns: tuple[str, ...] = (*POINT, "runs")) -> str:
+    """A table of these columns of the rows that `point_row` makes, by their names."""
+    header = [POINT[column][0] if column in POINT else column for column in columns]
+    return markdown(["", *header], [[name, *map(row.get, columns)] for name, row in rows.items()])
 
 
 def numbers_in(points: Points) -> dict:
@@ -401,17 +397,10 @@ def claim_9(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, s
     numbers |= {name: numbers_in(points) for name, points in found.items()}
     default = found[f"guided, lam {LAM}"]
     tables[f"Less the guided guard with lam {LAM}"] = point_table(
-        [difference_row(name, points, default) for name, points in found.items() if points is not default])
+        {name: point_row(points, default) for name, points in found.items() if points is not default})
     for method, runs in grouped(having(results, "guard: "), "method").items():
-        rows = [point_row(name, points) for name, points in guards_of(runs).items()]
-        tables[method] = point_table(rows)
-    return point_table([point_row(name, points) for name, points in found.items()]), tables
-
-
-def lams_of(found: dict[str, Points], kind: str) -> list[str]:
-    """The guards of a kind, "plain" or "guided", from the least lam to the greatest."""
-    names = [name for name in found if name.startswith(f"{kind}, lam")]
-    return sorted(names, key=lambda name: float(name.split()[-1]))
+        tables[method] = point_table({name: point_row(points) for name, points in guards_of(runs).items()})
+    return point_table({name: point_row(points) for name, points in found.items()}), tables
 
 
 def target_of(name: str) -> Callable[[tuple], tuple[str, str]]:
@@ -429,25 +418,25 @@ def preferred_side(points: Points, guard: str) -> str:
     return f"the {GUARD[guard]}" if d["difference"] > 0 else "**the rival**"
 
 
-def rivals_at(runs: dict[tuple, dict], target: str, keep: float, numbers: dict, name: str) -> list[list[str]]:
+def rivals_of(target: str, runs: dict[tuple, dict], numbers: dict) -> dict[str, dict[str, str]]:
     """Rows of the rivals that keep a fraction of a target's gain without guidance, less that target."""
-    rows = []
-    for rival in (rival for rival in RIVALS if len(RIVALS[rival].strengths) > 1):
-        strengths, compared = [], {}
+    rows, of = {}, target_of(target)
+    several = [rival for rival in RIVALS if len(RIVALS[rival].strengths) > 1]
+    for rival, (keep, how) in product(several, KEPT.items()):
+        strengths, points = [], {}
         for method, of_method in grouped(runs, "method").items():
-            having_target = {run: r for run, r in of_method.items() if target_of(target)(run)[0] in r}
-            found = equal_reward(having_target, rival, target_of(target), keep)
+            found = equal_reward({run: r for run, r in of_method.items() if of(run)[0] in r}, rival, of, keep)
             if found is not None:
-                compared |= found[0]
+                points |= found[0]
                 said = "none" if found[1] == RIVALS[rival].none else f"{found[1] or 0:.2g}"
                 strengths.append(f"{method} {said if found[0] else 'too weak'}")
-        if compared:
-            against = {run: model_point(runs[run], *target_of(target)(run)) for run in compared}
-            row = difference_row(f"{rival} ({', '.join(strengths)})", compared, against)
-            verdict = preferred_side(compared, target) if target in GUARD else ""
-            numbers[f"{name}, {rival}"] = {**numbers_in(compared), "strengths": strengths, "verdict": verdict,
-                                           "shown": dict(zip(POINT, row[1:]))}
-            rows.append([*row, verdict])
+        if points:
+            row = point_row(points, {run: model_point(runs[run], *of(run)) for run in points})
+            row["the judge prefers"] = preferred_side(points, target) if target in GUARD else ""
+            rows[f"{rival}, {how} ({', '.join(strengths)})"] = row
+            corner = next(iter(points)).corner
+            numbers[f"{corner}, {rival} at {how} of the {label(target)}'s gain"] = {
+                **numbers_in(points), "strengths": strengths, "shown": row}
     return rows
 
 
@@ -455,20 +444,20 @@ def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, 
     """Rivals at equal reward without guidance, less the guard whose reward they have; and all strengths as they are."""
     equal, tables = [], {}
     for corner, runs in grouped(results, "corner").items():
-        single = [name for name in RIVALS if len(RIVALS[name].strengths) == 1]
-        for target, (keep, how) in product((*GUARD, *single), KEPT.items()):
-            name = f"{corner}, less the {label(target)} {how}"
-            if rows := rivals_at(runs, target, keep, numbers, name):
-                equal.append(f"**{name}**\n\n{point_table(rows, 'the judge prefers')}")
-        rows = [point_row(label(who), {run: model_point(r, "main", who) for run, r in runs.items()})
-                for who in MODELS]
+        for target in (*GUARD, *(name for name in RIVALS if len(RIVALS[name].strengths) == 1)):
+            if rows := rivals_of(target, runs, numbers):
+                title = f"{corner}, less the {label(target)}"
+                tables[title] = point_table(rows)
+                preferred = (f"{target} preferred, {BOTH[1]}", "the judge prefers") if target in GUARD else ()
+                equal.append(f"**{title}**\n\n{point_table(rows, (*SHORT, *preferred, 'runs'))}")
+        rows = {label(who): point_row({run: model_point(r, "main", who) for run, r in runs.items()}) for who in MODELS}
         for rival in RIVALS:
             for strength in dict.fromkeys(RIVALS[rival].strengths + RIVALS[rival].dpo):
                 part = f"rival: {rival} {strength:g}"
                 points = {run: model_point(r, part, "rival") for run, r in runs.items() if part in r}
                 if points:
                     methods = ", ".join(dict.fromkeys(run.method for run in points))
-                    rows.append(point_row(f"{rival} {strength:g} ({methods})", points))
+                    rows[f"{rival} {strength:g} ({methods})"] = point_row(points)
         tables[f"{corner}: each strength, as it is"] = point_table(rows)
     return "\n\n".join(equal), tables
 
