@@ -16,6 +16,7 @@ from report import GUARD, MODELS, guards_of, label
 from flow.pictures import load_pictures, read_folder
 
 COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb", "guided": "#2a8c4a"}
+RIVAL_COLOURS = "darkorange", "purple", "saddlebrown", "hotpink", "olive", "deepskyblue", "black"
 
 
 def save(figure, path: Path, dpi: int = 110):
@@ -173,13 +174,14 @@ def draw_rivals(results: dict[tuple, dict], path: Path):
                 if curves and not (last and len(RIVALS[name].strengths) == 1):
                     x, y = np.mean(curves, axis=0)
                     style = "-" if last else ":"
-                    title = f"{name}, {'strongest' if last else 'weakest'}"
-                    axis.plot(x, y, style, marker=".", color=plt.cm.tab10.colors[i // 2], linewidth=1, label=title)
+                    title = name + f", {'strongest' if last else 'weakest'}" * (len(RIVALS[name].strengths) > 1)
+                    axis.plot(x, y, style, marker=".", color=RIVAL_COLOURS[i // 2], linewidth=1, label=title)
             for who in MODELS:
                 x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
                 axis.plot(x, y, "o-", color=COLOUR[who], linewidth=2, label=label(who))
-            axis.set(title=corner, xlabel="reward", ylabel="judged good")
-            axis.legend(fontsize=6)
+            of = "guided velocity" if "guided" in names[0] else "velocity without guidance"
+            axis.set(title=f"{corner}: rivals of the {of}", xlabel="reward", ylabel="judged good")
+            axis.legend(fontsize=7)
     save(figure, path)
 
 

@@ -53,6 +53,11 @@ def plus_minus(d: dict, digits: int | None = None) -> str:
     return f"{mean:+.{digits}f}" + ("" if math.isnan(d["half"]) else f" ± {d['half']:.{digits}f}")
 
 
+def rate(d: dict) -> str:
+    """How often something is preferred, from how much more often than in half of the pairs."""
+    return plus_minus({k: 100 * d[k] + 50 * (k == "difference") for k in d}, 0)[1:] + " %"
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
@@ -65,7 +70,7 @@ def checked(claims: list[tuple]) -> dict[str, dict]:
     checks = {}
     for name, d, sign, *at_most in claims:
         if "preferred" in name and "less that" not in name:
-            shown = f"in {plus_minus({k: 100 * d[k] + 50 * (k == 'difference') for k in d}, 0)[1:]} % of pairs"
+            shown = f"in {rate(d)} of pairs"
         elif "norm" in name or "lost" in name:
             shown = f"{plus_minus({k: 100 * d[k] for k in d}, 1)} %".lstrip("+" * ("lost" in name))
         else:
@@ -355,14 +360,15 @@ Points = dict[tuple, dict[str, float]]  # {run: numbers of `model_point`}
 
 
 def point_row(points: Points, against: Points | None = None) -> dict[str, str]:
-    """A row of means over cells, or of differences to another's numbers in the same runs, with intervals (preferences
-    as they are). "-" where a number is missing in a run."""
+    """A row of means over cells, or of differences to another's numbers in the same runs, with intervals; and of how
+    often the guards are preferred. "-" where a number is missing in a run."""
     row = {"runs": str(len(points))}
     for number, (_, digits) in POINT.items():
-        less = against if against and "preferred" not in number else {run: {number: 0.0} for run in points}
+        preferred = "preferred" in number
+        less = against if against and not preferred else {run: {number: 0.0} for run in points}
         both = {run: (points[run].get(number, math.nan), less[run].get(number, math.nan)) for run in points}
         d = paired(both, lambda pair: pair[0], lambda pair: pair[1])
-        shown = plus_minus(d, digits) if against else f"{d['a']:.{digits}f}"
+        shown = rate(d) if preferred else plus_minus(d, digits) if against else f"{d['a']:.{digits}f}"
         row[number] = "-" if math.isnan(d["difference"]) else shown
     return row
 
@@ -394,13 +400,16 @@ def guards_of(results: dict[tuple, dict]) -> dict[str, Points]:
 def claim_9(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, str]]:
     """Which velocity to guard, and how strongly: a table, and more of them."""
     found, tables = guards_of(results), {}
-    numbers |= {name: numbers_in(points) for name, points in found.items()}
-    default = found[f"guided, lam {LAM}"]
-    tables[f"Less the guided guard with lam {LAM}"] = point_table(
-        {name: point_row(points, default) for name, points in found.items() if points is not default})
+    rows = {name: point_row(points) for name, points in found.items()}
+    for other in (f"guided, lam {LAM}", "plain, lam 0.5"):
+        if other in found:
+            less = {name: point_row(points, found[other]) for name, points in found.items() if name != other}
+            tables[f"Less {other}"] = point_table(less)
+            numbers |= {f"{name} less {other}": {"shown": row} for name, row in less.items()}
+    numbers |= {name: {**numbers_in(points), "shown": rows[name]} for name, points in found.items()}
     for method, runs in grouped(having(results, "guard: "), "method").items():
         tables[method] = point_table({name: point_row(points) for name, points in guards_of(runs).items()})
-    return point_table({name: point_row(points) for name, points in found.items()}), tables
+    return point_table(rows), tables
 
 
 def target_of(name: str) -> Callable[[tuple], tuple[str, str]]:
@@ -408,14 +417,6 @@ def target_of(name: str) -> Callable[[tuple], tuple[str, str]]:
     if name in GUARD:
         return lambda run: ("main", name)
     return lambda run: (f"rival: {name} {RIVALS[name].strengths_of(run.method)[0]:g}", "rival")
-
-
-def preferred_side(points: Points, guard: str) -> str:
-    """Whose pictures the judge prefers with guidance: a guard's or the rival's."""
-    d = paired(points, lambda p: p[f"{guard} preferred, {BOTH[1]}"])
-    if math.isnan(d["half"]) or abs(d["difference"]) <= d["half"]:
-        return "not resolved"
-    return f"the {GUARD[guard]}" if d["difference"] > 0 else "**the rival**"
 
 
 def rivals_of(target: str, runs: dict[tuple, dict], numbers: dict) -> dict[str, dict[str, str]]:
@@ -432,7 +433,6 @@ def rivals_of(target: str, runs: dict[tuple, dict], numbers: dict) -> dict[str, 
                 strengths.append(f"{method} {said if found[0] else 'too weak'}")
         if points:
             row = point_row(points, {run: model_point(runs[run], *of(run)) for run in points})
-            row["the judge prefers"] = preferred_side(points, target) if target in GUARD else ""
             rows[f"{rival}, {how} ({', '.join(strengths)})"] = row
             corner = next(iter(points)).corner
             numbers[f"{corner}, {rival} at {how} of the {label(target)}'s gain"] = {
@@ -448,7 +448,7 @@ def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, 
             if rows := rivals_of(target, runs, numbers):
                 title = f"{corner}, less the {label(target)}"
                 tables[title] = point_table(rows)
-                preferred = (f"{target} preferred, {BOTH[1]}", "the judge prefers") if target in GUARD else ()
+                preferred = (f"{target} preferred, {BOTH[1]}",) if target in GUARD else ()
                 equal.append(f"**{title}**\n\n{point_table(rows, (*SHORT, *preferred, 'runs'))}")
         rows = {label(who): point_row({run: model_point(r, "main", who) for run, r in runs.items()}) for who in MODELS}
         for rival in RIVALS:
@@ -521,10 +521,9 @@ def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
     for claim, scale in product(CHECKS, BOTH):
         for name, d in numbers.get(claim, {}).get(scale, {}).items():
             found[f"{claim}, {scale}, {name}"] = d["shown"]
-    for name, row in numbers.get("9", {}).items():
-        found |= {f"9, {name}, {number}": f"{d['a']:.2f}" for number, d in row.items()}
-    for name, row in numbers.get("10", {}).items():
-        found |= {f"10, {name}, {number}": d for number, d in row["shown"].items()}
+    for claim in ("9", "10"):
+        for name, row in numbers.get(claim, {}).items():
+            found |= {f"{claim}, {name}, {number}": shown for number, shown in row["shown"].items()}
     for who in MODELS if done else ():
         points = {run: model_point(r, "main", who) for run, r in done.items()}
         for number in ("good at equal reward", "good over guidance"):
