@@ -149,6 +149,7 @@ def draw_guards(results: dict[tuple, dict], path: Path):
             axis.plot(x, y, "o", color=COLOUR.get(name, colour if "lam" in name else "purple"), markersize=4)
             axis.annotate(name.replace("lam ", ""), (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points")
         axis.set(title=title, xlabel="reward without guidance")
+        axis.margins(x=0.25)  # for the names
     axes[0, 0].set_ylabel(f"judged good, guidance {BOTH[1]}")
     save(figure, path)
 

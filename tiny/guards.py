@@ -159,6 +159,9 @@ GUARDS |= {f"guided, lam {lam}": Variant(f"--lam {lam}" + OF_GUIDED) for lam in 
 GUARDS |= {f"guided {scale}": Variant(f"--lam {LAM} --guard-guidance {scale}") for scale in (2, 4.5)}
 GUARDS |= {f"both, guided times {weight}": Variant(f"--lam {LAM}" + OF_GUIDED, partial(both, weight=weight))
            for weight in (0.25, 1)}
+GUARDS |= {f"KL {kl}": Variant(f"--lam 0 --kl {kl}") for kl in (0.1, 0.2)}  # what a guard must be better than
+GUARDS |= {"KL 0.1 and plain": Variant(f"--lam {LAM} --kl 0.1")}
+GUARDS |= {"KL 0.1 and guided": Variant(f"--lam {LAM} --kl 0.1" + OF_GUIDED)}
 GUARDS |= {"guided, margin 0.1": Variant(f"--lam {LAM} --margin 0.1" + OF_GUIDED)}
 AUTO = Variant("--lam auto")
 
