@@ -16,6 +16,7 @@ from report import GUARD, MODELS, guards_of, label
 from flow.pictures import load_pictures, read_folder
 
 COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb", "guided": "#2a8c4a"}
+GUARD_COLOURS = {"plain, lam ": COLOUR["guarded"], "guided, lam ": COLOUR["guided"], "KL ": "darkorange"}
 RIVAL_COLOURS = "darkorange", "purple", "saddlebrown", "hotpink", "olive", "deepskyblue", "black"
 
 
@@ -130,24 +131,25 @@ def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path)
 
 
 def draw_guards(results: dict[tuple, dict], path: Path):
-    """Other guards, on training prompts: reward without guidance against judged good with it. Lines join the weights of
-    a kind of guard. A panel a method, and one for all."""
+    """Guards and KLs, on training prompts: reward without guidance against judged good with it. Lines join the weights
+    of a kind. A panel a method, and one for all."""
     results = having(results, "guard: ")
     panels = {"all methods": results, **grouped(results, "method")}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 4), layout="constrained", squeeze=False,
-                                sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 5), layout="constrained", squeeze=False)
     for axis, (title, runs) in zip(axes[0], panels.items()):
         points = {}
         for name, by_run in guards_of(runs).items():
             points[name] = [np.mean([p[k] for p in by_run.values()]) for k in ("reward, none", f"good, {BOTH[1]}")]
-        for kind, colour in (("plain", COLOUR["guarded"]), ("guided", COLOUR["guided"])):
-            lams = sorted((float(name.split()[-1]), name) for name in points if name.startswith(f"{kind}, lam"))
-            line = np.array([points["unguarded"], *(points[name] for _, name in lams)])
-            axis.plot(*line.T, "-", color=colour, linewidth=1)
         for name, (x, y) in points.items():
-            colour = COLOUR["guarded"] if name.startswith("plain") else COLOUR["guided"]
-            axis.plot(x, y, "o", color=COLOUR.get(name, colour if "lam" in name else "purple"), markersize=4)
-            axis.annotate(name.replace("lam ", ""), (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points")
+            axis.plot(x, y, "o", color=COLOUR.get(name, "purple"), markersize=4)
+            left = "KL" in name
+            axis.annotate(name.replace("lam ", ""), (x, y), (-4 if left else 4, -8 if left else 2), fontsize=7,
+                          ha="right" if left else "left", textcoords="offset points")
+        for kind, colour in GUARD_COLOURS.items():
+            weights = sorted((float(name.removeprefix(kind)), name) for name in points
+                             if name.startswith(kind) and " and " not in name)
+            line = np.array([points["unguarded"], *(points[name] for _, name in weights)])
+            axis.plot(*line.T, "o-", color=colour, linewidth=1, markersize=4, markevery=slice(1, None))
         axis.set(title=title, xlabel="reward without guidance")
         axis.margins(x=0.25)  # for the names
     axes[0, 0].set_ylabel(f"judged good, guidance {BOTH[1]}")
@@ -158,29 +160,23 @@ def draw_rivals(results: dict[tuple, dict], path: Path):
     """Fronts over guidance of the guards and of each rival at its weakest and strongest. A column a corner, a row the
     rivals of the conditional velocity, then those of the guided one. Means over methods and seeds."""
     corners = grouped(results, "corner")
-    kinds = [[name for name in RIVALS if ("guided" in name) == guided] for guided in (False, True)]
-    kinds = [names for names in kinds if any(part.startswith(f"rival: {name}") for part in next(iter(results.values()))
-                                             for name in names)]
+    kinds = [[name for name in RIVALS if name.startswith("guided") == guided] for guided in (False, True)]
+    kinds = [names for names in kinds if any(having(results, f"rival: {name}") for name in names)]
     size = (7 * len(corners), 4.5 * len(kinds))
     figure, axes = plt.subplots(len(kinds), len(corners), figsize=size, layout="constrained", squeeze=False)
     for column, (corner, runs) in zip(axes.T, corners.items()):
         for axis, names in zip(column, kinds):
-            for i, (name, last) in enumerate(product(names, (False, True))):
-                curves = []
-                for run, r in runs.items():
-                    strengths = RIVALS[name].strengths_of(run.method)
-                    part = f"rival: {name} {strengths[-1 if last else 0]:g}"
-                    if part in r:
-                        curves.append(over_guidance(r[part], "rival"))
-                if curves and not (last and len(RIVALS[name].strengths) == 1):
-                    x, y = np.mean(curves, axis=0)
-                    style = "-" if last else ":"
-                    title = name + f", {'strongest' if last else 'weakest'}" * (len(RIVALS[name].strengths) > 1)
-                    axis.plot(x, y, style, marker=".", color=RIVAL_COLOURS[i // 2], linewidth=1, label=title)
+            for (name, colour), (end, style) in product(zip(names, RIVAL_COLOURS), ((0, ":"), (-1, "-"))):
+                parts = {run: f"rival: {name} {RIVALS[name].strengths_of(run.method)[end]:g}" for run in runs}
+                curves = [over_guidance(runs[run][part], "rival") for run, part in parts.items() if part in runs[run]]
+                several = len(RIVALS[name].strengths) > 1
+                if curves and (several or not end):
+                    title = name + (", strongest" if end else ", weakest") * several
+                    axis.plot(*np.mean(curves, axis=0), style, marker=".", color=colour, linewidth=1, label=title)
             for who in MODELS:
                 x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
                 axis.plot(x, y, "o-", color=COLOUR[who], linewidth=2, label=label(who))
-            of = "guided velocity" if "guided" in names[0] else "velocity without guidance"
+            of = "guided velocity" if names[0].startswith("guided") else "velocity without guidance"
             axis.set(title=f"{corner}: rivals of the {of}", xlabel="reward", ylabel="judged good")
             axis.legend(fontsize=7)
     save(figure, path)

@@ -160,8 +160,8 @@ GUARDS |= {f"guided {scale}": Variant(f"--lam {LAM} --guard-guidance {scale}") f
 GUARDS |= {f"both, guided times {weight}": Variant(f"--lam {LAM}" + OF_GUIDED, partial(both, weight=weight))
            for weight in (0.25, 1)}
 GUARDS |= {f"KL {kl}": Variant(f"--lam 0 --kl {kl}") for kl in (0.1, 0.2)}  # what a guard must be better than
-GUARDS |= {"KL 0.1 and plain": Variant(f"--lam {LAM} --kl 0.1")}
-GUARDS |= {"KL 0.1 and guided": Variant(f"--lam {LAM} --kl 0.1" + OF_GUIDED)}
+GUARDS |= {f"KL 0.1 and {kind}": Variant(f"--lam {LAM} --kl 0.1{more}")
+           for kind, more in (("plain", ""), ("guided", OF_GUIDED))}
 GUARDS |= {"guided, margin 0.1": Variant(f"--lam {LAM} --margin 0.1" + OF_GUIDED)}
 AUTO = Variant("--lam auto")
 

@@ -130,8 +130,8 @@ def model_point(r: dict, part: str, who: str) -> dict[str, float]:
             numbers[f"highest, {scale}"] = NORMS["highest"](r[part][scale]["ratio"][who])
             numbers[f"mean, {scale}"] = NORMS["overall"](r[part][scale]["ratio"][who])
         for guard in ("guarded", "guided"):
-            numbers[f"{guard} preferred, {scale}"] = 0.0 if guard == who else preference(
-                f"{part}/{scale}", f"{guard} vs {who}")(r)
+            if guard != who:
+                numbers[f"{guard} preferred, {scale}"] = preference(f"{part}/{scale}", f"{guard} vs {who}")(r)
     rewards, good = over_guidance(r[part], who)
     target = r[part][BOTH[1]]["means"]["base"]["reward"]
     numbers |= {"good at equal reward": good_at(target, rewards, good), "good over guidance": float(np.mean(good))}

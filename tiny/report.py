@@ -208,8 +208,10 @@ def claim_7(results: dict[tuple, dict], scale: str) -> dict:
     for (who, guard), steps in product(GUARD.items(), next(iter(results.values()))["few"]):
         if steps.isdigit():
             pair, few = f"{who} vs unguarded", f"few/{steps}/{scale}"
-            claims.append((f"{guard}: preferred to unguarded at {steps} steps, less that at all",
-                           paired(results, preference(few, pair), preference(all_steps, pair)), 1))
+            claims += [(f"{guard}: preferred to unguarded at {steps} steps, less that at all",
+                        paired(results, preference(few, pair), preference(all_steps, pair)), 1),
+                       (f"{guard}: preferred to the base at {steps} steps (no claim)",
+                        paired(results, preference(few, f"{who} vs base")), None)]
     return checked(claims)
 
 
@@ -271,8 +273,7 @@ def tables_5_and_6(results: dict[tuple, dict]) -> dict[str, str]:
     tables["Over guidance"] = markdown(["", *scales], rows)
     if told := having(results, "told"):
         parts = {f"told {value}": f"told/{value}" for value in next(iter(told.values()))["told"] if value.isdigit()}
-        parts = {"told 3.5": "main/none", **parts}
-        tables["What the embedding of flux is told"] = level_table(told, parts, MODELS)
+        tables["What the embedding of flux is told"] = level_table(told, {"told 3.5": "main/none", **parts}, MODELS)
     return tables
 
 
@@ -352,8 +353,8 @@ POINT = {  # a number of `model_point`: (header, digits)
     "good over guidance": ("mean over guidance", 3),
     f"mean, {BOTH[1]}": ("norm ratio, with guidance", 3),
     f"highest, {BOTH[1]}": ("its highest step", 3),
-    f"guarded preferred, {BOTH[1]}": ("plain guard preferred, with guidance", 3),
-    f"guided preferred, {BOTH[1]}": ("guided guard preferred, with guidance", 3),
+    f"guarded preferred, {BOTH[1]}": ("plain guard preferred to it, with guidance", 3),
+    f"guided preferred, {BOTH[1]}": ("guided guard preferred to it, with guidance", 3),
 }
 SHORT = f"good, {BOTH[1]}", "good at equal reward", "good over guidance", f"highest, {BOTH[1]}"  # of RESULTS.md
 Points = dict[tuple, dict[str, float]]  # {run: numbers of `model_point`}
@@ -401,10 +402,10 @@ def claim_9(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, s
     """Which velocity to guard, and how strongly: a table, and more of them."""
     found, tables = guards_of(results), {}
     rows = {name: point_row(points) for name, points in found.items()}
-    for other in (f"guided, lam {LAM}", "plain, lam 0.5"):
+    for other in (f"guided, lam {LAM}", "plain, lam 0.5", "KL 0.1"):
         if other in found:
             less = {name: point_row(points, found[other]) for name, points in found.items() if name != other}
-            tables[f"Less {other}"] = point_table(less)
+            tables[f"Less {other} (but for how often a guard is preferred)"] = point_table(less)
             numbers |= {f"{name} less {other}": {"shown": row} for name, row in less.items()}
     numbers |= {name: {**numbers_in(points), "shown": rows[name]} for name, points in found.items()}
     for method, runs in grouped(having(results, "guard: "), "method").items():
@@ -514,7 +515,8 @@ def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
     one corner or method ({levels[reward, base, 3, sd3, pickscore]}); and {found[5 and 6, 3, guided guard: preferred to
     unguarded]}, a claim's number."""
     levels, found, done = {}, {}, having(results, "main")
-    for scale, who, (metric, (title, digits)) in product(BOTH if done else (), MODELS, METRICS.items()):
+    scales = scales_of(next(iter(done.values()))["main"]) if done else ()
+    for scale, who, (metric, (title, digits)) in product(scales, MODELS, METRICS.items()):
         for of, runs in {"": done, **grouped(done, "corner"), **grouped(done, "method")}.items():
             mean = paired(runs, mean_of(f"main/{scale}", who, metric))["a"]
             levels[f"{title}, {who}, {scale}{of and f', {of}'}"] = f"{mean:.{min(digits, 2)}f}"
@@ -570,8 +572,7 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
     appendix = ["# Tables to RESULTS.md", "Written by `python tiny/reproduce.py`. \"none\" is without guidance."]
     for claim, by_title in tables.items():
         appendix += [f"## Claim {claim}"] * bool(by_title)
-        for title, table in by_title.items():
-            appendix += [f"**{title}**", table]
+        appendix += [f"**{title}**\n\n{table}" for title, table in by_title.items()]
     text = "\n\n".join(filter(None, text)).replace("ASSETS", os.path.relpath(assets, home))
     cells = [line for line in text.partition("\n## ")[2].splitlines() if line.startswith("|")]
     text = text.replace("INTERVALS", str(sum(line.count(" ± ") for line in cells)))
