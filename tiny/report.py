@@ -402,7 +402,7 @@ def claim_9(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, s
     """Which velocity to guard, and how strongly: a table, and more of them."""
     found, tables = guards_of(results), {}
     rows = {name: point_row(points) for name, points in found.items()}
-    for other in (f"guided, lam {LAM}", "plain, lam 0.5", "KL 0.1"):
+    for other in (f"guided, lam {LAM}", f"plain, lam {LAM}", "plain, lam 0.5"):
         if other in found:
             less = {name: point_row(points, found[other]) for name, points in found.items() if name != other}
             tables[f"Less {other} (but for how often a guard is preferred)"] = point_table(less)
