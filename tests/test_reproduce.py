@@ -412,9 +412,10 @@ def test_stale_numbers_are_seen(tmp_path, monkeypatch):
 
 
 def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    """The smoke run of its main part, killed without warning in its second training: what it has is kept, nothing is
-    computed again, and the report is of its own pictures. The guards and a rival are really in place."""
+    """The smoke run of two parts, killed without warning in its second training: what it has is kept, nothing is
+    computed again, and the report is of its own pictures. A rival and another guard are really in place."""
     command = [sys.executable, "tiny/reproduce.py", "--smoke", "--runs", str(tmp_path)]
+    parts = "main", "rival: EMA-KL 0.3"
     run = reproduce.Run("sd3", "awm", "pickscore", 0)
     home = reproduce.home_of(tmp_path, "sd3", run)
     state = home / "lam0" / "checkpoint" / "state.pt"
@@ -426,11 +427,11 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     process.wait()
     kept, trained = paired.read_json(tmp_path / "results" / "sd3.json"), state.stat().st_mtime_ns
     assert kept["renders"]["of"]["commit"] == reproduce.commit()
-    monkeypatch.setattr(reproduce, "SMOKE", reproduce.SMOKE._replace(only=("main",)))
+    monkeypatch.setattr(reproduce, "SMOKE", reproduce.SMOKE._replace(only=parts))
     monkeypatch.setattr(sys, "argv", command[1:])
     reproduce.main(flow.cli.parse(reproduce.Args, reproduce.__doc__))
     done = paired.read_json(tmp_path / "results" / "sd3-awm-pickscore-s0.json")
-    assert list(done) == ["main"] and paired.read_json(tmp_path / "results" / "sd3.json") == kept  # to the second
+    assert tuple(done) == parts and paired.read_json(tmp_path / "results" / "sd3.json") == kept  # to the second
     assert state.stat().st_mtime_ns == trained
     commands = [line for file in tmp_path.rglob("commands.txt") for line in file.read_text().splitlines()]
     again = {line for line in commands if commands.count(line) > 1}
@@ -444,14 +445,13 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         score = pickscore(pictures, [row["prompt"] for row in rows])
         assert done["main"][scale]["means"][name]["reward"] == pytest.approx(score.mean().item(), rel=1e-4)
         assert rows[0]["pipe"]["guidance_scale"] == (3 if scale == "3" else 1)
-    reproduce.train_variant(home, run, reproduce.SMOKE, "rival", guards.RIVALS["EMA-KL"].training, 0.3)
-    loras = [lora_bytes(home / name) for name in ("lam0", "lam0.05", "guided", "rival")]
+    loras = [lora_bytes(home / name) for name in ("lam0", "lam0.05", "guided", "rivals/EMA-KL-0.3")]
     assert len(set(loras)) == 4  # the guards and the rival were in place
     text = (tmp_path / "RESULTS.md").read_text()
-    assert text.count("\n## ") == 9 and text.count("Not measured yet") == 6
-    assert set(json.loads((tmp_path / "results.json").read_text())) == {"1", "4", "5 and 6"}
-    assert (tmp_path / "TABLES.md").read_text().count("\n## ") == 2
-    graphs = {"inflation.png", "fronts.png", "front.png"}
+    assert text.count("\n## ") == 9 and text.count("Not measured yet") == 5
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {"1", "4", "5 and 6", "10"}
+    assert (tmp_path / "TABLES.md").read_text().count("\n## ") == 3
+    graphs = {"inflation.png", "fronts.png", "rivals.png", "front.png"}
     assert {p.name for p in tmp_path.glob("*.png")} == graphs
 
 
