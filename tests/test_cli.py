@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, fields
 from importlib import import_module
 
+import make
 import pytest
 import torch
 
@@ -33,6 +34,15 @@ def test_a_wrong_flag_is_tyros_error(monkeypatch, capsys, argv):
     with pytest.raises(SystemExit) as end:
         cli.parse(train_awm.Args, train_awm.__doc__)
     assert end.value.code == 2 and argv[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parts", [["vea"], ["sd3", "vea"]])
+def test_an_unknown_part_is_tyros_error(monkeypatch, capsys, parts):
+    monkeypatch.setattr(sys, "argv", ["make.py", "--parts", *parts])
+    with pytest.raises(SystemExit) as end:
+        cli.parse(make.Args, make.__doc__)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and all(word in error for word in ("--parts", "'vea'", "'sd3'"))
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
