@@ -306,7 +306,7 @@ def test_the_report_of_all_claims(tmp_path, monkeypatch, complete):
     assert float(row[-2].split()[0]) > 50  # how often the guard is preferred, in %
     numbers = json.loads((tmp_path / "results.json").read_text())
     for keep, how in report.KEPT.items():
-        found = numbers["10"][f"sd3, pickscore, velocity KL at {how} of the guided guard's gain"]
+        found = numbers["10"][f"sd3, pickscore, velocity KL, {how} of the guided guard's gain"]
         assert found["guided preferred, 3"]["difference"] > found["guided preferred, 3"]["half"]
         if complete:  # about the reward at which it is compared; not quite, as the prompts are others
             rewards = [r["main"]["training reward"] for r in runs.values()]
@@ -314,7 +314,7 @@ def test_the_report_of_all_claims(tmp_path, monkeypatch, complete):
             assert found["reward, none"]["a"] == pytest.approx(aim, abs=0.03)
     default, same = numbers["9"]["plain, lam 0.05"], numbers["9"]["plain, lam 0.2"]
     assert all(same[number] == default[number] for number in report.POINT if number != "guarded preferred, 3")
-    assert default["shown"]["guarded preferred, 3"] == "-" and math.isfinite(default["good, 3"]["a"])
+    assert default["guarded preferred, 3"]["shown"] == "-" and math.isfinite(default["good, 3"]["a"])
     assert numbers["9"]["base"]["good, 3"]["seeds"] == (3 if complete else 2)
 
 
@@ -326,9 +326,11 @@ def test_what_a_claim_says():
     checks["3"]["a"] = checks["none"]["a"]
     assert report.verdicts(checks, "a") == "holds"
     assert report.verdicts(checks, "b") == "not resolved with guidance, holds without guidance"
-    table = report.summary(["| 1 | text | b |", "| 2 | not measured | b |"], {"1": checks})
+    same = {scale: checks["none"] for scale in checks}  # in another corner, where b holds twice
+    corners = {"1, sd3, hps": checks, "1, flux, hps": same, "10": {}}
+    table = report.summary(["| 1 | text | b |", "| 2 | not measured | b |"], {"1": checks, **corners})
     row = "| 1 | text | +0.250 ± 0.500 | +0.250 ± 0.050 | not resolved with guidance, holds without guidance |"
-    assert table.splitlines()[2:] == [row]
+    assert table.splitlines()[2:] == [f"{row} 1 of 2 |"]
     rate, lost = report.checked([("preferred to it", d, 1), ("gain lost", d, 0)]).values()
     assert rate["shown"] == "in 75 ± 5 % of pairs" and lost["shown"] == "25.0 ± 5.0 %"
     values = {"about": 2, "found": {"1, 3, a": "x"}}
@@ -449,7 +451,8 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert len(set(loras)) == 4  # the guards and the rival were in place
     text = (tmp_path / "RESULTS.md").read_text()
     assert text.count("\n## ") == 9 and text.count("Not measured yet") == 5
-    assert set(json.loads((tmp_path / "results.json").read_text())) == {"1", "4", "5 and 6", "10"}
+    assert set(json.loads((tmp_path / "results.json").read_text())) == {
+        *(f"{claim}{corner}" for claim in ("1", "4", "5 and 6") for corner in ("", ", sd3, pickscore")), "10"}
     assert (tmp_path / "TABLES.md").read_text().count("\n## ") == 3
     graphs = {"inflation.png", "fronts.png", "rivals.png", "front.png"}
     assert {p.name for p in tmp_path.glob("*.png")} == graphs

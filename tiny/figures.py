@@ -26,6 +26,14 @@ def save(figure, path: Path, dpi: int = 110):
     plt.close(figure)
 
 
+def panels(n: int, width: float, height: float) -> tuple[plt.Figure, np.ndarray]:
+    """A figure of n panels of this size in inches, at most three in a row."""
+    columns = min(3, n)
+    rows = math.ceil(n / columns)
+    size = columns * width, rows * height
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
+
+
 def draw_inflation(results: dict[tuple, dict], path: Path):
     """Norm ratio over training, at its end over t without guidance, and with it. A column a method, a line a run."""
     methods = grouped(results, "method")
@@ -57,12 +65,9 @@ def draw_inflation(results: dict[tuple, dict], path: Path):
 def draw_fronts(results: dict[tuple, dict], path: Path):
     """Reward against how often a picture is judged good, for each model at each guidance scale; the lowest scale has a
     large mark. Means over runs; a panel a cell."""
-    panels = grouped(results, "cell")
-    wide = min(3, len(panels))
-    high = math.ceil(len(panels) / wide)
-    figure, axes = plt.subplots(high, wide, figsize=(4 * wide, 3.3 * high), layout="constrained", squeeze=False,
-                                sharey=True)
-    for axis, (title, runs) in zip(axes.flat, panels.items()):
+    cells = grouped(results, "cell")
+    figure, axes = panels(len(cells), 4, 3.3)
+    for axis, (title, runs) in zip(axes.flat, cells.items()):
         for who in MODELS:
             x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
             axis.plot(x, y, "o-", color=COLOUR[who], markersize=4, label=label(who))
@@ -81,10 +86,7 @@ def draw_early(results: dict[tuple, dict], path: Path):
     """Reward without guidance against the judge's P(good) with it: a line an unguarded run's checkpoints, a star the
     guarded models' end."""
     cells = grouped(results, "cell")
-    wide = min(3, len(cells))
-    high = math.ceil(len(cells) / wide)
-    size = (3.2 * wide, 2.6 * high)
-    figure, axes = plt.subplots(high, wide, figsize=size, layout="constrained", squeeze=False, sharey=True)
+    figure, axes = panels(len(cells), 3.2, 2.6)
     line = {"color": COLOUR["unguarded"], "markersize": 2.5, "linewidth": 0.9, "label": "unguarded, its checkpoints"}
     for axis, (cell, runs) in zip(axes.flat, cells.items()):
         for found in (r["early"]["found"] for r in runs.values()):

@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict:
 # ---------------------------------------------------------------- choosing runs and numbers
 
 def grouped(results: dict[tuple, dict], by: str) -> dict[str, dict[tuple, dict]]:
-    """Split runs by their cell, corner or method: {name: {run: numbers}}."""
+    """Split runs by their cell, corner, method or seed: {name: {run: numbers}}."""
     groups = {}
     for run, r in results.items():
         groups.setdefault(getattr(run, by), {})[run] = r

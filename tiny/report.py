@@ -360,29 +360,25 @@ SHORT = f"good, {BOTH[1]}", "good at equal reward", "good over guidance", f"high
 Points = dict[tuple, dict[str, float]]  # {run: numbers of `model_point`}
 
 
-def point_row(points: Points, against: Points | None = None) -> dict[str, str]:
+def point_row(points: Points, against: Points | None = None) -> dict[str, dict]:
     """A row of means over cells, or of differences to another's numbers in the same runs, with intervals; and of how
-    often the guards are preferred. "-" where a number is missing in a run."""
-    row = {"runs": str(len(points))}
+    often the guards are preferred. `shown` is how a number is written: "-" if it is missing in a run."""
+    row = {"runs": {"shown": str(len(points))}}
     for number, (_, digits) in POINT.items():
         preferred = "preferred" in number
         less = against if against and not preferred else {run: {number: 0.0} for run in points}
         both = {run: (points[run].get(number, math.nan), less[run].get(number, math.nan)) for run in points}
         d = paired(both, lambda pair: pair[0], lambda pair: pair[1])
         shown = rate(d) if preferred else plus_minus(d, digits) if against else f"{d['a']:.{digits}f}"
-        row[number] = "-" if math.isnan(d["difference"]) else shown
+        row[number] = {**d, "shown": "-" if math.isnan(d["difference"]) else shown}
     return row
 
 
-def point_table(rows: dict[str, dict[str, str]], columns: tuple[str, ...] = (*POINT, "runs")) -> str:
+def point_table(rows: dict[str, dict[str, dict]], columns: tuple[str, ...] = (*POINT, "runs")) -> str:
     """A table of these columns of the rows that `point_row` makes, by their names."""
     header = [POINT[column][0] if column in POINT else column for column in columns]
-    return markdown(["", *header], [[name, *map(row.get, columns)] for name, row in rows.items()])
-
-
-def numbers_in(points: Points) -> dict:
-    """What goes to results.json of a row."""
-    return {k: paired(points, lambda p, k=k: p.get(k, math.nan)) for k in POINT}
+    lines = [[name, *(row[column]["shown"] for column in columns)] for name, row in rows.items()]
+    return markdown(["", *header], lines)
 
 
 def guards_of(results: dict[tuple, dict]) -> dict[str, Points]:
@@ -398,18 +394,18 @@ def guards_of(results: dict[tuple, dict]) -> dict[str, Points]:
     return found
 
 
-def claim_9(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, str]]:
-    """Which velocity to guard, and how strongly: a table, and more of them."""
-    found, tables = guards_of(results), {}
-    rows = {name: point_row(points) for name, points in found.items()}
+def claim_9(results: dict[tuple, dict], found: dict[str, Points], numbers: dict) -> tuple[str, dict[str, str]]:
+    """Which velocity to guard, and how strongly: a table, and more of them. `found` is what `guards_of` gives."""
+    rows, tables = {name: point_row(points) for name, points in found.items()}, {}
     for other in (f"guided, lam {LAM}", f"plain, lam {LAM}", "plain, lam 0.5"):
         if other in found:
             less = {name: point_row(points, found[other]) for name, points in found.items() if name != other}
             tables[f"Less {other} (but for how often a guard is preferred)"] = point_table(less)
-            numbers |= {f"{name} less {other}": {"shown": row} for name, row in less.items()}
-    numbers |= {name: {**numbers_in(points), "shown": rows[name]} for name, points in found.items()}
-    for method, runs in grouped(having(results, "guard: "), "method").items():
-        tables[method] = point_table({name: point_row(points) for name, points in guards_of(runs).items()})
+            numbers |= {f"{name} less {other}": row for name, row in less.items()}
+    numbers |= rows
+    for by in ("method", "seed"):
+        for of, runs in grouped(having(results, "guard: "), by).items():
+            tables[f"{by} {of}"] = point_table({name: point_row(points) for name, points in guards_of(runs).items()})
     return point_table(rows), tables
 
 
@@ -420,8 +416,9 @@ def target_of(name: str) -> Callable[[tuple], tuple[str, str]]:
     return lambda run: (f"rival: {name} {RIVALS[name].strengths_of(run.method)[0]:g}", "rival")
 
 
-def rivals_of(target: str, runs: dict[tuple, dict], numbers: dict) -> dict[str, dict[str, str]]:
-    """Rows of the rivals that keep a fraction of a target's gain without guidance, less that target."""
+def rivals_of(target: str, runs: dict[tuple, dict]) -> dict[str, dict]:
+    """The rivals that keep a fraction of a target's gain without guidance, in the runs of a corner: {rival and
+    fraction: its `point_row` less that target, and "strengths", with each method}."""
     rows, of = {}, target_of(target)
     several = [rival for rival in RIVALS if len(RIVALS[rival].strengths) > 1]
     for rival, (keep, how) in product(several, KEPT.items()):
@@ -434,10 +431,7 @@ def rivals_of(target: str, runs: dict[tuple, dict], numbers: dict) -> dict[str, 
                 strengths.append(f"{method} {said if found[0] else 'too weak'}")
         if points:
             row = point_row(points, {run: model_point(runs[run], *of(run)) for run in points})
-            rows[f"{rival}, {how} ({', '.join(strengths)})"] = row
-            corner = next(iter(points)).corner
-            numbers[f"{corner}, {rival} at {how} of the {label(target)}'s gain"] = {
-                **numbers_in(points), "strengths": strengths, "shown": row}
+            rows[f"{rival}, {how}"] = {**row, "strengths": ", ".join(strengths)}
     return rows
 
 
@@ -446,8 +440,10 @@ def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, 
     equal, tables = [], {}
     for corner, runs in grouped(results, "corner").items():
         for target in (*GUARD, *(name for name in RIVALS if len(RIVALS[name].strengths) == 1)):
-            if rows := rivals_of(target, runs, numbers):
+            if found := rivals_of(target, runs):
                 title = f"{corner}, less the {label(target)}"
+                rows = {f"{name} ({row['strengths']})": row for name, row in found.items()}
+                numbers |= {f"{corner}, {name} of the {label(target)}'s gain": row for name, row in found.items()}
                 tables[title] = point_table(rows)
                 preferred = (f"{target} preferred, {BOTH[1]}",) if target in GUARD else ()
                 equal.append(f"**{title}**\n\n{point_table(rows, (*SHORT, *preferred, 'runs'))}")
@@ -484,13 +480,16 @@ def measured_claims(results: dict[tuple, dict], bases: dict[str, dict]) -> tuple
             numbers[claim] = {scale: check(runs, scale) for scale in BOTH}
             values[claim] = {"about": len(runs), "checks": check_table(numbers[claim])}
             tables[claim] = more(runs) if more else {}
+            for corner, of_corner in grouped(runs, "corner").items():
+                numbers[f"{claim}, {corner}"] = {scale: check(of_corner, scale) for scale in BOTH}
+                tables[claim][corner] = check_table(numbers[f"{claim}, {corner}"])
     if done:
         values["1"]["untrained"] = untrained_table(done, bases) if bases else ""
     if runs := having(done, "adjoint"):
         values["3"] = {"about": len(runs), "table": claim_3(runs, bases, numbers.setdefault("3", {}))}
-    if runs := guards_of(done):
-        table, tables["9"] = claim_9(done, numbers.setdefault("9", {}))
-        values["9"] = {"about": len(runs["base"]), "table": table}
+    if guards := guards_of(done):
+        table, tables["9"] = claim_9(done, guards, numbers.setdefault("9", {}))
+        values["9"] = {"about": len(guards["base"]), "table": table}
     if runs := having(done, "rival: "):
         equal, tables["10"] = claim_10(runs, numbers.setdefault("10", {}))
         values["10"] = {"about": len(runs), "tables": equal}
@@ -498,34 +497,39 @@ def measured_claims(results: dict[tuple, dict], bases: dict[str, dict]) -> tuple
 
 
 def summary(lines: list[str], numbers: dict) -> str:
-    """The table of claims. A line of the template names a claim, what it says, and the check that shows it."""
-    rows, key = [], {"5": "5 and 6", "6": "5 and 6"}
+    """The table of claims. A line of the template names a claim, what it says, and the check that shows it. The last
+    column says in how many corners the verdict is the same."""
+    rows = []
     for claim, text, name in (line.strip("| ").split(" | ") for line in lines):
-        of_claim = numbers.get(key.get(claim, claim), {})
+        key = "5 and 6" if claim in ("5", "6") else claim
+        of_claim = numbers.get(key, {})
         if claim == "3" and name in of_claim:
             found = of_claim[name]
-            rows.append([claim, text, "", f"{found['beyond']} of {found['steps']}", found["verdict"]])
+            rows.append([claim, text, "", f"{found['beyond']} of {found['steps']}", found["verdict"], ""])
         elif any(name in of_claim.get(scale, {}) for scale in BOTH):
-            rows.append([claim, text, *numbers_of(of_claim, name), verdicts(of_claim, name)])
-    return markdown(["claim", "what it says", "with guidance", "without", "verdict"], rows)
+            said = verdicts(of_claim, name)
+            corners = [verdicts(found, name) for other, found in numbers.items() if other.startswith(f"{key}, ")]
+            same = f"{corners.count(said)} of {len(corners)}"
+            rows.append([claim, text, *numbers_of(of_claim, name), said, same])
+    return markdown(["claim", "what it says", "with guidance", "without", "verdict", "same in"], rows)
 
 
 def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
     """The numbers that a comment may name: {levels[judged good, base, 3]}, a mean over cells with guidance 3, also of
     one corner or method ({levels[reward, base, 3, sd3, pickscore]}); and {found[5 and 6, 3, guided guard: preferred to
-    unguarded]}, a claim's number."""
+    unguarded]}, a claim's number, also of one corner ({found[5 and 6, flux, hps, 3, ...]})."""
     levels, found, done = {}, {}, having(results, "main")
     scales = scales_of(next(iter(done.values()))["main"]) if done else ()
     for scale, who, (metric, (title, digits)) in product(scales, MODELS, METRICS.items()):
         for of, runs in {"": done, **grouped(done, "corner"), **grouped(done, "method")}.items():
             mean = paired(runs, mean_of(f"main/{scale}", who, metric))["a"]
             levels[f"{title}, {who}, {scale}{of and f', {of}'}"] = f"{mean:.{min(digits, 2)}f}"
-    for claim, scale in product(CHECKS, BOTH):
-        for name, d in numbers.get(claim, {}).get(scale, {}).items():
+    for claim, scale in product(numbers, BOTH):
+        for name, d in numbers[claim].get(scale, {}).items():
             found[f"{claim}, {scale}, {name}"] = d["shown"]
     for claim in ("9", "10"):
         for name, row in numbers.get(claim, {}).items():
-            found |= {f"{claim}, {name}, {number}": shown for number, shown in row["shown"].items()}
+            found |= {f"{claim}, {name}, {number}": row[number]["shown"] for number in POINT}
     for who in MODELS if done else ():
         points = {run: model_point(r, "main", who) for run, r in done.items()}
         for number in ("good at equal reward", "good over guidance"):

@@ -47,25 +47,12 @@ from typing import Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import guards
 import numpy as np
 import torch
 import tyro
 from figures import draw_all, draw_front
-from guards import (
-    AUTO,
-    BOTH,
-    GUARDS,
-    GUIDANCE,
-    GUIDED,
-    LAM,
-    RIVALS,
-    Variant,
-    of_rows,
-    squared_error,
-    true_guidance,
-    velocities,
-    velocity_with,
-)
+from guards import AUTO, BOTH, GUARDS, GUIDANCE, GUIDED, LAM, RIVALS, Variant, true_guidance
 from paired import read_json
 from report import rounded, write_report
 from tqdm import tqdm
@@ -176,7 +163,7 @@ def rival_code(variant: Variant) -> str:
         return ""
     rival = getattr(variant.rival, "func", variant.rival)  # of a partial
     arguments = getattr(variant.rival, "keywords", {})
-    functions = rival, of_rows, squared_error, velocity_with, velocities, true_guidance
+    functions = (rival, guards.of_rows, guards.squared_error, guards.velocity_with, guards.velocities, true_guidance)
     return source_hash(*map(inspect.getsource, functions), repr(arguments))
 
 
