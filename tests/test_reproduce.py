@@ -453,7 +453,7 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert text.count("\n## ") == 9 and text.count("Not measured yet") == 5
     assert set(json.loads((tmp_path / "results.json").read_text())) == {
         *(f"{claim}{corner}" for claim in ("1", "4", "5 and 6") for corner in ("", ", sd3, pickscore")), "10"}
-    assert (tmp_path / "TABLES.md").read_text().count("\n## ") == 3
+    assert (tmp_path / "TABLES.md").read_text().count("\n## ") == 4
     graphs = {"inflation.png", "fronts.png", "rivals.png", "front.png"}
     assert {p.name for p in tmp_path.glob("*.png")} == graphs
 
