@@ -154,7 +154,7 @@ def test_paired_differences_and_verdicts():
     }
     d = paired.paired(results, lambda r: r["a"], lambda r: r["b"])
     values = np.array([r["a"] - 1 for r in results.values()]).reshape(4, 3)
-    assert d["difference"] == pytest.approx(values.mean()) and (d["seeds"], d["cells"]) == (3, 4)
+    assert d["difference"] == pytest.approx(values.mean()) and d["runs"] == 12
     assert d["half"] == pytest.approx(4.303 * values.mean(0).std(ddof=1) / 3**0.5, rel=1e-3)
     twice = results | {run._replace(base=f"{run.base} again"): r for run, r in results.items()}
     assert paired.paired(twice, lambda r: r["a"], lambda r: r["b"])["half"] == pytest.approx(d["half"])
@@ -280,12 +280,15 @@ def all_parts(main: dict, run: reproduce.Run) -> dict:
 @pytest.mark.parametrize("complete", [True, False])
 def test_the_report_of_all_claims(tmp_path, monkeypatch, complete):
     """With all parts, every claim has its section, and every row of the template's table its numbers. With parts that
-    only some runs have, or no base, the rest is reported."""
+    only some runs have, no base, or another corner with other seeds and a reward of other units, the rest is reported.
+    """
     committed, bases = reproduce.gathered(Path("tiny/results"))
     runs = {run: all_parts(r["main"], run) for run, r in committed.items() if run.corner == "sd3, pickscore"}
     last = list(runs)[-1]
     if not complete:
         runs[last] = {"main": runs[last]["main"]}
+        others = {run._replace(base="flux", reward="hps", seed=run.seed + 1): r for run, r in runs.items()}
+        runs |= {run: {"main": r["main"]} for run, r in others.items()}
         bases = {}
     report.write_report(runs, bases, reproduce.Size(), tmp_path, tmp_path, comments=False)
     drawn = []  # names of figures; rendering them takes seconds
@@ -296,13 +299,17 @@ def test_the_report_of_all_claims(tmp_path, monkeypatch, complete):
     assert "Not measured" not in text and "nan" not in text + tables
     asked = re.findall(r"^\| (\d+) \| (.*?) \|", report.TEMPLATE.read_text(), re.MULTILINE)
     shown = re.findall(r"^\| (\d+) \| (.*?) \|", text, re.MULTILINE)
-    missing = "hps" if complete else "hps|chance, base"  # there is no run with hps
-    assert shown == [row for row in asked if not re.search(missing, row[1])]
+    assert shown == [row for row in asked if complete or "chance, base" not in row[1]]
+    same_in = re.findall(r"^\| 1 \| .* (\d of \d) \|$", text, re.MULTILINE)
+    assert same_in == (["1 of 1", "1 of 1"] if complete else ["2 of 2", "0 of 2"])  # two seeds do not resolve it
+    levels = report.quoted(runs, {})["levels"]
+    assert "reward, base, 3, sd3, pickscore" in levels and ("reward, base, 3" in levels) is complete
+    assert ("9 runs (sd3, pickscore: 9)" if complete else "18 runs (sd3, pickscore: 9; flux, hps: 9)") in text
     assert set(drawn) == {"inflation", "fronts", "early", "adjoint", "guards", "rivals"}
 
     table = text.partition("**sd3, pickscore, less the guided guard**")[2]
     row = next(line for line in table.splitlines() if line.startswith("| velocity KL, all (")).strip("| ").split(" | ")
-    assert row[0].count(",") == 3 and row[-1] == str(len(runs) - (not complete))
+    assert row[0].count(",") == 3 and row[-1] == ("9" if complete else "6")  # of seeds that all cells have
     assert float(row[-2].split()[0]) > 50  # how often the guard is preferred, in %
     numbers = json.loads((tmp_path / "results.json").read_text())
     for keep, how in report.KEPT.items():
@@ -315,7 +322,7 @@ def test_the_report_of_all_claims(tmp_path, monkeypatch, complete):
     default, same = numbers["9"]["plain, lam 0.05"], numbers["9"]["plain, lam 0.2"]
     assert all(same[number] == default[number] for number in report.POINT if number != "guarded preferred, 3")
     assert default["guarded preferred, 3"]["shown"] == "-" and math.isfinite(default["good, 3"]["a"])
-    assert numbers["9"]["base"]["good, 3"]["seeds"] == (3 if complete else 2)
+    assert numbers["9"]["base"]["good, 3"]["runs"] == (9 if complete else 6)
 
 
 def test_what_a_claim_says():
@@ -447,7 +454,7 @@ def test_reproduce_goes_on_where_it_was_killed(tmp_path, monkeypatch):
         score = pickscore(pictures, [row["prompt"] for row in rows])
         assert done["main"][scale]["means"][name]["reward"] == pytest.approx(score.mean().item(), rel=1e-4)
         assert rows[0]["pipe"]["guidance_scale"] == (3 if scale == "3" else 1)
-    loras = [lora_bytes(home / name) for name in ("lam0", "lam0.05", "guided", "rivals/EMA-KL-0.3")]
+    loras = [lora_bytes(home / name) for name in ("lam0", "lam0.05", "lam-0.05-guard-guidance-3", "rival-EMA-KL-0.3")]
     assert len(set(loras)) == 4  # the guards and the rival were in place
     text = (tmp_path / "RESULTS.md").read_text()
     assert text.count("\n## ") == 9 and text.count("Not measured yet") == 5

@@ -1,5 +1,5 @@
 """The figures of RESULTS.md and of the README, from what reproduce.py measured."""
-import math
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from flow.pictures import load_pictures, read_folder
 
 COLOUR = {"base": "gray", "unguarded": "#c44e30", "guarded": "#2c6fbb", "guided": "#2a8c4a"}
 GUARD_COLOURS = {"plain, lam ": COLOUR["guarded"], "guided, lam ": COLOUR["guided"], "KL ": "darkorange"}
+ENDS = (0, ":", ", weakest"), (-1, "-", ", strongest")
 RIVAL_COLOURS = "darkorange", "purple", "saddlebrown", "hotpink", "olive", "deepskyblue", "black"
 
 
@@ -29,25 +30,27 @@ def save(figure, path: Path, dpi: int = 110):
 def panels(n: int, width: float, height: float) -> tuple[plt.Figure, np.ndarray]:
     """A figure of n panels of this size in inches, at most three in a row."""
     columns = min(3, n)
-    rows = math.ceil(n / columns)
+    rows = -(-n // columns)
     size = columns * width, rows * height
     return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
 
 
 def draw_inflation(results: dict[tuple, dict], path: Path):
-    """Norm ratio over training, at its end over t without guidance, and with it. A column a method, a line a run."""
-    methods = grouped(results, "method")
+    """Norm ratio over training, at its end over t without guidance, and with it. A column a method, a line the mean of
+    a corner's seeds."""
+    methods, corners = grouped(results, "method"), grouped(results, "corner")
+    lines = dict(zip(corners, ("-", "--", ":", "-.")))
     figure, axes = plt.subplots(3, len(methods), figsize=(4 * len(methods), 8), layout="constrained", squeeze=False,
                                 sharey="row")
-    for column, (method, runs) in zip(axes.T, methods.items()):
-        for (run, r), who in product(runs.items(), MODELS[1:]):
-            style = {"color": COLOUR[who], "linestyle": "-" if run.base == "sd3" else ":", "linewidth": 0.9,
-                     "alpha": 0.7}
-            curve = r["main"]["curves"].get(who, [])
-            column[0].plot([e["epoch"] for e in curve], [e["norm_ratio"] for e in curve], **style)
+    for column, (method, of_method) in zip(axes.T, methods.items()):
+        for (corner, runs), who in product(grouped(of_method, "corner").items(), MODELS[1:]):
+            style = {"color": COLOUR[who], "linestyle": lines[corner], "linewidth": 1.3}
+            curves = [r["main"]["curves"].get(who, []) for r in runs.values()]
+            epochs = [e["epoch"] for e in curves[0]]
+            column[0].plot(epochs, np.mean([[e["norm_ratio"] for e in curve] for curve in curves], axis=0), **style)
             for axis, scale in zip(column[1:], BOTH):
-                norms = r["main"][scale]["ratio"][who]
-                axis.plot(norms["t"], norms["mean"], **style)
+                norms = [r["main"][scale]["ratio"][who] for r in runs.values()]
+                axis.plot(norms[0]["t"], np.mean([n["mean"] for n in norms], axis=0), **style)
         column[0].set(title=method.upper(), xlabel="epoch of training; drawn without guidance")
         column[1].set(xlabel="t (1 is noise); drawn without guidance", xlim=(1.02, -0.02))
         column[2].set(xlabel=f"t (1 is noise); drawn with guidance {BOTH[1]}", xlim=(1.02, -0.02))
@@ -56,10 +59,14 @@ def draw_inflation(results: dict[tuple, dict], path: Path):
     for axis in axes[:, 0]:
         axis.set_ylabel("norm ratio to the reference")
     handles = [plt.Line2D([], [], color=COLOUR[who], label=label(who)) for who in MODELS[1:]]
-    for base, linestyle in (("sd3", "-"), ("flux", ":")) if len(grouped(results, "base")) > 1 else ():
-        handles.append(plt.Line2D([], [], color="gray", linestyle=linestyle, label=base))
-    axes[0, 0].legend(handles=handles, fontsize=8)
+    handles += [plt.Line2D([], [], color="gray", linestyle=line, label=corner) for corner, line in lines.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     save(figure, path)
+
+
+def front(axis: plt.Axes, parts: list[dict], who: str, style: str, **more):
+    """A line over guidance: a model's mean reward and how good it is judged, in these parts of runs."""
+    axis.plot(*np.mean([over_guidance(part, who) for part in parts], axis=0), style, **more)
 
 
 def draw_fronts(results: dict[tuple, dict], path: Path):
@@ -68,13 +75,13 @@ def draw_fronts(results: dict[tuple, dict], path: Path):
     cells = grouped(results, "cell")
     figure, axes = panels(len(cells), 4, 3.3)
     for axis, (title, runs) in zip(axes.flat, cells.items()):
+        parts = [r["main"] for r in runs.values()]
         for who in MODELS:
-            x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
-            axis.plot(x, y, "o-", color=COLOUR[who], markersize=4, label=label(who))
+            front(axis, parts, who, "o-", color=COLOUR[who], markersize=4, label=label(who))
+            x, y = axis.lines[-1].get_data()
             axis.plot(x[0], y[0], "s", color=COLOUR[who], markersize=8)
-            scales = scales_of(next(iter(runs.values()))["main"]) if who == "base" else ()
-            for scale, place in zip(scales, zip(x, y)):
-                axis.annotate(scale, place, (-4, -11), textcoords="offset points", fontsize=7, color=COLOUR[who])
+        for scale, place in zip(scales_of(parts[0]), zip(*axis.lines[0].get_data())):  # of the base
+            axis.annotate(scale, place, (-4, -11), textcoords="offset points", fontsize=7, color=COLOUR["base"])
         axis.set(title=title, xlabel="reward")
     for axis in axes[:, 0]:
         axis.set_ylabel("judged good")
@@ -95,7 +102,6 @@ def draw_early(results: dict[tuple, dict], path: Path):
             for who, name in GUARD.items():
                 axis.plot(found[who]["reward"], found[who][BOTH[1]], "*", color=COLOUR[who], label=name, markersize=9)
         axis.set_title(cell, fontsize=9)
-        axis.tick_params(labelsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("reward without guidance, training prompts", fontsize=8)
     for axis in axes[:, 0]:
@@ -107,23 +113,17 @@ def draw_early(results: dict[tuple, dict], path: Path):
 
 def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path):
     """The sensitivities' t statistic at each step: rewards above, control below. Lines: means; bands: ranges."""
-    of_bases, of_runs = {}, {}  # {(base, reward): [adjoint, ...]}
-    for base, b in bases.items():
-        for part in (part for part in b if part.startswith("adjoint")):
-            of_bases[base, part.split()[1]] = [b[part]]
-    for run, r in results.items():
-        of_runs.setdefault((run.base, run.reward), []).append(r["adjoint"])
-    colours = dict(zip(sorted({*of_bases, *of_runs}), plt.cm.Dark2.colors))
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharey="row", sharex=True)
-    columns = {"base models": of_bases, "unguarded models": of_runs}
-    for column, (title, adjoints) in zip(axes.T, columns.items()):
-        for axis, what in zip(column, ("reward", "energy")):
-            axis.axhspan(-2.13, 2.13, color="gray", alpha=0.2, linewidth=0)
-            for (base, reward), models in sorted(adjoints.items()):
+    for (corner, runs), colour in zip(grouped(results, "corner").items(), plt.cm.Dark2.colors):
+        base = bases.get(corner.split(", ")[0], {}).get(f"adjoint {corner.split(', ')[1]}")
+        for column, models in zip(axes.T, ([base] if base else [], [r["adjoint"] for r in runs.values()])):
+            for axis, what in zip(column, ("reward", "energy")) if models else ():
                 t, at = np.array([a[what]["t_statistic"] for a in models]), models[0]["t"]
-                colour, linestyle = colours[base, reward], "-" if base == "sd3" else "--"
-                axis.plot(at, t.mean(0), color=colour, linestyle=linestyle, linewidth=1.2, label=f"{base}, {reward}")
+                axis.plot(at, t.mean(0), color=colour, linewidth=1.2, label=corner)
                 axis.fill_between(at, t.min(0), t.max(0), color=colour, alpha=0.15, linewidth=0)
+    for axis in axes.flat:
+        axis.axhspan(-2.13, 2.13, color="gray", alpha=0.2, linewidth=0)
+    for column, title in zip(axes.T, ("base models", "unguarded models")):
         column[0].set_title(title)
         column[1].set(xlabel="t (1 is noise)", xlim=(1.02, -0.02))
     axes[0, 0].set_ylabel("the reward: t statistic")
@@ -134,14 +134,14 @@ def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path)
 
 def draw_guards(results: dict[tuple, dict], path: Path):
     """Guards and KLs, on training prompts: reward without guidance against judged good with it. Lines join the weights
-    of a kind. A panel a method, and one for all."""
-    results = having(results, "guard: ")
-    panels = {"all methods": results, **grouped(results, "method")}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 5), layout="constrained", squeeze=False)
-    for axis, (title, runs) in zip(axes[0], panels.items()):
+    of a kind; dotted: the base's quality. A panel a method, and one for all."""
+    by_title = {"all methods": results, **grouped(results, "method")}
+    figure, axes = plt.subplots(1, len(by_title), figsize=(4.2 * len(by_title), 5), layout="constrained", squeeze=False)
+    for axis, (title, runs) in zip(axes[0], by_title.items()):
         points = {}
         for name, by_run in guards_of(runs).items():
             points[name] = [np.mean([p[k] for p in by_run.values()]) for k in ("reward, none", f"good, {BOTH[1]}")]
+        axis.axhline(points.pop("base")[1], color=COLOUR["base"], linestyle=":")
         for name, (x, y) in points.items():
             axis.plot(x, y, "o", color=COLOUR.get(name, "purple"), markersize=4)
             left = "KL" in name
@@ -162,23 +162,25 @@ def draw_rivals(results: dict[tuple, dict], path: Path):
     """Fronts over guidance of the guards and of each rival at its weakest and strongest. A column a corner, a row the
     rivals of the conditional velocity, then those of the guided one. Means over methods and seeds."""
     corners = grouped(results, "corner")
-    kinds = [[name for name in RIVALS if name.startswith("guided") == guided] for guided in (False, True)]
-    kinds = [names for names in kinds if any(having(results, f"rival: {name}") for name in names)]
+    kinds = {of: [name for name in RIVALS if ("guided" in name) == guided]
+             for of, guided in (("velocity without guidance", False), ("guided velocity", True))}
     size = (7 * len(corners), 4.5 * len(kinds))
     figure, axes = plt.subplots(len(kinds), len(corners), figsize=size, layout="constrained", squeeze=False)
     for column, (corner, runs) in zip(axes.T, corners.items()):
-        for axis, names in zip(column, kinds):
-            for (name, colour), (end, style) in product(zip(names, RIVAL_COLOURS), ((0, ":"), (-1, "-"))):
-                parts = {run: f"rival: {name} {RIVALS[name].strengths_of(run.method)[end]:g}" for run in runs}
-                curves = [over_guidance(runs[run][part], "rival") for run, part in parts.items() if part in runs[run]]
+        for axis, (of, names) in zip(column, kinds.items()):
+            for (name, colour), (end, style, which) in product(zip(names, RIVAL_COLOURS), ENDS):
                 several = len(RIVALS[name].strengths) > 1
-                if curves and (several or not end):
-                    title = name + (", strongest" if end else ", weakest") * several
-                    axis.plot(*np.mean(curves, axis=0), style, marker=".", color=colour, linewidth=1, label=title)
-            for who in MODELS:
-                x, y = np.mean([over_guidance(r["main"], who) for r in runs.values()], axis=0)
-                axis.plot(x, y, "o-", color=COLOUR[who], linewidth=2, label=label(who))
-            of = "guided velocity" if names[0].startswith("guided") else "velocity without guidance"
+                parts = {run: f"rival: {name} {RIVALS[name].strengths_of(run.method)[end]:g}" for run in runs}
+                parts = [runs[run][part] for run, part in parts.items() if part in runs[run]]
+                if parts and (several or end):
+                    title = f"{name}{which * several} ({len(parts)} runs)"
+                    front(axis, parts, "rival", style, marker=".", color=colour, linewidth=1, label=title)
+            if not axis.lines:
+                axis.set_axis_off()
+                continue
+            for who in MODELS[1:]:
+                front(axis, [r["main"] for r in runs.values()], who, "o-", color=COLOUR[who], linewidth=2,
+                      label=f"{label(who)} ({len(runs)} runs)")
             axis.set(title=f"{corner}: rivals of the {of}", xlabel="reward", ylabel="judged good")
             axis.legend(fontsize=7)
     save(figure, path)
@@ -214,15 +216,9 @@ def draw_front(r: dict, folders: dict[str, Path], path: Path, columns: int = 5):
 def draw_all(results: dict[tuple, dict], bases: dict[str, dict], assets: Path):
     """Draw the figures of RESULTS.md for which there are numbers."""
     assets.mkdir(parents=True, exist_ok=True)
-    done = having(results, "main")
-    if done:
-        draw_inflation(done, assets / "inflation.png")
-        draw_fronts(done, assets / "fronts.png")
-    if measured := having(done, "early"):
-        draw_early(measured, assets / "early.png")
-    if measured := having(done, "adjoint"):
-        draw_adjoint(measured, bases, assets / "adjoint.png")
-    if guards_of(done):
-        draw_guards(done, assets / "guards.png")
-    if measured := having(done, "rival: "):
-        draw_rivals(measured, assets / "rivals.png")
+    figures = {"inflation": ("main", draw_inflation), "fronts": ("main", draw_fronts), "early": ("early", draw_early),
+               "adjoint": ("adjoint", partial(draw_adjoint, bases=bases)), "guards": ("guard: ", draw_guards),
+               "rivals": ("rival: ", draw_rivals)}
+    for name, (part, draw) in figures.items():
+        if measured := having(having(results, "main"), part):
+            draw(measured, path=assets / f"{name}.png")

@@ -172,7 +172,7 @@ class Rival(NamedTuple):
     training: Variant | None = None  # None: it samples from the unguarded model
     sampling: str = ""  # flags of sample.py
     none: float = 0.0  # the strength that is the unguarded model
-    dpo: tuple[float, ...] = ()  # strengths with DPO, whose gradient is about 3 times larger, if they are others
+    dpo: tuple[float, ...] = ()  # DPO's strengths, if they differ: its gradient is about 3 times larger
     corners: tuple[str, ...] = ("sd3, pickscore", "flux, hps")  # where it is measured
 
     def strengths_of(self, method: str) -> tuple[float, ...]:
@@ -180,7 +180,7 @@ class Rival(NamedTuple):
         return self.dpo if self.dpo and method == "dpo" else self.strengths
 
 
-# "guided": of the guided velocity, whose squared error is about 6 times larger
+# "guided" rivals act on the guided velocity. Its squared error is about 6 times larger, so strengths are smaller
 TWO_REWARDS = " --reward tiny/{reward}:1,tiny/{other}:0"
 SD3 = ("sd3, pickscore",)
 RIVALS = {

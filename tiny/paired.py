@@ -32,7 +32,6 @@ METRICS = {  # metric: (label, digits)
 NORMS = {  # the norm ratio over a sampling trajectory, in one number
     "overall": lambda norms: norms["overall"],
     "highest": lambda norms: max(norms["mean"]),  # the highest step
-    "lowest": lambda norms: min(norms["mean"]),
     "excess": lambda norms: max(1.0, *norms["mean"]),  # a short norm in one run offsets no excess in another
 }
 
@@ -57,11 +56,15 @@ def having(results: dict[tuple, dict], start: str) -> dict[tuple, dict]:
     return {run: r for run, r in results.items() if any(part.startswith(start) for part in r)}
 
 
+def with_common_seeds(results: dict[tuple, dict]) -> dict[tuple, dict]:
+    """The runs whose seed every cell has. Means over cells are of these."""
+    cells = grouped(results, "cell").values()
+    return {run: r for run, r in results.items() if all(run.seed in {other.seed for other in cell} for cell in cells)}
+
+
 def part_of(r: dict, part: str) -> dict:
     """A part of a run: "main/none" is its part "main" without guidance."""
-    for key in part.split("/"):
-        r = r[key]
-    return r
+    return functools.reduce(dict.__getitem__, part.split("/"), r)
 
 
 def mean_of(part: str, who: str, metric: str) -> Callable[[dict], float]:
@@ -70,8 +73,8 @@ def mean_of(part: str, who: str, metric: str) -> Callable[[dict], float]:
 
 
 def gain_of(part: str, who: str) -> Callable[[dict], float]:
-    """Reads a model's reward less the base's without guidance, as a fraction of what the unguarded model gains there.
-    Rewards differ in their units."""
+    """Reads (a model's reward - the base's without guidance) / (what the unguarded model gains without guidance),
+    because rewards have different units."""
     def fraction(r: dict) -> float:
         base, unguarded = (mean_of("main/none", name, "reward")(r) for name in ("base", "unguarded"))
         return (mean_of(part, who, "reward")(r) - base) / (unguarded - base or math.nan)
@@ -110,28 +113,26 @@ def over_guidance(part: dict, who: str) -> tuple[list[float], list[float]]:
 def good_at(target: float, rewards: list[float], good: list[float]) -> float:
     """How good a model is judged at the lowest guidance at which its reward reaches a target, interpolated between two
     scales; NaN if it never does."""
-    i = next((i for i, reward in enumerate(rewards) if reward >= target), None)
-    if i is None:
+    reached = [i for i, reward in enumerate(rewards) if reward >= target]
+    if not reached:
         return math.nan
-    if i == 0:
-        return good[0]
-    share = (target - rewards[i - 1]) / (rewards[i] - rewards[i - 1])
-    return good[i - 1] + share * (good[i] - good[i - 1])
+    around = slice(max(0, reached[0] - 1), reached[0] + 1)
+    return float(np.interp(target, rewards[around], good[around]))
 
 
 def model_point(r: dict, part: str, who: str) -> dict[str, float]:
-    """A model's numbers, some for each scale of BOTH: its reward, how good it is judged (where its reward reaches the
-    base's with guidance: "good at equal reward"), its norm ratio, how often a guard is preferred."""
-    numbers = {}
-    for scale in BOTH:
-        means = r[part][scale]["means"][who]
-        numbers |= {f"reward, {scale}": means["reward"], f"good, {scale}": means["judge/overall"]}
-        if who in r[part][scale]["ratio"]:
-            numbers[f"highest, {scale}"] = NORMS["highest"](r[part][scale]["ratio"][who])
-            numbers[f"mean, {scale}"] = NORMS["overall"](r[part][scale]["ratio"][who])
-        for guard in ("guarded", "guided"):
-            if guard != who:
-                numbers[f"{guard} preferred, {scale}"] = preference(f"{part}/{scale}", f"{guard} vs {who}")(r)
+    """A model's numbers: its reward and how good it is judged without guidance and with it, over guidance, and where
+    its reward reaches the base's with guidance ("good at equal reward"); and with guidance its norm ratio and how often
+    a guard is preferred to it."""
+    numbers, scale = {}, BOTH[1]
+    for at in BOTH:
+        means = r[part][at]["means"][who]
+        numbers |= {f"reward, {at}": means["reward"], f"good, {at}": means["judge/overall"]}
+    if norms := r[part][scale]["ratio"].get(who):
+        numbers |= {f"highest, {scale}": NORMS["highest"](norms), f"mean, {scale}": NORMS["overall"](norms)}
+    for guard in ("guarded", "guided"):
+        if guard != who:
+            numbers[f"{guard} preferred, {scale}"] = preference(f"{part}/{scale}", f"{guard} vs {who}")(r)
     rewards, good = over_guidance(r[part], who)
     target = r[part][BOTH[1]]["means"]["base"]["reward"]
     numbers |= {"good at equal reward": good_at(target, rewards, good), "good over guidance": float(np.mean(good))}
@@ -152,29 +153,29 @@ def quantile(df: float) -> float:
 
 def paired(results: dict[tuple, dict], a: Callable[[dict], float],
            b: Callable[[dict], float] = lambda r: 0.0) -> dict:
-    """The mean of a - b over cells, and half its 95 % interval ("half"; NaN with only one seed).
+    """The mean of a - b over cells, and half its 95 % interval ("half"). NaN where a number is missing; with only one
+    seed there is no interval.
 
     Cells are fixed; seeds are the sample. The runs of a seed share their LoRA's start, prompts and noise in all cells,
     so their errors are correlated. Therefore each seed counts once: Student's t of the seeds' means over cells. Only
     seeds that all cells have are used."""
-    cells = grouped(results, "cell")
-    seeds = sorted(set.intersection(*({run.seed for run in runs} for runs in cells.values())))
-    by_seed = [{run.seed: (a(r), b(r)) for run, r in runs.items()} for runs in cells.values()]
-    values = np.array([[of_cell[seed] for seed in seeds] for of_cell in by_seed])  # (cells, seeds, 2)
-    differences = values[..., 0] - values[..., 1]
+    cells = grouped(with_common_seeds(results), "cell")
+    values = [[(a(runs[run]), b(runs[run])) for run in sorted(runs)] for runs in cells.values()]
+    values = np.array(values or [[(math.nan, math.nan)]])  # (cells, seeds, 2)
+    seeds, differences = values.shape[1], values[..., 0] - values[..., 1]
     half = math.nan
-    if len(seeds) > 1:
-        half = quantile(len(seeds) - 1) * differences.mean(0).std(ddof=1) / math.sqrt(len(seeds))
-    mean_a, mean_b = values.mean((0, 1)) if seeds else (math.nan, math.nan)
+    if seeds > 1:
+        half = quantile(seeds - 1) * differences.mean(0).std(ddof=1) / math.sqrt(seeds)
+    mean_a, mean_b = values.mean((0, 1))
     return {"a": float(mean_a), "b": float(mean_b), "difference": float(mean_a - mean_b), "half": float(half),
-            "cells": len(cells), "seeds": len(seeds)}
+            "runs": sum(map(len, cells.values()))}
 
 
 def verdict(d: dict, sign: int, at_most: float = 0.0) -> str:
     """Compare a claim with a difference's interval. The claim: the difference has this sign (1 or -1), or, with sign 0,
     it is `at_most` this much."""
     if math.isnan(d["half"]):
-        return "one seed: no interval"
+        return "no interval"  # one seed, or a number is missing
     low, high = d["difference"] - d["half"], d["difference"] + d["half"]
     if sign == 0:
         if low > at_most:
@@ -197,10 +198,8 @@ def points_of(run: tuple, r: dict, rival: str) -> list[dict]:
     hashes = [r[part].get("of", {}) for part in ("main", *parts)]
     if len({(of.get("weights"), of.get("code")) for of in hashes}) > 1:
         return []
-    points = []
-    for part, who in (("main", "unguarded"), *((part, "rival") for part in parts)):
-        points.append({**model_point(r, part, who), "training reward": r[part]["training reward"][who]})
-    return points
+    models = ("main", "unguarded"), *((part, "rival") for part in parts)
+    return [{**model_point(r, *of), "training reward": r[of[0]]["training reward"][of[1]]} for of in models]
 
 
 def crossing(rewards: np.ndarray, target: float) -> tuple[int, float] | None:
@@ -213,9 +212,9 @@ def crossing(rewards: np.ndarray, target: float) -> tuple[int, float] | None:
 
 
 def at_reward(points: dict[tuple, list[dict]], key: str, targets: dict[tuple, float]) -> tuple | None:
-    """Models of growing strength where their reward is that of a target: ({run: numbers}, i, the fraction of the way
-    from strength i to the next). None if even the last has more reward. points: {run: numbers at each strength}, of the
-    runs of one cell; key: which number is the reward; targets: {run: reward}.
+    """For each run of one cell, the numbers at the strength where the cell's mean reward is the mean target: ({run:
+    numbers}, i, the fraction of the way from strength i to the next). None if even the last has more reward.
+    points: {run: numbers at each strength}; key: which number is the reward; targets: {run: reward}.
 
     All seeds of the cell get the same strength, by their mean reward. Numbers are interpolated between two strengths.
     Few seeds make the choice uncertain. So each run's numbers are moved along the curve as far as its reward is from
@@ -245,8 +244,8 @@ def equal_reward(runs: dict[tuple, dict], rival: str, target: Callable[[tuple], 
     Returns ({run: its numbers, as points_of gives them}, the strength); ({}, None) if even the greatest strength has
     more reward; None if not every strength was measured.
 
-    It is chosen on training prompts (`at_reward`): there the seeds' mean reward keeps `keep` of the gain of the target,
-    or of the unguarded model, whichever is less."""
+    The strength is chosen on training prompts. The aim is base + keep * gain, where the gain is the target's or the
+    unguarded model's, whichever is less on average over seeds."""
     points = {run: points_of(run, r, rival) for run, r in runs.items()}
     points = {run: of_run for run, of_run in points.items() if of_run}
     if not points:

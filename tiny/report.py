@@ -28,6 +28,7 @@ from paired import (
     ratio,
     scales_of,
     verdict,
+    with_common_seeds,
 )
 
 from flow.cli import write_files
@@ -46,7 +47,9 @@ def label(who: str) -> str:
 
 
 def plus_minus(d: dict, digits: int | None = None) -> str:
-    """A difference and half its interval."""
+    """A difference and half its interval; "-" if a number is missing."""
+    if math.isnan(d["difference"]):
+        return "-"
     if digits is None:
         digits = 3 if abs(d["difference"]) > 0.01 else 4
     mean = round(d["difference"], digits) + 0.0  # no -0.000
@@ -55,7 +58,7 @@ def plus_minus(d: dict, digits: int | None = None) -> str:
 
 def rate(d: dict) -> str:
     """How often something is preferred, from how much more often than in half of the pairs."""
-    return plus_minus({k: 100 * d[k] + 50 * (k == "difference") for k in d}, 0)[1:] + " %"
+    return plus_minus({k: 100 * d[k] + 50 * (k == "difference") for k in d}, 0).removeprefix("+") + " %"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -64,8 +67,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def checked(claims: list[tuple]) -> dict[str, dict]:
-    """Claims with their verdicts. A claim is (its name, difference, sign[, at_most]), as `verdict` takes them. With the
-    sign None it has no verdict. `shown` is how the number is written. A rate of preference is tested against one half.
+    """Claims with their verdicts. A claim is (its name, difference, sign[, at_most]), as `verdict` takes them. With
+    sign None it gets no verdict. `shown` is how the number is written. A rate of preference is tested against one half.
     """
     checks = {}
     for name, d, sign, *at_most in claims:
@@ -99,6 +102,11 @@ def check_table(checks: dict[str, dict]) -> str:
     return markdown(["", "with guidance", "without", "the paper's claim"], rows)
 
 
+def level(results: dict[tuple, dict], part: str, who: str, metric: str) -> float:
+    """A metric's mean of a model of a part."""
+    return paired(results, mean_of(part, who, metric))["a"]
+
+
 def change(results: dict[tuple, dict], part: str, a: str, b: str, metric: str) -> dict:
     """A metric's difference between two models of a part."""
     return paired(results, mean_of(part, a, metric), mean_of(part, b, metric))
@@ -109,8 +117,7 @@ def level_table(results: dict[tuple, dict], parts: dict[str, str], models: tuple
     columns = [(name, part, who) for name, part in parts.items() for who in models]
     rows = []
     for metric, (title, digits) in METRICS.items():
-        means = [paired(results, mean_of(part, who, metric))["a"] for _, part, who in columns]
-        rows.append([title, *(f"{mean:.{digits}f}" for mean in means)])
+        rows.append([title, *(f"{level(results, part, who, metric):.{digits}f}" for _, part, who in columns)])
     return markdown(["metric", *(f"{label(who)}, {name}" for name, _, who in columns)], rows)
 
 
@@ -181,7 +188,8 @@ def claim_5_and_6(results: dict[tuple, dict], scale: str) -> dict:
             claims.append((f"{guard}: gain lost, at most 5 %",
                            paired(results, gain_of(part, "unguarded"), gain_of(part, who)), 0, 0.05))
         claims += [
-            (f"{guard}: reward (no claim)", change(results, part, who, "unguarded", "reward"), None),
+            (f"{guard}: reward, in parts of the gain (no claim)",
+             paired(results, gain_of(part, who), gain_of(part, "unguarded")), None),
             (f"{guard}: preferred to unguarded",
              paired(results, preference(part, f"{who} vs unguarded")), 1),
             (f"{guard}: judged good", change(results, part, who, "unguarded", "judge/overall"), 1),
@@ -229,9 +237,8 @@ def claim_8(results: dict[tuple, dict], scale: str) -> dict:
 
 def tables_1(results: dict[tuple, dict]) -> dict[str, str]:
     """Norms of each run, and means."""
-    columns = {}
-    for scale, who, norm in product(BOTH, MODELS[1:], ("overall", "highest")):
-        columns[f"{label(who)}, {norm}, {scale}"] = ratio(who, norm, f"main/{scale}")
+    columns = {f"{label(who)}, {norm}, {scale}": ratio(who, norm, f"main/{scale}")
+               for scale, who, norm in product(BOTH, MODELS[1:], ("overall", "highest"))}
     tables = {"Norm ratio over the trajectory and at its highest step, each seed": cell_table(results, columns, 1.0)}
     parts = {scale: f"main/{scale}" for scale in BOTH}
     tables["Means over cells, without guidance and with it"] = level_table(results, parts, MODELS)
@@ -244,7 +251,7 @@ def untrained_table(results: dict[tuple, dict], bases: dict[str, dict]) -> str:
     rows, renders = [], next(iter(bases.values()))["renders"]
     columns = list(product(BOTH, MODELS))
     for metric, (title, digits) in METRICS.items():
-        means = [paired(results, mean_of(f"main/{scale}", who, metric))["a"] for scale, who in columns]
+        means = [level(results, f"main/{scale}", who, metric) for scale, who in columns]
         if metric in renders:
             mean, std = renders[metric]["mean"], renders[metric]["std"]
             rows.append([title, *(f"{(x - mean) / std:+.2f}" for x in means)])
@@ -268,7 +275,7 @@ def tables_5_and_6(results: dict[tuple, dict]) -> dict[str, str]:
         tables[f"{title}, each seed"] = cell_table(results, columns)
     scales, rows = scales_of(next(iter(results.values()))["main"]), []
     for metric, who in product(("reward", "judge/overall"), MODELS):
-        means = [paired(results, mean_of(f"main/{scale}", who, metric))["a"] for scale in scales]
+        means = [level(results, f"main/{scale}", who, metric) for scale in scales]
         rows.append([f"{METRICS[metric][0]}, {label(who)}", *(f"{mean:.3f}" for mean in means)])
     tables["Over guidance"] = markdown(["", *scales], rows)
     if told := having(results, "told"):
@@ -278,20 +285,13 @@ def tables_5_and_6(results: dict[tuple, dict]) -> dict[str, str]:
 
 
 def tables_7(results: dict[tuple, dict]) -> dict[str, str]:
-    """Preference and verdict at few steps."""
-    steps = [steps for steps in next(iter(results.values()))["few"] if steps.isdigit()]
-    rows = []
+    """Quality at few steps."""
+    few, rows = [steps for steps in next(iter(results.values()))["few"] if steps.isdigit()], []
     for scale, who in product(reversed(BOTH), MODELS):
-        parts = [f"main/{scale}", *(f"few/{k}/{scale}" for k in steps)]
-        good = [f"{paired(results, mean_of(part, who, 'judge/overall'))['a']:.3f}" for part in parts]
-        liked = [""] * len(parts)
-        if who in GUARD:
-            rates = [paired(results, preference(part, f"{who} vs unguarded")) for part in parts]
-            liked = [f"{0.5 + rate['difference']:.2f}" for rate in rates]
-        rows.append([f"{label(who)}, {scale}", *good, *liked])
-    counts = ["all", *steps]
-    header = ["", *(f"judged good, {k} steps" for k in counts), *(f"preferred to unguarded, {k}" for k in counts)]
-    return {"At few steps": markdown(header, rows)}
+        parts = [f"main/{scale}", *(f"few/{steps}/{scale}" for steps in few)]
+        good = [level(results, part, who, "judge/overall") for part in parts]
+        rows.append([f"{label(who)}, {scale}", *(f"{x:.3f}" for x in good)])
+    return {"Judged good at few steps": markdown(["", "all steps", *(f"{steps} steps" for steps in few)], rows)}
 
 
 def tables_8(results: dict[tuple, dict]) -> dict[str, str]:
@@ -300,7 +300,7 @@ def tables_8(results: dict[tuple, dict]) -> dict[str, str]:
     for how in early[0]["chosen"]:
         epochs = Counter(int(e["chosen"][how]) for e in early)
         gain = paired(results, gain_of(f"early/{BOTH[0]}", how))["a"]
-        good = [paired(results, mean_of(f"early/{scale}", how, "judge/overall"))["a"] for scale in BOTH]
+        good = [level(results, f"early/{scale}", how, "judge/overall") for scale in BOTH]
         rows.append([how, ", ".join(f"{epoch} ({n} runs)" for epoch, n in sorted(epochs.items())),
                      *(f"{x:.2f}" for x in (gain, *good))])
     for who, guard in GUARD.items():
@@ -319,28 +319,34 @@ def coherent(beyond: int, steps: int) -> str:
     return "holds" if beyond <= 0.1 * steps else "mixed"
 
 
-def claim_3(results: dict[tuple, dict], bases: dict[str, dict], numbers: dict) -> str:
-    """Adjoint sensitivity: a table."""
-    adjoints = {"base": [], "unguarded": [(run.reward, r["adjoint"]) for run, r in results.items()]}
-    for b in bases.values():
-        adjoints["base"] += [(part.split()[1], b[part]) for part in b if part.startswith("adjoint")]
-    limit, rows = quantile(next(iter(results.values()))["adjoint"]["units"] - 1), []
-    for models, reward in product(adjoints, dict.fromkeys(run.reward for run in results)):
-        found = [adjoint for of_reward, adjoint in adjoints[models] if of_reward == reward]
-        for what in ("reward", "energy") if found else ():
-            t = np.array([adjoint[what]["t_statistic"] for adjoint in found])  # (models, steps)
+def claim_3(results: dict[tuple, dict], bases: dict[str, dict]) -> dict:
+    """Adjoint sensitivity: checks as those of other claims, without guidance only, with "medians" of a few numbers."""
+    limit, found = quantile(next(iter(results.values()))["adjoint"]["units"] - 1), {}
+    parts = {(run.base, f"adjoint {run.reward}") for run in results}
+    models = {"base models": [bases[base][part] for base, part in sorted(parts) if part in bases.get(base, {})],
+              "unguarded models": [r["adjoint"] for r in results.values()]}
+    for (name, adjoints), what in product(models.items(), ("reward", "energy")):
+        if adjoints:
+            t = np.array([adjoint[what]["t_statistic"] for adjoint in adjoints])  # (models, steps)
             beyond = int((np.abs(t) > limit).sum())
-            what_for, conclusion = reward, coherent(beyond, t.size)
+            said = coherent(beyond, t.size)
             if what == "energy":
-                what_for = f"energy (control for {reward})"
-                conclusion = "a signal, as it must" if beyond > t.size / 2 else "**the control fails**"
-            medians = [np.median(np.abs(t).max(1)), np.median([np.mean(a[what]["same_sign"]) for a in found]),
-                       np.median([a[what]["half_batch_cosine"] for a in found])]
-            numbers[f"{models}, {what_for}"] = {"steps": t.size, "beyond": beyond, "verdict": conclusion}
-            rows.append([f"{models} models ({len(found)})", what_for, f"{beyond} of {t.size}",
-                         *(f"{x:.2f}" for x in medians), conclusion])
-    header = ["models", "dR/ds of", "steps beyond", "largest |t|", "same sign", "cosine of half batches", "no signal?"]
-    return markdown([name.replace("|", "\\|") for name in header], rows)
+                said = "a signal, as it must" if beyond > t.size / 2 else "**the control fails**"
+            medians = [np.median(np.abs(t).max(1)), np.median([np.mean(a[what]["same_sign"]) for a in adjoints]),
+                       np.median([a[what]["half_batch_cosine"] for a in adjoints])]
+            found[f"{name}, {what}"] = {"shown": f"{beyond} of {t.size}", "verdict": said, "medians": medians}
+    return {BOTH[0]: found, BOTH[1]: {}}
+
+
+def sensitivities(checks: dict[str, dict[str, dict]]) -> str:
+    """The table of claim 3. checks: {corner: what `claim_3` gives}."""
+    rows = []
+    for corner, found in checks.items():
+        for name, d in found[BOTH[0]].items():
+            rows.append([corner, name, d["shown"], *(f"{x:.2f}" for x in d["medians"]), d["verdict"]])
+    header = ["corner", "models, dR/ds of", "steps beyond", "largest \\|t\\|", "same sign", "cosine of half batches",
+              "no signal?"]
+    return markdown(header, rows)
 
 
 # ---------------------------------------------------------------- claims 9 and 10: other guards, rivals
@@ -362,8 +368,8 @@ Points = dict[tuple, dict[str, float]]  # {run: numbers of `model_point`}
 
 def point_row(points: Points, against: Points | None = None) -> dict[str, dict]:
     """A row of means over cells, or of differences to another's numbers in the same runs, with intervals; and of how
-    often the guards are preferred. `shown` is how a number is written: "-" if it is missing in a run."""
-    row = {"runs": {"shown": str(len(points))}}
+    often the guards are preferred. `shown` is how a number is written: "-" if any run lacks it."""
+    row = {"runs": {"shown": str(len(with_common_seeds(points)))}}
     for number, (_, digits) in POINT.items():
         preferred = "preferred" in number
         less = against if against and not preferred else {run: {number: 0.0} for run in points}
@@ -381,17 +387,20 @@ def point_table(rows: dict[str, dict[str, dict]], columns: tuple[str, ...] = (*P
     return markdown(["", *header], lines)
 
 
+def points_of_models(runs: dict[tuple, dict], models: dict[str, tuple[str, str]]) -> dict[str, Points]:
+    """Numbers of models in the runs that have them. models: {name: (part, who in it)}."""
+    points = {name: {run: model_point(r, part, who) for run, r in runs.items() if part in r}
+              for name, (part, who) in models.items()}
+    return {name: of_model for name, of_model in points.items() if of_model}
+
+
 def guards_of(results: dict[tuple, dict]) -> dict[str, Points]:
-    """Each guard's numbers on training prompts: those guards that were measured in all runs that have some."""
-    runs, found = having(results, "guard: "), {}
-    parts = {name: f"guard: {name}" for name in GUARDS if all(f"guard: {name}" in r for r in runs.values())}
-    for run, r in runs.items() if parts else ():
-        for who in MODELS:
-            name = {"guarded": f"plain, lam {LAM}", "guided": f"guided, lam {LAM}"}.get(who, who)
-            found.setdefault(name, {})[run] = model_point(r, next(iter(parts.values())), who)
-        for name, part in parts.items():
-            found.setdefault(name, {})[run] = model_point(r, part, "variant")
-    return found
+    """Each guard's numbers on training prompts, of the guards that were measured in every run that has some."""
+    runs = having(results, "guard: ")
+    parts = [part for part in (f"guard: {name}" for name in GUARDS) if all(part in r for r in runs.values())]
+    names = "base", "unguarded", f"plain, lam {LAM}", f"guided, lam {LAM}"
+    models = {name: (part, who) for part in parts[:1] for name, who in zip(names, MODELS)}
+    return points_of_models(runs, models | {part.removeprefix("guard: "): (part, "variant") for part in parts})
 
 
 def claim_9(results: dict[tuple, dict], found: dict[str, Points], numbers: dict) -> tuple[str, dict[str, str]]:
@@ -417,8 +426,8 @@ def target_of(name: str) -> Callable[[tuple], tuple[str, str]]:
 
 
 def rivals_of(target: str, runs: dict[tuple, dict]) -> dict[str, dict]:
-    """The rivals that keep a fraction of a target's gain without guidance, in the runs of a corner: {rival and
-    fraction: its `point_row` less that target, and "strengths", with each method}."""
+    """The rivals that keep a fraction of a target's gain without guidance, in the runs of a corner: {"rival, fraction":
+    its `point_row` less the target, and "strengths", a text with each method's strength}."""
     rows, of = {}, target_of(target)
     several = [rival for rival in RIVALS if len(RIVALS[rival].strengths) > 1]
     for rival, (keep, how) in product(several, KEPT.items()):
@@ -427,8 +436,8 @@ def rivals_of(target: str, runs: dict[tuple, dict]) -> dict[str, dict]:
             found = equal_reward({run: r for run, r in of_method.items() if of(run)[0] in r}, rival, of, keep)
             if found is not None:
                 points |= found[0]
-                said = "none" if found[1] == RIVALS[rival].none else f"{found[1] or 0:.2g}"
-                strengths.append(f"{method} {said if found[0] else 'too weak'}")
+                said = "none" if found[1] == RIVALS[rival].none else f"{found[1]:.2g}" if found[0] else "too weak"
+                strengths.append(f"{method} {said}")
         if points:
             row = point_row(points, {run: model_point(runs[run], *of(run)) for run in points})
             rows[f"{rival}, {how}"] = {**row, "strengths": ", ".join(strengths)}
@@ -447,15 +456,12 @@ def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, 
                 tables[title] = point_table(rows)
                 preferred = (f"{target} preferred, {BOTH[1]}",) if target in GUARD else ()
                 equal.append(f"**{title}**\n\n{point_table(rows, (*SHORT, *preferred, 'runs'))}")
-        rows = {label(who): point_row({run: model_point(r, "main", who) for run, r in runs.items()}) for who in MODELS}
-        for rival in RIVALS:
-            for strength in dict.fromkeys(RIVALS[rival].strengths + RIVALS[rival].dpo):
-                part = f"rival: {rival} {strength:g}"
-                points = {run: model_point(r, part, "rival") for run, r in runs.items() if part in r}
-                if points:
-                    methods = ", ".join(dict.fromkeys(run.method for run in points))
-                    rows[f"{rival} {strength:g} ({methods})"] = point_row(points)
-        tables[f"{corner}: each strength, as it is"] = point_table(rows)
+        for method, of_method in grouped(runs, "method").items():
+            models = {label(who): ("main", who) for who in MODELS}
+            for rival, strength in ((rival, s) for rival in RIVALS for s in RIVALS[rival].strengths_of(method)):
+                models[f"{rival} {strength:g}"] = f"rival: {rival} {strength:g}", "rival"
+            rows = {name: point_row(points) for name, points in points_of_models(of_method, models).items()}
+            tables[f"{corner}, {method}: each strength, as it is"] = point_table(rows)
     return "\n\n".join(equal), tables
 
 
@@ -477,16 +483,21 @@ def measured_claims(results: dict[tuple, dict], bases: dict[str, dict]) -> tuple
     done = having(results, "main")
     for claim, (part, check, more) in CHECKS.items():
         if runs := having(done, part):
-            numbers[claim] = {scale: check(runs, scale) for scale in BOTH}
+            numbers[claim] = {scale: check(with_common_seeds(runs), scale) for scale in BOTH}
             values[claim] = {"about": len(runs), "checks": check_table(numbers[claim])}
-            tables[claim] = more(runs) if more else {}
+            tables[claim] = {}
             for corner, of_corner in grouped(runs, "corner").items():
                 numbers[f"{claim}, {corner}"] = {scale: check(of_corner, scale) for scale in BOTH}
                 tables[claim][corner] = check_table(numbers[f"{claim}, {corner}"])
+                for title, table in more(with_common_seeds(of_corner)).items() if more else ():
+                    tables[claim][f"{corner}. {title}"] = table
     if done:
         values["1"]["untrained"] = untrained_table(done, bases) if bases else ""
     if runs := having(done, "adjoint"):
-        values["3"] = {"about": len(runs), "table": claim_3(runs, bases, numbers.setdefault("3", {}))}
+        numbers["3"] = claim_3(runs, bases)
+        by_corner = {corner: claim_3(of_corner, bases) for corner, of_corner in grouped(runs, "corner").items()}
+        numbers |= {f"3, {corner}": found for corner, found in by_corner.items()}
+        values["3"] = {"about": len(runs), "table": sensitivities(by_corner)}
     if guards := guards_of(done):
         table, tables["9"] = claim_9(done, guards, numbers.setdefault("9", {}))
         values["9"] = {"about": len(guards["base"]), "table": table}
@@ -502,15 +513,12 @@ def summary(lines: list[str], numbers: dict) -> str:
     rows = []
     for claim, text, name in (line.strip("| ").split(" | ") for line in lines):
         key = "5 and 6" if claim in ("5", "6") else claim
-        of_claim = numbers.get(key, {})
-        if claim == "3" and name in of_claim:
-            found = of_claim[name]
-            rows.append([claim, text, "", f"{found['beyond']} of {found['steps']}", found["verdict"], ""])
-        elif any(name in of_claim.get(scale, {}) for scale in BOTH):
-            said = verdicts(of_claim, name)
-            corners = [verdicts(found, name) for other, found in numbers.items() if other.startswith(f"{key}, ")]
-            same = f"{corners.count(said)} of {len(corners)}"
-            rows.append([claim, text, *numbers_of(of_claim, name), said, same])
+        corners = [found for other, found in numbers.items() if other.startswith(f"{key}, ")]
+        said = [verdicts(found, name) for found in corners if any(name in of_scale for of_scale in found.values())]
+        if said:
+            overall = verdicts(numbers[key], name)
+            same = f"{said.count(overall)} of {len(said)}"
+            rows.append([claim, text, *numbers_of(numbers[key], name), overall, same])
     return markdown(["claim", "what it says", "with guidance", "without", "verdict", "same in"], rows)
 
 
@@ -519,21 +527,25 @@ def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
     one corner or method ({levels[reward, base, 3, sd3, pickscore]}); and {found[5 and 6, 3, guided guard: preferred to
     unguarded]}, a claim's number, also of one corner ({found[5 and 6, flux, hps, 3, ...]})."""
     levels, found, done = {}, {}, having(results, "main")
-    scales = scales_of(next(iter(done.values()))["main"]) if done else ()
-    for scale, who, (metric, (title, digits)) in product(scales, MODELS, METRICS.items()):
-        for of, runs in {"": done, **grouped(done, "corner"), **grouped(done, "method")}.items():
-            mean = paired(runs, mean_of(f"main/{scale}", who, metric))["a"]
-            levels[f"{title}, {who}, {scale}{of and f', {of}'}"] = f"{mean:.{min(digits, 2)}f}"
+    groups = {"": done, **grouped(done, "corner"), **grouped(done, "method"), **grouped(done, "cell")} if done else {}
+    for of, runs in groups.items():
+        units = len({run.reward for run in runs})  # rewards differ in theirs
+        for scale, who, (metric, (title, digits)) in product(scales_of(next(iter(runs.values()))["main"]), MODELS,
+                                                             METRICS.items()):
+            if units == 1 or "reward" not in metric:
+                mean = level(runs, f"main/{scale}", who, metric)
+                levels[f"{title}, {who}, {scale}{of and f', {of}'}"] = f"{mean:.{min(digits, 2)}f}"
+        for who in MODELS:
+            points = {run: model_point(r, "main", who) for run, r in runs.items()}
+            for number in ("good at equal reward", "good over guidance"):
+                mean = paired(points, lambda p, k=number: p[k])["a"]
+                levels[f"{number}, {who}{of and f', {of}'}"] = f"{mean:.2f}"
     for claim, scale in product(numbers, BOTH):
         for name, d in numbers[claim].get(scale, {}).items():
             found[f"{claim}, {scale}, {name}"] = d["shown"]
     for claim in ("9", "10"):
         for name, row in numbers.get(claim, {}).items():
             found |= {f"{claim}, {name}, {number}": row[number]["shown"] for number in POINT}
-    for who in MODELS if done else ():
-        points = {run: model_point(r, "main", who) for run, r in done.items()}
-        for number in ("good at equal reward", "good over guidance"):
-            levels[f"{number}, {who}"] = f"{paired(points, lambda p, k=number: p[k])['a']:.2f}"
     return {"levels": levels, "found": found}
 
 
@@ -553,13 +565,14 @@ def comment(paragraph: str, values: dict) -> str:
 def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home: Path, assets: Path, comments: bool):
     """Write home/RESULTS.md, home/TABLES.md and home/results.json, with or without our comments on the numbers."""
     values, tables, numbers = measured_claims(results, bases)
-    parts = [part for numbers in (*results.values(), *bases.values()) for part in numbers.values()]
+    parts = [part for measured in (*results.values(), *bases.values()) for part in measured.values()]
     commits = sorted({part.get("of", {}).get("commit") or "unknown" for part in parts})
     done = having(results, "main")
     about = [str(len(done)), *(str(values.get(claim, {}).get("about")) for claim in ("9", "10"))]
     common = {"about": ", ".join(about), "home": home, "lam": LAM, "guidance": BOTH[1], "pictures": size.n,
               "steps": size.steps, "renders": size.renders, "commits": ", ".join(commits), "runs": len(done),
-              "cells": len(grouped(done, "cell")), "intervals": "INTERVALS", **quoted(results, numbers)}
+              "corners": "; ".join(f"{corner}: {len(runs)}" for corner, runs in grouped(done, "corner").items()),
+              "intervals": "INTERVALS", **quoted(results, numbers)}
     text = []
     for section in ("\n" + TEMPLATE.read_text()).split("\n## "):
         title, *paragraphs = section.strip().split("\n\n")

@@ -21,8 +21,8 @@ On several cores, start the command several times, on one thread each. What anot
 
     for i in 1 2; do OMP_NUM_THREADS=1 python tiny/reproduce.py & sleep 1; done; wait
 
-Pictures that are judged show held-out prompts. Whatever is chosen (claim 8: a checkpoint; claim 9: a guard; claim 10: a
-rival's strength) is chosen on training prompts.
+Pictures that are judged show held-out prompts. All that is chosen is chosen on training prompts: a checkpoint (claim
+8), a guard (9), a rival's strength (10).
 """
 import ast
 import contextlib
@@ -198,8 +198,8 @@ def home_of(root: Path, base: str, run: Run | None = None) -> Path:
 def command(log: Path, line: str, out: Path | None = None, note: str = "", **more):
     """Run `python <line>` in this process, as main(args, **more) of its script, and add it to log/commands.txt.
 
-    out: the folder that it writes. The command is skipped if out/command.txt has it, with the same note. What another
-    command left there is deleted, and what an interrupted command with a note left, because that cannot resume."""
+    out: the folder that it writes. The command is skipped if out/command.txt has it, with the same note. The folder is
+    deleted first if another command wrote it, or if the command has a note: then it cannot resume."""
     noted = " ".join(f"python {line} {note}".split()) + "\n"
     done = (out / "command.txt").read_text() if out and (out / "command.txt").exists() else None
     if done == noted:
@@ -244,10 +244,11 @@ def train_unguarded(home: Path, run: Run, size: Size) -> Path:
 
 
 def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant, strength: float = 1.0) -> Path:
-    """The folder home/name of another training, without evaluations."""
-    out = home / name
+    """The LoRA of another training, without evaluations, in the folder home/name. Without a rival function the folder
+    is named by the flags instead, so that claims 9 and 10 share what both need."""
     other = next(reward for reward in Args.rewards if reward != run.reward)
     flags = variant.flags.format(s=strength, reward=run.reward, other=other)
+    out = home / (name if variant.rival else slug(flags.replace("--", "")))
     line = training_line(run, size, out, f"{flags} --eval-every 0")
     if variant.rival:
         state = {"guidance": GUIDANCE if "--guard-guidance" in flags else None}
@@ -257,7 +258,7 @@ def train_variant(home: Path, run: Run, size: Size, name: str, variant: Variant,
             command(home, line, out, note, rival=lambda *given: variant.rival(*given, state))
     else:
         command(home, line, out)
-    return out
+    return out / "lora"
 
 
 def train_all(home: Path, run: Run, size: Size) -> dict[str, Path]:
@@ -265,7 +266,7 @@ def train_all(home: Path, run: Run, size: Size) -> dict[str, Path]:
     unguarded, guarded = train_unguarded(home, run, size), home / f"lam{LAM}"
     command(home, training_line(run, size, guarded, f"--lam {LAM}"), guarded)
     guided = train_variant(home, run, size, "guided", GUIDED[run.base])
-    return {"unguarded": unguarded / "lora", "guarded": guarded / "lora", "guided": guided / "lora"}
+    return {"unguarded": unguarded / "lora", "guarded": guarded / "lora", "guided": guided}
 
 
 def slug(name: str) -> str:
@@ -365,15 +366,13 @@ def compare(home: Path, run: Run, size: Size, loras: dict[str, Path], scale: str
 
 def main_part(home: Path, run: Run, size: Size) -> dict:
     """Claims 1, 4, 5 and 6, without guidance and with each scale of it: norm ratios, reward, judge, detector."""
-    keys = ("eval_reward", "eval_reward_se", "eval_norm_ratio", "eval_norm_ratio_steps", "eval_saturation")
     loras, curves = train_all(home, run, size), {}
     _, rewards = training_rewards(home, run, size, "base")
     training = {"base": rewards.mean()}
     for name, lora in loras.items():
         lines = [json.loads(line) for line in (lora.parent / "metrics.jsonl").read_text().splitlines()]
-        evals = [line for line in lines if "eval_reward" in line]
-        if evals:
-            curves[name] = [{k.removeprefix("eval_"): line[k] for k in ("epoch", *keys)} for line in evals]
+        curves[name] = [{"epoch": line["epoch"], "norm_ratio": line["eval_norm_ratio"]} for line in lines
+                        if "eval_norm_ratio" in line]
         _, rewards = training_rewards(home, run, size, name, lora)
         training[name] = rewards.mean()
     judged = {scale: compare(home, run, size, loras, scale) for scale in size.scales}
@@ -383,7 +382,7 @@ def main_part(home: Path, run: Run, size: Size) -> dict:
 def auto_part(home: Path, run: Run, size: Size) -> dict:
     """Claims 4 to 6 for --lam auto."""
     loras = train_all(home, run, size)
-    loras["auto"] = train_variant(home, run, size, "auto", AUTO) / "lora"
+    loras["auto"] = train_variant(home, run, size, "auto", AUTO)
     return {scale: compare(home, run, size, loras, scale) for scale in BOTH}
 
 
@@ -422,9 +421,9 @@ def few_part(home: Path, run: Run, size: Size) -> dict:
 
 
 def early_part(home: Path, run: Run, size: Size) -> dict:
-    """Claim 8: the guarded models against checkpoints of the unguarded one, chosen on training prompts. For each of the
-    two guards: the first checkpoint whose reward is not lower by more than a standard error, paired over prompts, or
-    that of the highest reward. And the checkpoint that the judge likes best, without and with guidance."""
+    """Claim 8: the guarded models against checkpoints of the unguarded one, chosen on training prompts. For each guard:
+    the first checkpoint whose reward is at most a standard error (paired over prompts) below the guard's; if there is
+    none, that of the highest reward. And the checkpoint that the judge likes best, without and with guidance."""
     loras = train_all(home, run, size)
     unguarded = loras.pop("unguarded").parent
     models = loras | {path.name.removeprefix("lora-"): path for path in sorted(unguarded.glob("lora-*"))}
@@ -460,16 +459,16 @@ def judged_good(ask: Callable, folder: Path) -> float:
 def guard_part(home: Path, run: Run, size: Size, name: str) -> dict:
     """Claim 9: another guard. On training prompts, because a guard is a matter of choice."""
     loras = train_all(home, run, size)
-    loras["variant"] = train_variant(home, run, size, f"guards/{slug(name)}", GUARDS[name]) / "lora"
+    loras["variant"] = train_variant(home, run, size, slug(f"guard {name}"), GUARDS[name])
     return {scale: compare(home, run, size, loras, scale, training=True) for scale in size.scales}
 
 
 def rival_part(home: Path, run: Run, size: Size, name: str, strength: float) -> dict:
     """Claim 10: a rival of the guard at one strength."""
-    rival, label, loras = RIVALS[name], slug(f"{name} {strength:g}"), train_all(home, run, size)
+    rival, label, loras = RIVALS[name], slug(f"rival {name} {strength:g}"), train_all(home, run, size)
     loras["rival"], flags = loras["unguarded"], rival.sampling.format(s=strength)
     if rival.training:
-        loras["rival"] = train_variant(home, run, size, f"rivals/{label}", rival.training, strength) / "lora"
+        loras["rival"] = train_variant(home, run, size, label, rival.training, strength)
     _, rewards = training_rewards(home, run, size, label, loras["rival"], flags)
     judged = {scale: compare(home, run, size, loras, scale, flags={"rival": flags}) for scale in size.scales}
     return {"training reward": {"rival": rewards.mean()}, **judged}
@@ -478,7 +477,7 @@ def rival_part(home: Path, run: Run, size: Size, name: str, strength: float) -> 
 class Part(NamedTuple):
     """What is measured on a run."""
     measure: Callable[[Path, Run, Size], dict]
-    claims: tuple[int, ...]  # that use its numbers
+    claims: tuple[int, ...]  # claims that use its numbers
     variant: Variant = Variant("")  # how it trains
     methods: tuple[str, ...] = Args.methods
     corners: tuple[str, ...] = ()  # where it is measured; (): everywhere
@@ -555,11 +554,11 @@ def measure_base(base: str, args: Args, size: Size):
 def gathered(results: Path) -> tuple[dict[Run, dict], dict[str, dict]]:
     """Read the numbers of all runs and of the bases from a folder."""
     runs = {}
-    for base, method, reward in product(Args.bases, Args.methods, Args.rewards):
-        for file in sorted(results.glob(f"{base}-{method}-{reward}-s*.json")):
-            runs[Run(base, method, reward, int(file.stem.rpartition("-s")[2]))] = read_json(file)
-    bases = {base: read_json(results / f"{base}.json") for base in Args.bases}
-    return runs, {base: numbers for base, numbers in bases.items() if numbers}
+    for base, reward, method in product(Args.bases, Args.rewards, Args.methods):
+        files = results.glob(f"{base}-{method}-{reward}-s*.json")
+        for seed, file in sorted((int(file.stem.rpartition("-s")[2]), file) for file in files):
+            runs[Run(base, method, reward, seed)] = read_json(file)
+    return runs, {base: numbers for base in Args.bases if (numbers := read_json(results / f"{base}.json"))}
 
 
 def stale_parts(runs: dict[Run, dict], bases: dict[str, dict], size: Size) -> dict[str, list[str]]:
@@ -657,7 +656,7 @@ def report_all(args: Args, size: Size):
     for what, parts in stale_parts(runs, bases, size).items():
         print(f"note: {len(parts)} parts were measured with other {what} than today's ({parts[0]}, ...); to measure "
               f"them anew, delete them in {results}")
-    print(f"{len(runs)} runs: {results.parent}/RESULTS.md, {results.parent}/results.json and figures in {assets}/")
+    print(f"{len(runs)} runs: RESULTS.md, TABLES.md and results.json in {results.parent}/, figures in {assets}/")
 
 
 if __name__ == "__main__":
