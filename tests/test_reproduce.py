@@ -499,9 +499,10 @@ def test_world_is_deterministic_and_split():
 
 
 def test_the_numbers_of_the_readme():
-    """README's table is what was measured of SD3 with PickScore; how often pictures are preferred is in RESULTS.md."""
-    runs, results = reproduce.gathered(Path("tiny/results"))[0], Path("tiny/RESULTS.md").read_text()
-    runs = {run: r for run, r in runs.items() if run.corner == "sd3, pickscore"}
+    """README's table is what was measured of SD3 with PickScore; the other corners' numbers are below it, and how often
+    pictures are preferred is in RESULTS.md."""
+    results_of, results = reproduce.gathered(Path("tiny/results"))[0], Path("tiny/RESULTS.md").read_text()
+    runs = {run: r for run, r in results_of.items() if run.corner == "sd3, pickscore"}
     section = Path("README.md").read_text().partition("## Results on the miniature")[2].partition("\n## ")[0]
     rows = [line.split("|")[2:-1] for line in section.splitlines() if line.startswith("| ")][1:]
     parts = [f"main/{scale}" for scale in guards.BOTH]
@@ -519,5 +520,8 @@ def test_the_numbers_of_the_readme():
             shown = [report.plus_minus({k: 100 * d[k] for k in d}, 0).replace("+0 ", "0 ") for d in excess]
             told.append(", ".join(shown) + " %")
         assert [cell.strip() for cell in row] == told
-    quoted = re.findall(r"\d+(?:\.\d+)? ± \d+(?:\.\d+)? %", section.rpartition("|\n")[2].replace("\n", " "))
+    text, levels = section.rpartition("|\n")[2].replace("\n", " "), report.quoted(results_of, {})["levels"]
+    others = [f"judged good, {who}, 3, {corner}" for corner in ("sd3, hps", "flux, hps") for who in report.MODELS]
+    assert re.findall(r"\d\.\d\d\b", text.partition(". The")[0]) == [levels[name] for name in others]
+    quoted = re.findall(r"\d+(?:\.\d+)? ± \d+(?:\.\d+)? %", text)
     assert len(quoted) == 2 and all(number in results for number in quoted)

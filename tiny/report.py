@@ -539,7 +539,7 @@ def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
             points = {run: model_point(r, "main", who) for run, r in runs.items()}
             for number in ("good at equal reward", "good over guidance"):
                 mean = paired(points, lambda p, k=number: p[k])["a"]
-                levels[f"{number}, {who}{of and f', {of}'}"] = f"{mean:.2f}"
+                levels |= {f"{number}, {who}{of and f', {of}'}": f"{mean:.2f}"} if math.isfinite(mean) else {}
     for claim, scale in product(numbers, BOTH):
         for name, d in numbers[claim].get(scale, {}).items():
             found[f"{claim}, {scale}, {name}"] = d["shown"]
