@@ -522,6 +522,7 @@ def test_the_numbers_of_the_readme():
         assert [cell.strip() for cell in row] == told
     text, levels = section.rpartition("|\n")[2].replace("\n", " "), report.quoted(results_of, {})["levels"]
     others = [f"judged good, {who}, 3, {corner}" for corner in ("sd3, hps", "flux, hps") for who in report.MODELS]
-    assert re.findall(r"\d\.\d\d\b", text.partition(". The")[0]) == [levels[name] for name in others]
+    others += [f"{metric}, base, 2, sd3, pickscore" for metric in ("reward", "judged good")]
+    assert re.findall(r"\b\d\.\d\d\b", text) == [levels[name] for name in others]
     quoted = re.findall(r"\d+(?:\.\d+)? ± \d+(?:\.\d+)? %", text)
     assert len(quoted) == 2 and all(number in results for number in quoted)

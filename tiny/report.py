@@ -99,7 +99,7 @@ def check_table(checks: dict[str, dict]) -> str:
     """A table of a claim's checks. checks: {guidance scale: {name: what `checked` gives}}."""
     names = dict.fromkeys([name for of_scale in checks.values() for name in of_scale])
     rows = [[name, *numbers_of(checks, name), verdicts(checks, name)] for name in names]
-    return markdown(["", "with guidance", "without", "the paper's claim"], rows)
+    return markdown(["", "with guidance", "without", "verdict"], rows)
 
 
 def level(results: dict[tuple, dict], part: str, who: str, metric: str) -> float:
@@ -135,8 +135,8 @@ def cell_table(results: dict[tuple, dict], columns: dict[str, Callable[[dict], f
 def claim_1(results: dict[tuple, dict], scale: str) -> dict:
     """Inflation of the norm, and damage to pictures."""
     part = f"main/{scale}"
-    claims = [("excess of the norm over the reference's", paired(results, ratio("unguarded", "overall", part)), 1),
-              ("excess of the norm at its highest step", paired(results, ratio("unguarded", "highest", part)), 1)]
+    claims = [("mean excess of the norm", paired(results, ratio("unguarded", "overall", part)), 1),
+              ("excess of the norm at the worst step", paired(results, ratio("unguarded", "highest", part)), 1)]
     for name, metric, sign in (
         ("judged good", "judge/overall", -1),
         ("judged oversaturated", "judge/oversaturation", 1),
@@ -166,13 +166,13 @@ def claim_4(results: dict[tuple, dict], scale: str) -> dict:
     """The norm with the guards."""
     part, claims = f"main/{scale}", []
     for who, guard in GUARD.items():
-        claims += [(f"{guard}: excess of the norm over the trajectory",
+        claims += [(f"{guard}: mean excess of the norm",
                     paired(results, ratio(who, "overall", part)), 0),
-                   (f"{guard}: excess of the norm at its highest step",
+                   (f"{guard}: excess of the norm at the worst step",
                     paired(results, ratio(who, "highest", part)), 0)]
     if with_auto := having(results, "auto"):
         part = f"auto/{scale}"
-        claims.append(("auto: excess of the norm at its highest step, at most 1 %",
+        claims.append(("auto: excess of the norm at the worst step, at most 1 %",
                        paired(with_auto, ratio("auto", "excess", part)), 0, 0.01))
         if scale == BOTH[0]:
             claims.append(("auto: gain lost against the plain guard, at most 5 %",
@@ -184,12 +184,12 @@ def claim_5_and_6(results: dict[tuple, dict], scale: str) -> dict:
     """Reward, judge and detector."""
     part, claims = f"main/{scale}", []
     for who, guard in GUARD.items():
-        if scale == BOTH[0]:  # with guidance all rewards are nearly the same, the base's too
-            claims.append((f"{guard}: gain lost, at most 5 %",
-                           paired(results, gain_of(part, "unguarded"), gain_of(part, who)), 0, 0.05))
+        gained, kept = gain_of(part, "unguarded"), gain_of(part, who)
+        if scale == BOTH[0]:
+            claims.append((f"{guard}: gain lost, at most 5 %", paired(results, gained, kept), 0, 0.05))
+        else:
+            claims.append((f"{guard}: reward, in parts of the gain (no claim)", paired(results, kept, gained), None))
         claims += [
-            (f"{guard}: reward, in parts of the gain (no claim)",
-             paired(results, gain_of(part, who), gain_of(part, "unguarded")), None),
             (f"{guard}: preferred to unguarded",
              paired(results, preference(part, f"{who} vs unguarded")), 1),
             (f"{guard}: judged good", change(results, part, who, "unguarded", "judge/overall"), 1),
@@ -206,7 +206,7 @@ def claim_5_and_6(results: dict[tuple, dict], scale: str) -> dict:
         both = {run: [model_point(r, "main", who) for who in reversed(GUARD)] for run, r in results.items()}
         for number in ("good at equal reward", "good over guidance"):
             d = paired(both, lambda p, k=number: p[0][k], lambda p, k=number: p[1][k])
-            claims.append((f"guided guard less plain guard: judged {number} (no claim)", d, None))
+            claims.append((f"guided guard less plain guard: {POINT[number][0]} (no claim)", d, None))
     return checked(claims)
 
 
@@ -216,7 +216,7 @@ def claim_7(results: dict[tuple, dict], scale: str) -> dict:
     for (who, guard), steps in product(GUARD.items(), next(iter(results.values()))["few"]):
         if steps.isdigit():
             pair, few = f"{who} vs unguarded", f"few/{steps}/{scale}"
-            claims += [(f"{guard}: preferred to unguarded at {steps} steps, less that at all",
+            claims += [(f"{guard}: preferred to unguarded at {steps} steps, less that at all steps",
                         paired(results, preference(few, pair), preference(all_steps, pair)), 1),
                        (f"{guard}: preferred to the base at {steps} steps (no claim)",
                         paired(results, preference(few, f"{who} vs base")), None)]
@@ -355,10 +355,10 @@ POINT = {  # a number of `model_point`: (header, digits)
     "reward, none": ("reward, no guidance", 3),
     "good, none": ("judged good, no guidance", 3),
     f"good, {BOTH[1]}": ("judged good, with guidance", 3),
-    "good at equal reward": ("at the base's reward with guidance", 3),
-    "good over guidance": ("mean over guidance", 3),
-    f"mean, {BOTH[1]}": ("norm ratio, with guidance", 3),
-    f"highest, {BOTH[1]}": ("its highest step", 3),
+    "good at equal reward": ("judged good, matched reward", 3),
+    "good over guidance": ("judged good, mean over guidance", 3),
+    f"mean, {BOTH[1]}": ("mean norm ratio, with guidance", 3),
+    f"highest, {BOTH[1]}": ("at the worst step", 3),
     f"guarded preferred, {BOTH[1]}": ("plain guard preferred to it, with guidance", 3),
     f"guided preferred, {BOTH[1]}": ("guided guard preferred to it, with guidance", 3),
 }
