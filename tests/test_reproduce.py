@@ -154,7 +154,7 @@ def test_paired_differences_and_verdicts():
     }
     d = paired.paired(results, lambda r: r["a"], lambda r: r["b"])
     values = np.array([r["a"] - 1 for r in results.values()]).reshape(4, 3)
-    assert d["difference"] == pytest.approx(values.mean()) and d["runs"] == 12
+    assert d["difference"] == pytest.approx(values.mean()) and (d["seeds"], d["cells"]) == (3, 4)
     assert d["half"] == pytest.approx(4.303 * values.mean(0).std(ddof=1) / 3**0.5, rel=1e-3)
     twice = results | {run._replace(base=f"{run.base} again"): r for run, r in results.items()}
     assert paired.paired(twice, lambda r: r["a"], lambda r: r["b"])["half"] == pytest.approx(d["half"])
@@ -322,7 +322,7 @@ def test_the_report_of_all_claims(tmp_path, monkeypatch, complete):
     default, same = numbers["9"]["plain, lam 0.05"], numbers["9"]["plain, lam 0.2"]
     assert all(same[number] == default[number] for number in report.POINT if number != "guarded preferred, 3")
     assert default["guarded preferred, 3"]["shown"] == "-" and math.isfinite(default["good, 3"]["a"])
-    assert numbers["9"]["base"]["good, 3"]["runs"] == (9 if complete else 6)
+    assert numbers["9"]["base"]["good, 3"]["seeds"] == (3 if complete else 2)
 
 
 def test_what_a_claim_says():
@@ -340,6 +340,8 @@ def test_what_a_claim_says():
     assert table.splitlines()[2:] == [f"{row} 1 of 2 |"]
     rate, lost = report.checked([("preferred to it", d, 1), ("gain lost", d, 0)]).values()
     assert rate["shown"] == "in 75 ± 5 % of pairs" and lost["shown"] == "25.0 ± 5.0 %"
+    unknown = report.checked([(name, paired.paired({}, len), None) for name in ("preferred to it", "gain lost", "a")])
+    assert [d["shown"] for d in unknown.values()] == ["-"] * 3
     values = {"about": 2, "found": {"1, 3, a": "x"}}
     assert report.comment("[2 runs] It is {found[1, 3, a]}.", values) == "It is x."
     assert report.comment("[3 runs] It is {found[1, 3, a]}.", values) == ""

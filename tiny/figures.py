@@ -115,7 +115,8 @@ def draw_adjoint(results: dict[tuple, dict], bases: dict[str, dict], path: Path)
     """The sensitivities' t statistic at each step: rewards above, control below. Lines: means; bands: ranges."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharey="row", sharex=True)
     for (corner, runs), colour in zip(grouped(results, "corner").items(), plt.cm.Dark2.colors):
-        base = bases.get(corner.split(", ")[0], {}).get(f"adjoint {corner.split(', ')[1]}")
+        run = next(iter(runs))
+        base = bases.get(run.base, {}).get(f"adjoint {run.reward}")
         for column, models in zip(axes.T, ([base] if base else [], [r["adjoint"] for r in runs.values()])):
             for axis, what in zip(column, ("reward", "energy")) if models else ():
                 t, at = np.array([a[what]["t_statistic"] for a in models]), models[0]["t"]

@@ -58,8 +58,8 @@ def having(results: dict[tuple, dict], start: str) -> dict[tuple, dict]:
 
 def with_common_seeds(results: dict[tuple, dict]) -> dict[tuple, dict]:
     """The runs whose seed every cell has. Means over cells are of these."""
-    cells = grouped(results, "cell").values()
-    return {run: r for run, r in results.items() if all(run.seed in {other.seed for other in cell} for cell in cells)}
+    seeds = [{run.seed for run in runs} for runs in grouped(results, "cell").values()]
+    return {run: r for run, r in results.items() if all(run.seed in of_cell for of_cell in seeds)}
 
 
 def part_of(r: dict, part: str) -> dict:
@@ -168,7 +168,7 @@ def paired(results: dict[tuple, dict], a: Callable[[dict], float],
         half = quantile(seeds - 1) * differences.mean(0).std(ddof=1) / math.sqrt(seeds)
     mean_a, mean_b = values.mean((0, 1))
     return {"a": float(mean_a), "b": float(mean_b), "difference": float(mean_a - mean_b), "half": float(half),
-            "runs": sum(map(len, cells.values()))}
+            "cells": len(cells), "seeds": seeds if cells else 0}
 
 
 def verdict(d: dict, sign: int, at_most: float = 0.0) -> str:

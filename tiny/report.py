@@ -47,9 +47,7 @@ def label(who: str) -> str:
 
 
 def plus_minus(d: dict, digits: int | None = None) -> str:
-    """A difference and half its interval; "-" if a number is missing."""
-    if math.isnan(d["difference"]):
-        return "-"
+    """A difference and half its interval."""
     if digits is None:
         digits = 3 if abs(d["difference"]) > 0.01 else 4
     mean = round(d["difference"], digits) + 0.0  # no -0.000
@@ -72,7 +70,9 @@ def checked(claims: list[tuple]) -> dict[str, dict]:
     """
     checks = {}
     for name, d, sign, *at_most in claims:
-        if "preferred" in name and "less that" not in name:
+        if math.isnan(d["difference"]):
+            shown = "-"  # a number is missing
+        elif "preferred" in name and "less that" not in name:
             shown = f"in {rate(d)} of pairs"
         elif "norm" in name or "lost" in name:
             shown = f"{plus_minus({k: 100 * d[k] for k in d}, 1)} %".lstrip("+" * ("lost" in name))
@@ -166,10 +166,8 @@ def claim_4(results: dict[tuple, dict], scale: str) -> dict:
     """The norm with the guards."""
     part, claims = f"main/{scale}", []
     for who, guard in GUARD.items():
-        claims += [(f"{guard}: mean excess of the norm",
-                    paired(results, ratio(who, "overall", part)), 0),
-                   (f"{guard}: excess of the norm at the worst step",
-                    paired(results, ratio(who, "highest", part)), 0)]
+        claims += [(f"{guard}: mean excess of the norm", paired(results, ratio(who, "overall", part)), 0),
+                   (f"{guard}: excess of the norm at the worst step", paired(results, ratio(who, "highest", part)), 0)]
     if with_auto := having(results, "auto"):
         part = f"auto/{scale}"
         claims.append(("auto: excess of the norm at the worst step, at most 1 %",
@@ -239,7 +237,7 @@ def tables_1(results: dict[tuple, dict]) -> dict[str, str]:
     """Norms of each run, and means."""
     columns = {f"{label(who)}, {norm}, {scale}": ratio(who, norm, f"main/{scale}")
                for scale, who, norm in product(BOTH, MODELS[1:], ("overall", "highest"))}
-    tables = {"Norm ratio over the trajectory and at its highest step, each seed": cell_table(results, columns, 1.0)}
+    tables = {"Mean norm ratio, and at the worst step (highest), each seed": cell_table(results, columns, 1.0)}
     parts = {scale: f"main/{scale}" for scale in BOTH}
     tables["Means over cells, without guidance and with it"] = level_table(results, parts, MODELS)
     return tables
@@ -296,7 +294,7 @@ def tables_7(results: dict[tuple, dict]) -> dict[str, str]:
 
 def tables_8(results: dict[tuple, dict]) -> dict[str, str]:
     """The chosen checkpoints."""
-    early, rows = [r["early"] for r in results.values()], []
+    early, rows = [r["early"] for r in with_common_seeds(results).values()], []
     for how in early[0]["chosen"]:
         epochs = Counter(int(e["chosen"][how]) for e in early)
         gain = paired(results, gain_of(f"early/{BOTH[0]}", how))["a"]
@@ -369,7 +367,7 @@ Points = dict[tuple, dict[str, float]]  # {run: numbers of `model_point`}
 def point_row(points: Points, against: Points | None = None) -> dict[str, dict]:
     """A row of means over cells, or of differences to another's numbers in the same runs, with intervals; and of how
     often the guards are preferred. `shown` is how a number is written: "-" if any run lacks it."""
-    row = {"runs": {"shown": str(len(with_common_seeds(points)))}}
+    row = {}
     for number, (_, digits) in POINT.items():
         preferred = "preferred" in number
         less = against if against and not preferred else {run: {number: 0.0} for run in points}
@@ -377,7 +375,7 @@ def point_row(points: Points, against: Points | None = None) -> dict[str, dict]:
         d = paired(both, lambda pair: pair[0], lambda pair: pair[1])
         shown = rate(d) if preferred else plus_minus(d, digits) if against else f"{d['a']:.{digits}f}"
         row[number] = {**d, "shown": "-" if math.isnan(d["difference"]) else shown}
-    return row
+    return {**row, "runs": {"shown": str(d["cells"] * d["seeds"])}}
 
 
 def point_table(rows: dict[str, dict[str, dict]], columns: tuple[str, ...] = (*POINT, "runs")) -> str:
@@ -483,13 +481,13 @@ def measured_claims(results: dict[tuple, dict], bases: dict[str, dict]) -> tuple
     done = having(results, "main")
     for claim, (part, check, more) in CHECKS.items():
         if runs := having(done, part):
-            numbers[claim] = {scale: check(with_common_seeds(runs), scale) for scale in BOTH}
+            numbers[claim] = {scale: check(runs, scale) for scale in BOTH}
             values[claim] = {"about": len(runs), "checks": check_table(numbers[claim])}
             tables[claim] = {}
             for corner, of_corner in grouped(runs, "corner").items():
                 numbers[f"{claim}, {corner}"] = {scale: check(of_corner, scale) for scale in BOTH}
                 tables[claim][corner] = check_table(numbers[f"{claim}, {corner}"])
-                for title, table in more(with_common_seeds(of_corner)).items() if more else ():
+                for title, table in more(of_corner).items() if more else ():
                     tables[claim][f"{corner}. {title}"] = table
     if done:
         values["1"]["untrained"] = untrained_table(done, bases) if bases else ""
@@ -539,7 +537,8 @@ def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
             points = {run: model_point(r, "main", who) for run, r in runs.items()}
             for number in ("good at equal reward", "good over guidance"):
                 mean = paired(points, lambda p, k=number: p[k])["a"]
-                levels |= {f"{number}, {who}{of and f', {of}'}": f"{mean:.2f}"} if math.isfinite(mean) else {}
+                if math.isfinite(mean):
+                    levels[f"{number}, {who}{of and f', {of}'}"] = f"{mean:.2f}"
     for claim, scale in product(numbers, BOTH):
         for name, d in numbers[claim].get(scale, {}).items():
             found[f"{claim}, {scale}, {name}"] = d["shown"]
