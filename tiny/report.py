@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -200,11 +201,14 @@ def claim_5_and_6(results: dict[tuple, dict], scale: str) -> dict:
                 paired(results, preference(part, "unguarded vs base")), None),
                ("guided guard: preferred to the plain guard (no claim)",
                 paired(results, preference(part, "guided vs guarded")), None)]
-    if scale == BOTH[1]:
-        both = {run: [model_point(r, "main", who) for who in reversed(GUARD)] for run, r in results.items()}
-        for number in ("good at equal reward", "good over guidance"):
-            d = paired(both, lambda p, k=number: p[0][k], lambda p, k=number: p[1][k])
-            claims.append((f"guided guard less plain guard: {POINT[number][0]} (no claim)", d, None))
+    scales = next(iter(results.values()))["main"]
+    others = {"2": ("base", "2"), "1.5": ("guarded", "none")} if scale == BOTH[1] and "2" in scales else {}
+    for guidance, (other, its) in others.items():  # people choose the guidance for each model
+        name = f"guided guard at guidance {guidance} less {label(other)} at {its}"
+        for what, read in (("judged good", partial(mean_of, metric="judge/overall")),
+                           ("reward, in parts of the gain", gain_of)):
+            d = paired(results, read(f"main/{guidance}", "guided"), read(f"main/{its}", other))
+            claims.append((f"{name}: {what} (no claim)", d, None))
     return checked(claims)
 
 
@@ -545,7 +549,7 @@ def quoted(results: dict[tuple, dict], numbers: dict) -> dict:
     for claim in ("9", "10"):
         for name, row in numbers.get(claim, {}).items():
             found |= {f"{claim}, {name}, {number}": row[number]["shown"] for number in POINT}
-    return {"levels": levels, "found": found}
+    return {"levels": levels, "found": {name: shown for name, shown in found.items() if shown != "-"}}
 
 
 def comment(paragraph: str, values: dict) -> str:
@@ -598,10 +602,5 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
 
 def rounded(x):
     """Floats at five digits, to keep committed files small; NaN as null."""
-    if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [rounded(v) for v in x]
-    if isinstance(x, float):
-        return float(f"{x:.5g}") if math.isfinite(x) else None
-    return x
+    short = json.JSONDecoder(parse_float=lambda text: float(f"{float(text):.5g}"), parse_constant=lambda _: None)
+    return short.decode(json.dumps(x))
