@@ -289,7 +289,7 @@ def test_old_decay_is_the_official_one():
 REWARDS = torch.tensor([0.1, 0.9, 0.5, 0.3, 2.0, 0.7, 0.7, 0.2, 0.4, 0.4, 0.4 + 3e-8, 0.4])
 PARTS = {"red": REWARDS.flip(0), "blue": 2 * REWARDS}  # of a summed reward, for the log
 CHECKED = dict(seed=5, epochs=2, groups=3, group=4, steps=5, timesteps=2, updates=2, batch=5, rank=4, lr=2e-2, lam=0.7,
-               kl=0.2, margin=0.01, max_grad_norm=0.05, ema=0.6, eval_every=0, save_every=1)
+               kl=0.2, margin=0.01, max_grad_norm=0.05, ema=0.6, eval_every=0)
 
 
 def plain_sd3():

@@ -1,20 +1,23 @@
 """Tests of several processes: one plays them in turn; then torchrun on a CPU, over gloo."""
+import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import flow.distributed
 import flow.run
+import sample
 import train_awm
 import train_dpo
 import train_nft
 from flow.cli import parse
-from tests.helpers import ROOT, generator, lora_weights, refuses, timeless
+from tests.helpers import ROOT, generator, lora_weights, pixels, refuses, sample_rows, timeless
 
 # ---------------------------------------------------------------- played by one process
 
@@ -71,7 +74,7 @@ def test_gradients_are_summed_over_processes(monkeypatch):
 
 # ---------------------------------------------------------------- two real processes
 
-FLAGS = ("--epochs 3 --groups 2 --group 4 --updates 2 --batch 4 --steps 3 --eval-n 3 --eval-every 2 --save-every 1 "
+FLAGS = ("--epochs 3 --groups 2 --group 4 --updates 2 --batch 4 --steps 3 --eval-n 3 --eval-every 2 --save-every 3 "
          "--ema 0.5 --lr 5").split()
 EVEN = ["--updates", "1", "--eval-n", "32", "--epochs", "2"]  # both processes encode the same 16 prompts
 SCRIPTS = {"awm": train_awm, "nft": train_nft, "dpo": train_dpo}
@@ -108,6 +111,13 @@ def dark(images, prompts):
 """
 
 
+SAMPLE = """
+import sample
+sys.argv = ["sample.py", *{flags}]
+sample.main(parse(sample.Args, ""))
+"""
+
+
 FAILING = """
 import os
 os.environ["FAIL_AT"] = "6"
@@ -120,6 +130,17 @@ def rewards_of(folder: Path, name: str) -> list[str]:
     """A script's flags of rewards: for AWM a normalized sum. CLIP's see 8 bits, of which rounding can flip one."""
     red, dark = f"{folder}/red.py:red", f"{folder}/red.py:dark:2"
     return ["--reward", f"{red},{dark}", "--normalize-rewards"] if name == "awm" else ["--reward", red]
+
+
+def sample_of(folder: Path, out: str) -> list[str]:
+    """Flags of sample.py: three prompts, and a reward that takes their metadata."""
+    (folder / "prompts.csv").write_text("prompt,n\na red star,1\na very large blue ring,10\na green moon,100\n")
+    (folder / "times.py").write_text("def times_n(images, prompts, metadata):\n"
+                                     "    return images.mean((1, 2, 3)) * images.new_tensor(\n"
+                                     "        [float(fields.get('n', 1)) for fields in metadata])\n")
+    reward = f"tiny/pickscore,{folder}/times.py:times_n"
+    return ["--prompts", f"{folder}/prompts.csv", "--steps", "3", "--reward", reward, "--adjoint",
+            "--out", f"{folder}/{out}"]
 
 
 def torchrun(folder: Path, runs: list, then: str = "") -> subprocess.CompletedProcess:
@@ -144,7 +165,9 @@ def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
     (folder / "n.py").write_text("def n(images, prompts, metadata):\n    return [row['n'] for row in metadata]\n")
     rows = ["--prompts", f"{folder}/rows.jsonl", "--eval-prompts", f"{folder}/rows.jsonl"]
     runs += [("awm", [*FLAGS, *rows, "--reward", f"{folder}/n.py:n", "--out", f"{folder}/rows"])]
-    ended = torchrun(folder, runs, SHARDED + FAILING.format(flags=[*flags, "--out", f"{folder}/failed"]))
+    failed = [*flags, "--save-every", "1", "--out", f"{folder}/failed"]
+    sample_flags = sample_of(folder, "sampled")
+    ended = torchrun(folder, runs, SAMPLE.format(flags=sample_flags) + SHARDED + FAILING.format(flags=failed))
     return folder, ended, time.time() - (folder / "failed/metrics.jsonl").stat().st_mtime
 
 
@@ -206,6 +229,21 @@ def test_a_sharded_base_computes_what_a_whole_one_does(two, tmp_path, monkeypatc
     flags = [*FLAGS, *rewards_of(two, "nft"), *EVEN, "--out", f"{tmp_path}/whole"]
     run_here("nft", flags, monkeypatch)
     assert_nearly_equal(tmp_path / "whole", two / "sharded")
+
+
+def test_two_processes_write_what_one_writes(two, launch, monkeypatch):
+    """sample.py: the pictures are divided; the first process writes all of them, of the third prompt's too. Each
+    process's reward gets the metadata of its own rows."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *sample_of(two, "one")])
+    sample.main(parse(sample.Args, ""))
+    assert launch[1].stdout.count(f"3 pictures in {two}/sampled") == 1
+    one, both = two / "one", two / "sampled"
+    assert {path.name for path in one.iterdir()} == {path.name for path in both.iterdir()}
+    for a, b in zip(sample_rows(one), sample_rows(both), strict=True):
+        assert a.pop("reward") == pytest.approx(b.pop("reward"), abs=0.1) and a == b
+        assert np.abs(pixels(one / a["file"]) - pixels(both / a["file"])).max() <= 1
+    control, other = (json.loads((out / "adjoint.json").read_text())["energy (control)"] for out in (one, both))
+    assert control["mean"] == pytest.approx(other["mean"], rel=1e-3)
 
 
 def test_when_one_process_fails_all_end_and_the_same_command_resumes(two, launch):

@@ -1,14 +1,11 @@
 """Tests of machines as they are: stray variables, file systems without locks, other versions, missing compilers."""
 import errno
-import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +14,7 @@ import sample
 import train_awm
 from flow import cli, run
 from flow.pipeline import load_pipeline
-from tests.helpers import CPU, ROOT, pixels, refuses, sample_rows, small_run
+from tests.helpers import CPU, ROOT, refuses, small_run
 
 
 @pytest.mark.parametrize("stray", [
@@ -137,32 +134,7 @@ def test_compiling_without_a_compiler_is_a_line(tmp_path, monkeypatch, capsys):
             unchanged=tmp_path)
 
 
-# ---------------------------------------------------------------- torchrun sample.py
-
-def test_two_processes_write_what_one_writes(tmp_path):
-    """The pictures are divided; the first process writes all of them, of the third prompt's too. Each process's reward
-    gets the metadata of its own rows."""
-    (tmp_path / "m.py").write_text("def times_n(images, prompts, metadata):\n"
-                                   "    return images.mean((1, 2, 3)) * images.new_tensor(\n"
-                                   "        [float(fields.get('n', 1)) for fields in metadata])\n")
-    (tmp_path / "prompts.csv").write_text("prompt,n\na red star,1\na very large blue ring,10\na green moon,100\n")
-    reward = f"tiny/pickscore,{tmp_path}/m.py:times_n"
-    flags = ["--prompts", f"{tmp_path}/prompts.csv", "--steps", "3", "--reward", reward, "--adjoint", "--out"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    here = sample.Args(prompts=flags[1], steps=3, reward=reward, adjoint=True, out=str(one))
-    sample.main(here)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "sample.py", *flags, str(two)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    end = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert end.returncode == 0 and end.stdout.count(f"3 pictures in {two}") == 1, end.stderr[-4000:]
-    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
-    ours, theirs = sample_rows(one), sample_rows(two)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.pop("reward") == pytest.approx(b.pop("reward"), abs=0.1) and a == b
-        assert np.abs(pixels(one / a["file"]) - pixels(two / a["file"])).max() <= 1
-    control, other = (json.loads((Path(out) / "adjoint.json").read_text())["energy (control)"] for out in (one, two))
-    assert control["mean"] == pytest.approx(other["mean"], rel=1e-3)
-
+# ---------------------------------------------------------------- torchrun sample.py (test_distributed.py runs it)
 
 def test_fewer_pictures_than_processes_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample.distributed, "PROCESSES", 2)

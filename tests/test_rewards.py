@@ -266,7 +266,7 @@ def test_metadata_goes_by_row_from_the_file_to_the_reward(tmp_path, monkeypatch)
     (tmp_path / "m.py").write_text(METADATA)
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     given = dict(prompts=f"{tmp_path}/p.jsonl", eval_prompts=f"{tmp_path}/p.jsonl", reward=f"{tmp_path}/m.py:needs",
-                 group=2, groups=5, updates=1, batch=16, save_every=1, steps=3, eval_n=5, eval_every=1)
+                 group=2, groups=5, updates=1, batch=16, steps=3, eval_n=5, eval_every=1)
     for script in SCRIPTS:
         seen, pairs = [], {"pairs": 1} if script is train_dpo else {}
         monkeypatch.setattr(script, "score", lambda *args: seen.append(flow.evaluate.score(*args)) or seen[-1])
@@ -689,7 +689,7 @@ def dark(images, prompts):
 def constant(images, prompts):
     return images.new_zeros(len(images))
 """
-PARTS = dict(epochs=2, group=3, groups=2, updates=1, batch=3, steps=3, timesteps=1, eval_n=2, save_every=1, lr=2e-2)
+PARTS = dict(epochs=2, group=3, groups=2, updates=1, batch=3, steps=3, timesteps=1, eval_n=2, lr=2e-2)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

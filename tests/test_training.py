@@ -19,7 +19,7 @@ from flow.lora import lora_layers
 from flow.pipeline import load_pipeline, schedule
 from tests.helpers import CPU, SCRIPTS, SMALL, flat_copy, generator, lora_bytes, metrics, small_run, timeless
 
-QUICK = dict(seed=5, epochs=2, group=2, steps=3, batch=3, lr=2e-2, eval_every=0, save_every=1, eval_n=3)
+QUICK = dict(seed=5, epochs=2, group=2, steps=3, batch=3, lr=2e-2, eval_every=0, eval_n=3)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -63,7 +63,7 @@ def test_ten_bad_steps_end_a_run_only_in_a_row(tmp_path, monkeypatch, good, step
     monkeypatch.setattr(train_awm, "integrate", lambda pipe, noise, *args, **kwargs: (noise.clone(), None))
     monkeypatch.setattr(train_awm, "score", lambda *args: torch.tensor([[0.1, 0.5, 0.3, 0.2]]))
     with contextlib.nullcontext() if good else pytest.raises(SystemExit):
-        small_run(tmp_path, **QUICK | dict(epochs=19, updates=1, batch=8))
+        small_run(tmp_path, **QUICK | dict(epochs=19, updates=1, batch=8, save_every=19))
     lines = metrics(tmp_path)
     assert len(lines) == steps and lines[-1]["skipped"] == steps - len(good)
 
