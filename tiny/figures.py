@@ -146,7 +146,8 @@ def draw_guards(results: dict[tuple, dict], path: Path):
         for name, (x, y) in points.items():
             axis.plot(x, y, "o", color=COLOUR.get(name, "purple"), markersize=4)
             left = "KL" in name
-            axis.annotate(name.replace("lam ", ""), (x, y), (-4 if left else 4, -8 if left else 2), fontsize=7,
+            above = left == ("guided" in name)  # so that names do not overlap
+            axis.annotate(name.replace("lam ", ""), (x, y), (-4 if left else 4, 3 if above else -8), fontsize=7,
                           ha="right" if left else "left", textcoords="offset points")
         for kind, colour in GUARD_COLOURS.items():
             weights = sorted((float(name.removeprefix(kind)), name) for name in points
