@@ -98,8 +98,9 @@ def qwen25vl(layers=2):
 
 
 def gemma2():
-    """Gemma 2, the text encoder of SANA and Lumina 2."""
-    return T.Gemma2Model(T.Gemma2Config(head_dim=8, query_pre_attn_scalar=8, sliding_window=64, **small()))
+    """Gemma 2, the text encoder of SANA and Lumina 2. Without the soft cap it has a fast attention."""
+    cap = {"attn_logit_softcapping": None}
+    return T.Gemma2Model(T.Gemma2Config(head_dim=8, query_pre_attn_scalar=8, sliding_window=64, **cap, **small()))
 
 
 def t5(cls=T.T5EncoderModel, config=T.T5Config):
