@@ -108,6 +108,8 @@ def red(images, prompts):
     return images[:, 0].mean((1, 2))
 def dark(images, prompts):
     return -images.mean((1, 2, 3)).square() / 1000
+def times_n(images, prompts, metadata):
+    return images.mean((1, 2, 3)) * images.new_tensor([float(fields.get("n", 1)) for fields in metadata])
 """
 
 
@@ -134,11 +136,7 @@ def rewards_of(folder: Path, name: str) -> list[str]:
 
 def sample_of(folder: Path, out: str) -> list[str]:
     """Flags of sample.py: three prompts, and a reward that takes their metadata."""
-    (folder / "prompts.csv").write_text("prompt,n\na red star,1\na very large blue ring,10\na green moon,100\n")
-    (folder / "times.py").write_text("def times_n(images, prompts, metadata):\n"
-                                     "    return images.mean((1, 2, 3)) * images.new_tensor(\n"
-                                     "        [float(fields.get('n', 1)) for fields in metadata])\n")
-    reward = f"tiny/pickscore,{folder}/times.py:times_n"
+    reward = f"tiny/pickscore,{folder}/red.py:times_n"
     return ["--prompts", f"{folder}/prompts.csv", "--steps", "3", "--reward", reward, "--adjoint",
             "--out", f"{folder}/{out}"]
 
@@ -153,9 +151,9 @@ def torchrun(folder: Path, runs: list, then: str = "") -> subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
-    """Run each script in two processes, NFT once more with --shard, and NFT once more with a reward that fails in the
-    second process in the third epoch. Returns (folder of the runs, the ended process, seconds from the last log line to
-    the end)."""
+    """Run each script in two processes, NFT once more with --shard, sample.py, and NFT once more with a reward that
+    fails in the second process in the third epoch. Returns (folder of the runs, the ended process, seconds from the
+    last log line to the end)."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "red.py").write_text(REWARD)
     flags = [*FLAGS, *rewards_of(folder, "nft")]
@@ -165,6 +163,7 @@ def launch(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess, float]:
     (folder / "n.py").write_text("def n(images, prompts, metadata):\n    return [row['n'] for row in metadata]\n")
     rows = ["--prompts", f"{folder}/rows.jsonl", "--eval-prompts", f"{folder}/rows.jsonl"]
     runs += [("awm", [*FLAGS, *rows, "--reward", f"{folder}/n.py:n", "--out", f"{folder}/rows"])]
+    (folder / "prompts.csv").write_text("prompt,n\na red star,1\na very large blue ring,10\na green moon,100\n")
     failed = [*flags, "--save-every", "1", "--out", f"{folder}/failed"]
     sample_flags = sample_of(folder, "sampled")
     ended = torchrun(folder, runs, SAMPLE.format(flags=sample_flags) + SHARDED + FAILING.format(flags=failed))
