@@ -524,9 +524,9 @@ def test_the_numbers_of_the_readme():
             told.append(", ".join(shown) + " %")
         assert [cell.strip() for cell in row] == told
     text, levels = section.rpartition("|\n")[2].replace("\n", " "), report.quoted(results_of, {})["levels"]
-    others = [f"judged good, {who}, 3, {corner}" for corner in ("sd3, hps", "flux, hps") for who in report.MODELS]
     drawn = itertools.product(("base", "guided"), ("reward", "judged good"))
-    others += [f"{metric}, {who}, 2, sd3, pickscore" for who, metric in drawn]
+    others = [f"{metric}, {who}, 2, sd3, pickscore" for who, metric in drawn]
+    others += [f"judged good, {who}, 3, {corner}" for corner in ("sd3, hps", "flux, hps") for who in report.MODELS]
     assert re.findall(r"\b\d\.\d\d\b", text) == [levels[name] for name in others]
     quoted = re.findall(r"\d+(?:\.\d+)? ± \d+(?:\.\d+)? %", text)
     assert len(quoted) == 2 and all(number in results for number in quoted)
