@@ -1,8 +1,7 @@
 """NormGuard: hold the velocity norm of a flow model during RL post-training. One file, torch only: copy it anywhere.
 
-RL fine-tuning (NFT, AWM, DPO) inflates the norm of the velocity v_theta over that of the reference v_ref, and pictures
-degrade in ways that the reward does not see. NormGuard adds a hinge that acts only on samples whose norm exceeds the
-reference's:
+RL fine-tuning (NFT, AWM, DPO) makes velocities v_theta longer than the reference's, v_ref, and pictures get worse in
+ways that the reward does not see. NormGuard adds a hinge that acts only on samples whose velocity is too long:
 
     guard = relu(||v_theta|| / ||v_ref|| - 1 - margin)          loss = base_loss + lam * mean(guard)
 
@@ -13,14 +12,15 @@ In your own training loop, with any loss that is computed from the velocity:
     with reference(model):                                      # LoRA off, eval mode, no gradient
         v_ref = model(x_t, t, cond)
     loss = base_loss + 0.05 * norm_hinge(v, v_ref).mean()
-    loss.backward()
+    # If people will sample with guidance w, guard the guided velocities. Write this instead of the last line:
+    u = model(x_t, t, empty)
+    with reference(model): u_ref = model(x_t, t, empty)
+    loss = base_loss + 0.05 * norm_hinge(u + w * (v - u), u_ref + w * (v_ref - u_ref)).mean()
 
 lam = 0.05 suits the losses of this repository. For a loss of unknown scale, call oppose(v, v_ref) before
-base_loss.backward() instead: it scales the guard to the loss's own gradient (guard_gradient). Where people sample with
-guidance G, give norm_hinge the guided velocities: u + G (v - u) with u = model(x_t, t, empty), and the reference's.
+base_loss.backward() instead: it scales the guard to the loss's own gradient (guard_gradient).
 
-The idea: "NormGuard: Reward-Preserving Norm Constraints in Flow-Matching Reinforcement Learning" (arXiv 2606.27771).
-We had only its abstract. The hinge's form is our choice: linear, and relative.
+The idea is the paper's (arXiv 2606.27771). We had only its abstract: the hinge's form, linear and relative, is ours.
 """
 import warnings
 import weakref

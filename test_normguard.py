@@ -486,7 +486,7 @@ def distance(ours: dict, theirs: dict) -> float:
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("lam, batch, checkpointing, guidance", [
     (0.7, 5, False, None),
-    (0.7, 5, False, 3.0),
+    (0.7, 5, True, 3.0),
     (0.0, 64, True, None),
     ("auto", 5, False, None),
 ])

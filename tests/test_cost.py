@@ -23,10 +23,10 @@ def counted(model: str, dtype: torch.dtype) -> dict:
 
 
 @functools.cache
-def real_pipeline(model: str, dtype: torch.dtype):
-    """A real pipeline of random weights with a LoRA, ready for the phases."""
+def real_pipeline(model: str, dtype: torch.dtype, guided: float | None = None):
+    """A real pipeline of random weights with a LoRA, ready for the phases, also with --guard-guidance."""
     pipe = shapes.blank_pipeline(model, CPU, 64, dtype=dtype)
-    shapes.encode(pipe)
+    shapes.encode(pipe, guard_guidance=guided)
     shapes.blank_lora(pipe, FLAGS.rank)
     return pipe
 
@@ -71,20 +71,21 @@ def test_estimates_are_what_a_real_pipeline_takes():
     assert found["update True"][8] < found["update False"][8]
 
 
-@pytest.mark.parametrize("name, dtype, on, tolerance", [
-    ("tiny/sd3", torch.bfloat16, False, 0.1),  # as on a GPU; a CPU's kernels for bf16 have scratch space
-    ("tiny/flux", torch.float32, True, 0.05),
-    ("z_image", torch.float32, False, 0.05)])
-def test_an_update_takes_as_much_on_real_tensors(name, dtype, on, tolerance, family):
+@pytest.mark.parametrize("name, dtype, on, guided, tolerance", [
+    ("tiny/sd3", torch.bfloat16, False, None, 0.1),  # as on a GPU; a CPU's kernels for bf16 have scratch space
+    ("tiny/sd3", torch.float32, True, 3.0, 0.05),
+    ("tiny/flux", torch.float32, True, None, 0.05),
+    ("z_image", torch.float32, False, None, 0.05)])
+def test_an_update_takes_as_much_on_real_tensors(name, dtype, on, guided, tolerance, family):
     model = family(name)
     fake = shapes.blank_pipeline(model, CPU, 64, fake=True, dtype=dtype)
-    shapes.encode(fake)
+    shapes.encode(fake, guard_guidance=guided)
     shapes.blank_lora(fake, FLAGS.rank)
-    real = real_pipeline(model, dtype)
+    real = real_pipeline(model, dtype, guided)
     with count.as_on_cuda(), count.checkpointing(fake, on), count.checkpointing(real, on):
-        estimated, flops = count.metered(lambda: count.update(fake, 8))
-        assert estimated == pytest.approx(allocated(lambda: count.update(real, 8)), rel=tolerance)
-        assert flops == flops_of(lambda: count.update(real, 8))
+        estimated, flops = count.metered(lambda: count.update(fake, 8, guided=guided))
+        assert estimated == pytest.approx(allocated(lambda: count.update(real, 8, guided=guided)), rel=tolerance)
+        assert flops == flops_of(lambda: count.update(real, 8, guided=guided))
 
 
 def test_flops_are_those_that_pytorch_counts_on_a_real_pipeline():

@@ -36,8 +36,7 @@ def panels(n: int, width: float, height: float) -> tuple[plt.Figure, np.ndarray]
 
 
 def draw_inflation(results: dict[tuple, dict], path: Path):
-    """Norm ratio over training, at its end over t without guidance, and with it. A column a method, a line the mean of
-    a corner's seeds."""
+    """Norm ratios over training, then over t without and with guidance. A column a method, a line a corner's mean."""
     methods, corners = grouped(results, "method"), grouped(results, "corner")
     lines = dict(zip(corners, ("-", "--", ":", "-.")))
     figure, axes = plt.subplots(3, len(methods), figsize=(4 * len(methods), 8), layout="constrained", squeeze=False,
@@ -70,8 +69,7 @@ def front(axis: plt.Axes, parts: list[dict], who: str, style: str, **more):
 
 
 def draw_fronts(results: dict[tuple, dict], path: Path):
-    """Reward against how often a picture is judged good, for each model at each guidance scale; the lowest scale has a
-    large mark. Means over runs; a panel a cell."""
+    """Reward against judged good over guidance: a line a model, a square its lowest scale. Means over a cell's runs."""
     cells = grouped(results, "cell")
     figure, axes = panels(len(cells), 4, 3.3)
     for axis, (title, runs) in zip(axes.flat, cells.items()):
@@ -90,8 +88,7 @@ def draw_fronts(results: dict[tuple, dict], path: Path):
 
 
 def draw_early(results: dict[tuple, dict], path: Path):
-    """Reward without guidance against the judge's P(good) with it: a line an unguarded run's checkpoints, a star the
-    guarded models' end."""
+    """Reward without guidance against P(good) with it: a line an unguarded run's checkpoints, a star a guard's end."""
     cells = grouped(results, "cell")
     figure, axes = panels(len(cells), 3.2, 2.6)
     line = {"color": COLOUR["unguarded"], "markersize": 2.5, "linewidth": 0.9, "label": "unguarded, its checkpoints"}
@@ -102,10 +99,8 @@ def draw_early(results: dict[tuple, dict], path: Path):
             for who, name in GUARD.items():
                 axis.plot(found[who]["reward"], found[who][BOTH[1]], "*", color=COLOUR[who], label=name, markersize=9)
         axis.set_title(cell, fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("reward without guidance, training prompts", fontsize=8)
-    for axis in axes[:, 0]:
-        axis.set_ylabel(f"judged good, guidance {BOTH[1]}", fontsize=8)
+    figure.supxlabel("reward without guidance, training prompts", fontsize=9)
+    figure.supylabel(f"judged good, guidance {BOTH[1]}", fontsize=9)
     handles = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels())))  # one of each name
     axes[0, 0].legend(handles.values(), handles, fontsize=7, loc="lower left")
     save(figure, path)
@@ -201,8 +196,7 @@ def draw_front(r: dict, folders: dict[str, Path], path: Path, columns: int = 5):
             axis = figure.add_subplot(grid[i, j], xticks=[], yticks=[])
             axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation="lanczos")
             if j == 0:
-                name = label(who).replace(" ", "\n")
-                axis.set_ylabel(name, fontsize=14, color=COLOUR[who], fontweight="bold")
+                axis.set_ylabel(label(who).replace(" ", "\n"), fontsize=14, color=COLOUR[who], fontweight="bold")
     axis = figure.add_axes((0.71, 0.15, 0.27, 0.71))
     axis.axhline(1, color="black", linewidth=1.5)
     for who in MODELS[1:]:

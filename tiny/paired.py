@@ -121,11 +121,11 @@ def good_at(target: float, rewards: list[float], good: list[float]) -> float:
 
 
 def model_point(r: dict, part: str, who: str) -> dict[str, float]:
-    """A model's numbers: its reward and how good it is judged without guidance and with it, over guidance, and where
-    its reward reaches the base's with guidance ("good at equal reward"); and with guidance its norm ratio and how often
-    a guard is preferred to it."""
+    """A model's numbers: its reward and how good it is judged at each guidance scale, over guidance, and where its
+    reward reaches the base's with guidance ("good at equal reward"); and with guidance its norm ratio and how often a
+    guard is preferred to it."""
     numbers, scale = {}, BOTH[1]
-    for at in BOTH:
+    for at in scales_of(r[part]):
         means = r[part][at]["means"][who]
         numbers |= {f"reward, {at}": means["reward"], f"good, {at}": means["judge/overall"]}
     if norms := r[part][scale]["ratio"].get(who):

@@ -357,6 +357,7 @@ POINT = {  # a number of `model_point`: (header, digits)
     "reward, none": ("reward, no guidance", 3),
     "good, none": ("judged good, no guidance", 3),
     f"good, {BOTH[1]}": ("judged good, with guidance", 3),
+    "good, 4.5": ("judged good, guidance 4.5", 3),
     "good at equal reward": ("judged good, matched reward", 3),
     "good over guidance": ("judged good, mean over guidance", 3),
     f"mean, {BOTH[1]}": ("mean norm ratio, with guidance", 3),
@@ -416,7 +417,10 @@ def claim_9(results: dict[tuple, dict], found: dict[str, Points], numbers: dict)
     numbers |= rows
     for by in ("method", "seed"):
         for of, runs in grouped(having(results, "guard: "), by).items():
-            tables[f"{by} {of}"] = point_table({name: point_row(points) for name, points in guards_of(runs).items()})
+            rows_of = {name: point_row(points) for name, points in guards_of(runs).items()}
+            tables[f"{by} {of}"] = point_table(rows_of)
+            if len(rows_of) > len(rows):  # the seed with the whole grid
+                numbers |= {f"{by} {of}, {name}": row for name, row in rows_of.items()}
     return point_table(rows), tables
 
 
@@ -456,8 +460,9 @@ def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, 
                 rows = {f"{name} ({row['strengths']})": row for name, row in found.items()}
                 numbers |= {f"{corner}, {name} of the {label(target)}'s gain": row for name, row in found.items()}
                 tables[title] = point_table(rows)
-                preferred = (f"{target} preferred, {BOTH[1]}",) if target in GUARD else ()
-                equal.append(f"**{title}**\n\n{point_table(rows, (*SHORT, *preferred, 'runs'))}")
+                if target in GUARD:  # the other targets are in TABLES.md only
+                    columns = *SHORT, f"{target} preferred, {BOTH[1]}", "runs"
+                    equal.append(f"**{title}**\n\n{point_table(rows, columns)}")
         for method, of_method in grouped(runs, "method").items():
             models = {label(who): ("main", who) for who in MODELS}
             for rival, strength in ((rival, s) for rival in RIVALS for s in RIVALS[rival].strengths_of(method)):
@@ -575,6 +580,7 @@ def write_report(results: dict[tuple, dict], bases: dict[str, dict], size, home:
     common = {"about": ", ".join(about), "home": home, "lam": LAM, "guidance": BOTH[1], "pictures": size.n,
               "steps": size.steps, "renders": size.renders, "commits": ", ".join(commits), "runs": len(done),
               "corners": "; ".join(f"{corner}: {len(runs)}" for corner, runs in grouped(done, "corner").items()),
+              "hours": f"{sum(part.get('seconds', 0) for part in parts) / 3600:.0f}",
               "intervals": "INTERVALS", **quoted(results, numbers)}
     text = []
     for section in ("\n" + TEMPLATE.read_text()).split("\n## "):

@@ -493,8 +493,7 @@ PARTS = {
     "told": Part(told_part, (6,), corners=("flux, pickscore", "flux, hps")),
 }
 for _name, _variant in GUARDS.items():
-    _measure = functools.partial(guard_part, name=_name)
-    PARTS[f"guard: {_name}"] = Part(_measure, (9,), _variant, corners=("sd3, pickscore",))
+    PARTS[f"guard: {_name}"] = Part(functools.partial(guard_part, name=_name), (9,), _variant, corners=guards.SD3)
 for _name, _rival in RIVALS.items():
     for _strength in dict.fromkeys(_rival.strengths + _rival.dpo):
         _methods = tuple(method for method in Args.methods if _strength in _rival.strengths_of(method))
