@@ -361,7 +361,7 @@ POINT = {  # a number of `model_point`: (header, digits)
     "good at equal reward": ("judged good, matched reward", 3),
     "good over guidance": ("judged good, mean over guidance", 3),
     f"mean, {BOTH[1]}": ("mean norm ratio, with guidance", 3),
-    f"highest, {BOTH[1]}": ("at the worst step", 3),
+    f"highest, {BOTH[1]}": ("norm ratio at the worst step", 3),
     f"guarded preferred, {BOTH[1]}": ("plain guard preferred to it, with guidance", 3),
     f"guided preferred, {BOTH[1]}": ("guided guard preferred to it, with guidance", 3),
 }
