@@ -365,7 +365,7 @@ POINT = {  # a number of `model_point`: (header, digits)
     f"guarded preferred, {BOTH[1]}": ("plain guard preferred to it, with guidance", 3),
     f"guided preferred, {BOTH[1]}": ("guided guard preferred to it, with guidance", 3),
 }
-SHORT = f"good, {BOTH[1]}", "good at equal reward", "good over guidance", f"highest, {BOTH[1]}"  # of RESULTS.md
+SHORT = f"good, {BOTH[1]}", "good, 4.5", "good at equal reward", "good over guidance", f"highest, {BOTH[1]}"
 Points = dict[tuple, dict[str, float]]  # {run: numbers of `model_point`}
 
 
@@ -450,6 +450,23 @@ def rivals_of(target: str, runs: dict[tuple, dict]) -> dict[str, dict]:
     return rows
 
 
+def measured_strengths(runs: dict[tuple, dict], guard: str) -> dict[str, dict]:
+    """Each rival's first, second, ... strength, as measured in the runs of a corner, less a guard: {"rival, strength
+    1": its `point_row`}."""
+    rows = {}
+    for rival, place in ((rival, i) for rival in RIVALS for i in range(len(RIVALS[rival].strengths))):
+        points = {}
+        for run, r in runs.items():
+            strengths = RIVALS[rival].strengths_of(run.method)
+            part = f"rival: {rival} {strengths[place]:g}" if place < len(strengths) else ""
+            if part in r:
+                points[run] = model_point(r, part, "rival")
+        if points:
+            guards = {run: model_point(runs[run], "main", guard) for run in points}
+            rows[f"{rival}, strength {place + 1}"] = point_row(points, guards)
+    return rows
+
+
 def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, str]]:
     """Rivals at equal reward without guidance, less the guard whose reward they have; and all strengths as they are."""
     equal, tables = [], {}
@@ -463,6 +480,10 @@ def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, 
                 if target in GUARD:  # the other targets are in TABLES.md only
                     columns = *SHORT, f"{target} preferred, {BOTH[1]}", "runs"
                     equal.append(f"**{title}**\n\n{point_table(rows, columns)}")
+        for guard in GUARD:
+            rows = measured_strengths(runs, guard)
+            tables[f"{corner}: measured strengths, weakest first, less the {label(guard)}"] = point_table(rows)
+            numbers |= {f"{corner}, {name}, less the {label(guard)}": row for name, row in rows.items()}
         for method, of_method in grouped(runs, "method").items():
             models = {label(who): ("main", who) for who in MODELS}
             for rival, strength in ((rival, s) for rival in RIVALS for s in RIVALS[rival].strengths_of(method)):
