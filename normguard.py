@@ -13,14 +13,14 @@ In your own training loop, with any loss that is computed from the velocity:
         v_ref = model(x_t, t, cond)
     loss = base_loss + 0.05 * norm_hinge(v, v_ref).mean()
     # If people will sample with guidance w, guard the guided velocities. Write this instead of the last line:
-    u = model(x_t, t, empty)
+    u = model(x_t, t, empty)                                    # empty: the prompt ""
     with reference(model): u_ref = model(x_t, t, empty)
     loss = base_loss + 0.05 * norm_hinge(u + w * (v - u), u_ref + w * (v_ref - u_ref)).mean()
 
 lam = 0.05 suits the losses of this repository. For a loss of unknown scale, call oppose(v, v_ref) before
 base_loss.backward() instead: it scales the guard to the loss's own gradient (guard_gradient).
 
-The idea is the paper's (arXiv 2606.27771). We had only its abstract: the hinge's form, linear and relative, is ours.
+The idea is the paper's (arXiv 2606.27771). We had its abstract only: the hinge's form, linear and relative, is ours.
 """
 import warnings
 import weakref

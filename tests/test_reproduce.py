@@ -320,6 +320,11 @@ def test_the_report_of_all_claims(tmp_path, monkeypatch, complete):
             rewards = [r["main"]["training reward"] for r in runs.values()]
             aim = np.mean([r["base"] + keep * (r["guided"] - r["base"]) for r in rewards])
             assert found["reward, none"]["a"] == pytest.approx(aim, abs=0.03)
+    if complete:  # the first strength is the unguarded model
+        first = numbers["10"]["sd3, pickscore, two-sided, strength 1, less the guided guard"]["good, 3"]
+        means = [r["main"]["3"]["means"] for r in runs.values()]
+        less = [m["unguarded"]["judge/overall"] - m["guided"]["judge/overall"] for m in means]
+        assert first["difference"] == pytest.approx(np.mean(less), abs=1e-4)
     default, same = numbers["9"]["plain, lam 0.05"], numbers["9"]["plain, lam 0.2"]
     assert all(same[number] == default[number] for number in report.POINT if number != "guarded preferred, 3")
     assert default["guarded preferred, 3"]["shown"] == "-" and math.isfinite(default["good, 3"]["a"])

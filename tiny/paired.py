@@ -188,15 +188,18 @@ def verdict(d: dict, sign: int, at_most: float = 0.0) -> str:
 
 # ---------------------------------------------------------------- claim 10: rivals at equal reward
 
+def same_models(r: dict, part: str) -> bool:
+    """Was a part measured with the weights and code of the run's unguarded model?"""
+    main, other = (r[name].get("of", {}) for name in ("main", part))
+    return all(main.get(what) == other.get(what) for what in ("weights", "code"))
+
+
 def points_of(run: tuple, r: dict, rival: str) -> list[dict]:
     """A run's points, from the unguarded model to the rival's greatest strength: `model_point`, and the reward on
     training prompts. [] if a strength is missing or was measured with other weights or code than the unguarded model.
     """
     parts = [f"rival: {rival} {strength:g}" for strength in RIVALS[rival].strengths_of(run.method)]
-    if not all(part in r for part in parts):
-        return []
-    hashes = [r[part].get("of", {}) for part in ("main", *parts)]
-    if len({(of.get("weights"), of.get("code")) for of in hashes}) > 1:
+    if not all(part in r and same_models(r, part) for part in parts):
         return []
     models = ("main", "unguarded"), *((part, "rival") for part in parts)
     return [{**model_point(r, *of), "training reward": r[of[0]]["training reward"][of[1]]} for of in models]

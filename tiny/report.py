@@ -27,6 +27,7 @@ from paired import (
     preference,
     quantile,
     ratio,
+    same_models,
     scales_of,
     verdict,
     with_common_seeds,
@@ -365,6 +366,7 @@ POINT = {  # a number of `model_point`: (header, digits)
     f"guarded preferred, {BOTH[1]}": ("plain guard preferred to it, with guidance", 3),
     f"guided preferred, {BOTH[1]}": ("guided guard preferred to it, with guidance", 3),
 }
+# the columns of claim 10 in RESULTS.md
 SHORT = f"good, {BOTH[1]}", "good, 4.5", "good at equal reward", "good over guidance", f"highest, {BOTH[1]}"
 Points = dict[tuple, dict[str, float]]  # {run: numbers of `model_point`}
 
@@ -420,7 +422,8 @@ def claim_9(results: dict[tuple, dict], found: dict[str, Points], numbers: dict)
             rows_of = {name: point_row(points) for name, points in guards_of(runs).items()}
             tables[f"{by} {of}"] = point_table(rows_of)
             if len(rows_of) > len(rows):  # the seed with the whole grid
-                numbers |= {f"{by} {of}, {name}": row for name, row in rows_of.items()}
+                kept = [name for name in rows_of if name not in rows or name == f"guided, lam {LAM}"]
+                numbers |= {f"{by} {of}, {name}": rows_of[name] for name in kept}
     return point_table(rows), tables
 
 
@@ -450,21 +453,15 @@ def rivals_of(target: str, runs: dict[tuple, dict]) -> dict[str, dict]:
     return rows
 
 
-def measured_strengths(runs: dict[tuple, dict], guard: str) -> dict[str, dict]:
-    """Each rival's first, second, ... strength, as measured in the runs of a corner, less a guard: {"rival, strength
-    1": its `point_row`}."""
-    rows = {}
-    for rival, place in ((rival, i) for rival in RIVALS for i in range(len(RIVALS[rival].strengths))):
-        points = {}
-        for run, r in runs.items():
-            strengths = RIVALS[rival].strengths_of(run.method)
-            part = f"rival: {rival} {strengths[place]:g}" if place < len(strengths) else ""
-            if part in r:
-                points[run] = model_point(r, part, "rival")
-        if points:
-            guards = {run: model_point(runs[run], "main", guard) for run in points}
-            rows[f"{rival}, strength {place + 1}"] = point_row(points, guards)
-    return rows
+def measured_strengths(runs: dict[tuple, dict]) -> dict[str, Points]:
+    """Each rival's strengths, as measured in some runs: {"rival, strength 1": numbers of each method's weakest}."""
+    points = {}
+    for rival, (run, r) in product(RIVALS, runs.items()):
+        for place, strength in enumerate(RIVALS[rival].strengths_of(run.method), 1):
+            part = f"rival: {rival} {strength:g}"
+            if part in r and same_models(r, part):
+                points.setdefault(f"{rival}, strength {place}", {})[run] = model_point(r, part, "rival")
+    return points
 
 
 def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, str]]:
@@ -480,8 +477,10 @@ def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, 
                 if target in GUARD:  # the other targets are in TABLES.md only
                     columns = *SHORT, f"{target} preferred, {BOTH[1]}", "runs"
                     equal.append(f"**{title}**\n\n{point_table(rows, columns)}")
+        measured = measured_strengths(runs)
         for guard in GUARD:
-            rows = measured_strengths(runs, guard)
+            less = {run: model_point(r, "main", guard) for run, r in runs.items()}
+            rows = {name: point_row(points, less) for name, points in measured.items()}
             tables[f"{corner}: measured strengths, weakest first, less the {label(guard)}"] = point_table(rows)
             numbers |= {f"{corner}, {name}, less the {label(guard)}": row for name, row in rows.items()}
         for method, of_method in grouped(runs, "method").items():
