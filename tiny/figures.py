@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 matplotlib.rcParams |= {"text.parse_math": False, "axes.grid": True, "grid.alpha": 0.3}  # a $ in a prompt is a $
 import matplotlib.pyplot as plt
 from guards import BOTH, RIVALS
-from paired import grouped, having, over_guidance, scales_of
+from paired import grouped, having, over_guidance, rival_parts, scales_of
 from report import GUARD, MODELS, guards_of, label
 
 from flow.pictures import load_pictures, read_folder
@@ -167,7 +167,7 @@ def draw_rivals(results: dict[tuple, dict], path: Path):
         for axis, (of, names) in zip(column, kinds.items()):
             for (name, colour), (end, style, which) in product(zip(names, RIVAL_COLOURS), ENDS):
                 several = len(RIVALS[name].strengths) > 1
-                parts = {run: f"rival: {name} {RIVALS[name].strengths_of(run.method)[end]:g}" for run in runs}
+                parts = {run: rival_parts(name, run.method)[end] for run in runs}
                 parts = [runs[run][part] for run, part in parts.items() if part in runs[run]]
                 if parts and (several or end):
                     title = f"{name}{which * several} ({len(parts)} runs)"

@@ -188,6 +188,11 @@ def verdict(d: dict, sign: int, at_most: float = 0.0) -> str:
 
 # ---------------------------------------------------------------- claim 10: rivals at equal reward
 
+def rival_parts(rival: str, method: str) -> list[str]:
+    """The names of the parts that measure a rival with a method, from its weakest strength to its greatest."""
+    return [f"rival: {rival} {strength:g}" for strength in RIVALS[rival].strengths_of(method)]
+
+
 def same_models(r: dict, part: str) -> bool:
     """Was a part measured with the weights and code of the run's unguarded model?"""
     main, other = (r[name].get("of", {}) for name in ("main", part))
@@ -198,7 +203,7 @@ def points_of(run: tuple, r: dict, rival: str) -> list[dict]:
     """A run's points, from the unguarded model to the rival's greatest strength: `model_point`, and the reward on
     training prompts. [] if a strength is missing or was measured with other weights or code than the unguarded model.
     """
-    parts = [f"rival: {rival} {strength:g}" for strength in RIVALS[rival].strengths_of(run.method)]
+    parts = rival_parts(rival, run.method)
     if not all(part in r and same_models(r, part) for part in parts):
         return []
     models = ("main", "unguarded"), *((part, "rival") for part in parts)

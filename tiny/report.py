@@ -27,6 +27,7 @@ from paired import (
     preference,
     quantile,
     ratio,
+    rival_parts,
     same_models,
     scales_of,
     verdict,
@@ -431,7 +432,7 @@ def target_of(name: str) -> Callable[[tuple], tuple[str, str]]:
     """A target for `equal_reward`: a guard, or a rival that has only one strength."""
     if name in GUARD:
         return lambda run: ("main", name)
-    return lambda run: (f"rival: {name} {RIVALS[name].strengths_of(run.method)[0]:g}", "rival")
+    return lambda run: (rival_parts(name, run.method)[0], "rival")
 
 
 def rivals_of(target: str, runs: dict[tuple, dict]) -> dict[str, dict]:
@@ -457,8 +458,7 @@ def measured_strengths(runs: dict[tuple, dict]) -> dict[str, Points]:
     """Each rival's strengths, as measured in some runs: {"rival, strength 1": numbers of each method's weakest}."""
     points = {}
     for rival, (run, r) in product(RIVALS, runs.items()):
-        for place, strength in enumerate(RIVALS[rival].strengths_of(run.method), 1):
-            part = f"rival: {rival} {strength:g}"
+        for place, part in enumerate(rival_parts(rival, run.method), 1):
             if part in r and same_models(r, part):
                 points.setdefault(f"{rival}, strength {place}", {})[run] = model_point(r, part, "rival")
     return points
@@ -485,8 +485,8 @@ def claim_10(results: dict[tuple, dict], numbers: dict) -> tuple[str, dict[str, 
             numbers |= {f"{corner}, {name}, less the {label(guard)}": row for name, row in rows.items()}
         for method, of_method in grouped(runs, "method").items():
             models = {label(who): ("main", who) for who in MODELS}
-            for rival, strength in ((rival, s) for rival in RIVALS for s in RIVALS[rival].strengths_of(method)):
-                models[f"{rival} {strength:g}"] = f"rival: {rival} {strength:g}", "rival"
+            for part in (part for rival in RIVALS for part in rival_parts(rival, method)):
+                models[part.removeprefix("rival: ")] = part, "rival"
             rows = {name: point_row(points) for name, points in points_of_models(of_method, models).items()}
             tables[f"{corner}, {method}: each strength, as it is"] = point_table(rows)
     return "\n\n".join(equal), tables
